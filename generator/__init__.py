@@ -1,0 +1,1 @@
+"""Turns instance specifications into sources, objects, one library and its manifest."""
