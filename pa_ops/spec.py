@@ -1,0 +1,221 @@
+"""Turns the compile-time choices of one kernel into a name that is total, true and invertible, and back."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from enum import Enum
+from functools import lru_cache
+from typing import TypeVar
+
+from pa_ops.errors import InvalidArgument
+
+NAME_PATTERN = re.compile(r"[a-z][a-z0-9_]*")
+NAME_LIMIT = 80
+WARP_THREADS = 32
+
+
+class Word(str, Enum):
+    """A vocabulary word: it is equal to, hashes as and prints as its own string."""
+
+    def __str__(self) -> str:
+        return str(self.value)
+
+
+class Op(Word):
+    """An operator as a caller names it."""
+
+    PAGED_ATTENTION = "paged_attention"
+    VARLEN_ATTENTION = "varlen_attention"
+    APPEND_KV = "append_kv"
+    MERGE_STATES = "merge_states"
+
+
+class KernelOp(Word):
+    """What a kernel computes; one `attn` kernel serves paged attention (gather) or varlen attention (dense)."""
+
+    ATTN = "attn"
+    APPEND_KV = "append_kv"
+    MERGE_STATES = "merge_states"
+
+
+class Family(Word):
+    """The template that a kernel is rendered from."""
+
+    FLASH_SM80 = "flash_sm80"
+    APPEND = "append"
+    MERGE = "merge"
+
+
+class DType(Word):
+    """An element type; the quantised ones are storage types of caches."""
+
+    FP16 = "fp16"
+    BF16 = "bf16"
+    FP32 = "fp32"
+    E4M3FN = "e4m3fn"
+    E5M2 = "e5m2"
+    INT8 = "int8"
+
+    @property
+    def itemsize(self) -> int:
+        """Bytes of one element."""
+        return _ITEMSIZE[self]
+
+
+_ITEMSIZE = {DType.FP16: 2, DType.BF16: 2, DType.FP32: 4, DType.E4M3FN: 1, DType.E5M2: 1, DType.INT8: 1}
+
+
+class Layout(Word):
+    """How K and V are found: contiguous ragged rows, or a page look-up for every row."""
+
+    DENSE = "dense"
+    GATHER = "gather"
+
+
+class Mask(Word):
+    """Which keys a query sees; a window is (pos - W, pos], so it is causal by definition."""
+
+    FULL = "full"
+    CAUSAL = "causal"
+    WINDOW = "window"
+
+
+WordT = TypeVar("WordT", bound=Word)
+
+
+def word(kind: type[WordT], argument: str, value: object) -> WordT:
+    """The member of `kind` that `value` spells.
+
+    Raises InvalidArgument, naming `argument` and every accepted spelling.
+    """
+    try:
+        return kind(value)
+    except ValueError:
+        raise InvalidArgument(argument, "must be one of " + ", ".join(kind), repr(value)) from None
+
+
+def _natural(argument: str, value: object, *, least: int = 0) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+        raise InvalidArgument(argument, f"must be an integer >= {least}", repr(value))
+
+
+@dataclass(frozen=True, order=True)
+class Tile:
+    """The work of one thread block: m query rows by n keys a step, K/V stages in flight, warps; zeros = run time."""
+
+    m: int
+    n: int
+    stages: int
+    warps: int
+
+    def __post_init__(self) -> None:
+        for field in ("m", "n", "stages", "warps"):
+            _natural(f"tile.{field}", getattr(self, field))
+
+    def __str__(self) -> str:
+        return f"m{self.m}n{self.n}s{self.stages}w{self.warps}"
+
+
+@dataclass(frozen=True, order=True)
+class InstanceSpec:
+    """What is fixed when a kernel is compiled, and nothing else; a head size of 0 is a run-time argument."""
+
+    op: KernelOp
+    family: Family
+    dtype: DType
+    kv_dtype: DType
+    head_dim: int
+    head_dim_v: int
+    layout: Layout
+    mask: Mask
+    tile: Tile
+
+    def __post_init__(self) -> None:
+        for field, kind in _WORDS.items():
+            object.__setattr__(self, field, word(kind, f"spec.{field}", getattr(self, field)))
+        _natural("spec.head_dim", self.head_dim)
+        _natural("spec.head_dim_v", self.head_dim_v)
+        if not isinstance(self.tile, Tile):
+            raise InvalidArgument("spec.tile", "must be a Tile", repr(self.tile))
+        if len(self.name) > NAME_LIMIT:
+            raise InvalidArgument("spec", f"its name must have at most {NAME_LIMIT} characters", self.name)
+
+    @property
+    def name(self) -> str:
+        """File stem, symbol, build target, manifest key and test id in one."""
+        return (
+            f"pa_{self.op}_{self.family}_{self.dtype}_kv{self.kv_dtype}_d{self.head_dim}v{self.head_dim_v}"
+            f"_{self.layout}_{self.mask}_{self.tile}"
+        )
+
+    @classmethod
+    def parse(cls, name: str) -> InstanceSpec:
+        """The spec whose name is `name`; raises InvalidArgument when there is none."""
+        return _parse(name)
+
+    @property
+    def threads(self) -> int:
+        """Threads of one block."""
+        return self.tile.warps * WARP_THREADS
+
+    @property
+    def smem_bytes(self) -> int:
+        """Shared memory of one block in bytes: the Q tile (O reuses it) and every stage of the K and V tiles."""
+        q = self.tile.m * max(self.head_dim, self.head_dim_v) * self.dtype.itemsize
+        kv = self.tile.n * (self.head_dim + self.head_dim_v) * self.dtype.itemsize
+        return q + kv * self.tile.stages
+
+    @property
+    def is_causal(self) -> bool:
+        """Whether no query sees a key after its own position."""
+        return self.mask is not Mask.FULL
+
+    @property
+    def has_window(self) -> bool:
+        """Whether the kernel takes a window length at run time."""
+        return self.mask is Mask.WINDOW
+
+
+_WORDS: dict[str, type[Word]] = {
+    "op": KernelOp,
+    "family": Family,
+    "dtype": DType,
+    "kv_dtype": DType,
+    "layout": Layout,
+    "mask": Mask,
+}
+
+
+def _any_of(kind: type[Word]) -> str:
+    return "|".join(sorted(kind, key=lambda member: (-len(member), member)))
+
+
+_NUMBER = "0|[1-9][0-9]*"
+_NAME = re.compile(
+    f"pa_(?P<op>{_any_of(KernelOp)})_(?P<family>{_any_of(Family)})"
+    f"_(?P<dtype>{_any_of(DType)})_kv(?P<kv_dtype>{_any_of(DType)})"
+    f"_d(?P<head_dim>{_NUMBER})v(?P<head_dim_v>{_NUMBER})"
+    f"_(?P<layout>{_any_of(Layout)})_(?P<mask>{_any_of(Mask)})"
+    f"_m(?P<m>{_NUMBER})n(?P<n>{_NUMBER})s(?P<stages>{_NUMBER})w(?P<warps>{_NUMBER})"
+)
+
+
+@lru_cache(maxsize=4096)
+def _parse(name: str) -> InstanceSpec:
+    match = _NAME.fullmatch(name)
+    if match is None:
+        rule = "must be pa_<op>_<family>_<dtype>_kv<dtype>_d<D>v<Dv>_<layout>_<mask>_m<M>n<N>s<S>w<W>"
+        raise InvalidArgument("instance name", rule, repr(name))
+    part = match.groupdict()
+    return InstanceSpec(
+        op=KernelOp(part["op"]),
+        family=Family(part["family"]),
+        dtype=DType(part["dtype"]),
+        kv_dtype=DType(part["kv_dtype"]),
+        head_dim=int(part["head_dim"]),
+        head_dim_v=int(part["head_dim_v"]),
+        layout=Layout(part["layout"]),
+        mask=Mask(part["mask"]),
+        tile=Tile(int(part["m"]), int(part["n"]), int(part["stages"]), int(part["warps"])),
+    )
