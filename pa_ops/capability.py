@@ -138,5 +138,10 @@ class Capability:
         ptx = [f"compute_{sm}" for sm in known if sm <= self.sm]
         return (*exact, *family, *plain, *ptx)
 
+    @property
+    def build_target(self) -> str:
+        """The target to build for this device: its own exact one, below sm_90 the first minor of its major."""
+        return f"sm_{self.sm}a" if self.sm >= FIRST_EXACT else f"sm_{self.sm // 10 * 10}"
+
     def __str__(self) -> str:
         return f"sm {self.sm} ({self.smem_optin_bytes} B shared memory a block, {self.num_sms} SMs)"
