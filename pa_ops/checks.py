@@ -1,0 +1,195 @@
+"""Turns the arguments of a call into their named sizes, or into an error that names the argument, the rule and the value.
+
+Only what the host knows is looked at: shapes, dtypes, devices, strides and scalars. A table has one row per tensor;
+`pa_ops.checked` adds the values that live on the device.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pa_ops.errors import InvalidArgument
+
+HALF = (torch.float16, torch.bfloat16)
+QUANTISED = (torch.float8_e4m3fn, torch.float8_e5m2, torch.int8)
+INT32_MAX = 2**31 - 1
+
+Arguments = Mapping[str, Any]
+Sizes = dict[str, int]
+
+
+@dataclass(frozen=True)
+class Rule:
+    """What one tensor must be.
+
+    dims: a name per dimension; the first tensor to use a name fixes its size. "B+1" is one more than B, "T.." at
+    least T, "Hkv|1" either. dtypes: what is accepted; a string stands for the dtype of that argument.
+    """
+
+    argument: str
+    dims: str
+    dtypes: tuple[torch.dtype | str, ...]
+    optional: bool = False
+    written: bool = False
+
+    @property
+    def shape(self) -> str:
+        """The shape as messages spell it."""
+        return "[" + ", ".join(self.dims.split()) + "]"
+
+
+_QUERY = Rule("q", "T Hq D", HALF)
+_CU_SEQLENS_Q = Rule("cu_seqlens_q", "B+1", (torch.int32,))
+_OPTIONS = (
+    Rule("sinks", "Hq", (torch.float32, "q"), optional=True),
+    Rule("k_scale", "Hkv|1", (torch.float32,), optional=True),
+    Rule("v_scale", "Hkv|1", (torch.float32,), optional=True),
+)
+_BUFFERS = (
+    Rule("out", "T Hq Dv", ("q",), written=True),
+    Rule("lse", "Hq T", (torch.float32,), optional=True, written=True),
+)
+_PAGED = (
+    _QUERY,
+    Rule("k_cache", "pages page_size Hkv D", ("q", *QUANTISED)),
+    Rule("v_cache", "pages page_size Hkv Dv", ("k_cache",)),
+    _CU_SEQLENS_Q,
+    Rule("seqlens_k", "B", (torch.int32,)),
+    Rule("block_table", "B max_pages", (torch.int32,)),
+    *_OPTIONS,
+)
+_VARLEN = (
+    _QUERY,
+    Rule("k", "total_k Hkv D", ("q", *QUANTISED)),
+    Rule("v", "total_k Hkv Dv", ("k",)),
+    _CU_SEQLENS_Q,
+    Rule("cu_seqlens_k", "B+1", (torch.int32,)),
+    *_OPTIONS,
+)
+
+RULES: dict[str, tuple[Rule, ...]] = {
+    "paged_attention": _PAGED,
+    "paged_attention.out": (*_PAGED, *_BUFFERS),
+    "varlen_attention": _VARLEN,
+    "varlen_attention.out": (*_VARLEN, *_BUFFERS),
+    "append_kv": (
+        Rule("slot_mapping", "T", (torch.int64,)),
+        Rule("key", "T.. Hkv D", HALF),
+        Rule("value", "T.. Hkv Dv", ("key",)),
+        Rule("k_cache", "pages page_size Hkv D", ("key", *QUANTISED), written=True),
+        Rule("v_cache", "pages page_size Hkv Dv", ("k_cache",), written=True),
+        Rule("k_scale", "Hkv|1", (torch.float32,), optional=True),
+        Rule("v_scale", "Hkv|1", (torch.float32,), optional=True),
+    ),
+    "merge_states": (
+        Rule("out_a", "T Hq Dv", HALF),
+        Rule("lse_a", "Hq T", (torch.float32,)),
+        Rule("out_b", "T Hq Dv", ("out_a",)),
+        Rule("lse_b", "Hq T", (torch.float32,)),
+    ),
+}
+"""Operator and overload -> its tensors, in the order in which sizes are fixed."""
+
+_AT_LEAST_ONE = ("Hq", "Hkv", "D", "Dv", "page_size")
+
+
+def validate(op: str, arguments: Arguments) -> Sizes:
+    """The named sizes of a call of `op` (T, B, Hq, Hkv, D, Dv, page_size, ...); raises InvalidArgument."""
+    rules = RULES[op]
+    device = arguments[rules[0].argument].device
+    fixed: dict[str, tuple[int, str]] = {}
+    for rule in rules:
+        tensor = arguments[rule.argument]
+        if tensor is None and rule.optional:
+            continue
+        _check_shape(rule, tensor, fixed)
+        _check_dtype(rule, tensor, arguments)
+        if tensor.device != device:
+            rule_text = f"must be on {rules[0].argument}'s device, {device}"
+            raise InvalidArgument(rule.argument, rule_text, tensor.device)
+        _check_strides(rule, tensor)
+        if tensor.requires_grad and torch.is_grad_enabled():
+            rule_text = "must not require grad: pa_ops is inference only and has no backward; detach it or use no_grad()"
+            raise InvalidArgument(rule.argument, rule_text, "requires_grad=True")
+    _check_heads(fixed)
+    _check_scalars(arguments)
+    return {name: size for name, (size, _) in fixed.items()}
+
+
+def _check_shape(rule: Rule, tensor: Tensor, fixed: dict[str, tuple[int, str]]) -> None:
+    names = rule.dims.split()
+    if tensor.dim() != len(names):
+        raise InvalidArgument(
+            rule.argument, f"must have {len(names)} dimensions {rule.shape}", f"shape {list(tensor.shape)}"
+        )
+    for dim, (spelled, size) in enumerate(zip(names, tensor.shape, strict=True)):
+        name = spelled.removesuffix("+1").removesuffix("..").removesuffix("|1")
+        size = size - 1 if spelled.endswith("+1") else size
+        if size < 0:
+            raise InvalidArgument(rule.argument, f"must be {rule.shape}, at least one element", "none")
+        if name not in fixed:
+            if name in _AT_LEAST_ONE and size < 1:
+                raise InvalidArgument(rule.argument, f"{name} (dimension {dim}) must be >= 1", f"{list(tensor.shape)}")
+            fixed[name] = (size, rule.argument)
+            continue
+        want, origin = fixed[name]
+        if size == want or (spelled.endswith("..") and size > want) or (spelled.endswith("|1") and size == 1):
+            continue
+        need = f"{spelled} = {want + 1 if spelled.endswith('+1') else want}{spelled[len(name):].replace('+1', '')}"
+        raise InvalidArgument(
+            rule.argument,
+            f"must be {rule.shape} with {need} in dimension {dim} ({name} comes from {origin})",
+            f"shape {list(tensor.shape)}",
+        )
+
+
+def _check_dtype(rule: Rule, tensor: Tensor, arguments: Arguments) -> None:
+    accepted = [kind if isinstance(kind, torch.dtype) else arguments[kind].dtype for kind in rule.dtypes]
+    if tensor.dtype not in accepted:
+        spelled = ", ".join(
+            _word(dtype) if isinstance(kind, torch.dtype) else f"{_word(dtype)} (as {kind})"
+            for kind, dtype in zip(rule.dtypes, accepted, strict=True)
+        )
+        raise InvalidArgument(rule.argument, f"dtype must be one of {spelled}", _word(tensor.dtype))
+
+
+def _word(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def _check_strides(rule: Rule, tensor: Tensor) -> None:
+    shape, strides = tensor.shape, tensor.stride()
+    if shape[-1] > 1 and strides[-1] != 1:
+        raise InvalidArgument(rule.argument, "the last dimension must be dense (stride 1)", f"strides {list(strides)}")
+    if rule.written and any(size > 1 and stride == 0 for size, stride in zip(shape, strides, strict=True)):
+        raise InvalidArgument(
+            rule.argument, "is written, so no two elements may share memory (stride 0)", f"strides {list(strides)}"
+        )
+
+
+def _check_heads(fixed: dict[str, tuple[int, str]]) -> None:
+    if "Hq" in fixed and "Hkv" in fixed:
+        heads, (kv_heads, origin) = fixed["Hq"][0], fixed["Hkv"]
+        if heads % kv_heads:
+            raise InvalidArgument("q", f"Hq must be a multiple of {origin}'s Hkv = {kv_heads}", f"Hq = {heads}")
+
+
+def _check_scalars(arguments: Arguments) -> None:
+    scale = arguments.get("softmax_scale")
+    if scale is not None and not math.isfinite(scale):
+        raise InvalidArgument("softmax_scale", "must be finite", scale)
+    softcap = arguments.get("softcap", 0.0)
+    if not (math.isfinite(softcap) and softcap >= 0):
+        raise InvalidArgument("softcap", "must be finite and >= 0 (0 = off)", softcap)
+    if not -INT32_MAX <= arguments.get("sliding_window", 0) <= INT32_MAX:
+        raise InvalidArgument("sliding_window", "must fit 32 bits (<= 0 = off)", arguments["sliding_window"])
+    for bound in ("max_seqlen_q", "max_seqlen_k"):
+        value = arguments.get(bound)
+        if value is not None and value < 0:
+            raise InvalidArgument(bound, "must be >= 0, or left out", value)
