@@ -5,7 +5,7 @@ This is the only module that holds gates: selection, `explain`, errors and the c
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
 from pa_ops.capability import Capability, Feature, min_sm
@@ -169,30 +169,76 @@ def _heads(head_dim: int, head_dim_v: int) -> str:
     return str(head_dim) if head_dim == head_dim_v else f"{head_dim} (K) and {head_dim_v} (V)"
 
 
-def row_checks(entry: Entry, problem: Problem, capability: Capability) -> Iterator[Check]:
-    """Every gate of one row's own: what was fixed when it was compiled, and for which device."""
+def family_rejections(family: Family, problem: Problem, capability: Capability) -> tuple[Rejection, ...]:
+    """The gates that all rows of `family` share and that are not passed; the operator alone when that is another."""
+    failed = tuple(check.rejection() for check in family_checks(family, problem, capability) if not check.passed)
+    return failed[:1] if GATES[family].op is not problem.kernel_op else failed
+
+
+def row_rejections(entry: Entry, problem: Problem, capability: Capability) -> Iterator[Rejection]:
+    """The gates of one row's own that are not passed: what was fixed when it was compiled, and for which device."""
     spec = entry.spec
-    loads = any(target in capability.targets for target in entry.code_targets)
-    yield Check("code target", f"code that sm {capability.sm} loads", ", ".join(entry.code_targets), loads)
-    fits = entry.smem_bytes <= capability.smem_optin_bytes
-    need = f"{entry.smem_bytes} B of shared memory a block"
-    yield Check("shared memory", need, f"{capability.smem_optin_bytes} B", fits)
-    yield Check("row dtype", str(spec.dtype), str(problem.dtype), spec.dtype == problem.dtype)
-    yield Check("row cache dtype", str(spec.kv_dtype), str(problem.kv_dtype), spec.kv_dtype == problem.kv_dtype)
-    yield Check("row layout", str(spec.layout), str(problem.layout), spec.layout == problem.layout)
+    if spec.op is not problem.kernel_op:
+        return
+    if not any(target in capability.targets for target in entry.code_targets):
+        yield Rejection("code target", f"code that sm {capability.sm} loads", ", ".join(entry.code_targets))
+    if entry.smem_bytes > capability.smem_optin_bytes:
+        need = f"{entry.smem_bytes} B of shared memory a block"
+        yield Rejection("shared memory", need, f"{capability.smem_optin_bytes} B")
+    if spec.dtype is not problem.dtype:
+        yield Rejection("row dtype", str(spec.dtype), str(problem.dtype))
+    if spec.kv_dtype is not problem.kv_dtype:
+        yield Rejection("row cache dtype", str(spec.kv_dtype), str(problem.kv_dtype))
+    if spec.layout is not problem.layout:
+        yield Rejection("row layout", str(spec.layout), str(problem.layout))
     served = GATES[spec.family].masks[spec.mask]
-    yield Check("row mask", _words(served), str(problem.mask), problem.mask in served)
+    if problem.mask not in served:
+        yield Rejection("row mask", _words(served), str(problem.mask))
     pairs = ((spec.head_dim, problem.head_dim), (spec.head_dim_v, problem.head_dim_v))
-    fits = all(limit == 0 or head <= limit for limit, head in pairs)
-    need = f"at most {_heads(spec.head_dim, spec.head_dim_v)}" if any(limit for limit, _ in pairs) else "any"
-    yield Check("row head size", need, _heads(problem.head_dim, problem.head_dim_v), fits)
+    if any(limit and head > limit for limit, head in pairs):
+        need = f"at most {_heads(spec.head_dim, spec.head_dim_v)}"
+        yield Rejection("row head size", need, _heads(problem.head_dim, problem.head_dim_v))
 
 
 def rejections(entry: Entry, problem: Problem, capability: Capability) -> Iterator[Rejection]:
     """Why `entry` cannot serve `problem` on `capability`; nothing when it can. Sizes never appear."""
-    for check in (
-        *family_checks(entry.spec.family, problem, capability),
-        *row_checks(entry, problem, capability),
-    ):
-        if not check.passed:
-            yield check.rejection()
+    yield from family_rejections(entry.spec.family, problem, capability)
+    yield from row_rejections(entry, problem, capability)
+
+
+@dataclass(frozen=True)
+class Unsupported:
+    """A part of the problem domain that is declared to have no kernel, and why; anything else unserved is a hole."""
+
+    name: str
+    covers: Callable[[Problem, Capability], bool]
+    reason: str
+
+
+UNSUPPORTED: tuple[Unsupported, ...] = (
+    Unsupported(
+        "dtype",
+        lambda problem, _: problem.dtype not in (DType.FP16, DType.BF16),
+        "kernels compute in fp16 or bf16; the reference serves the other types on the CPU",
+    ),
+    Unsupported(
+        "quantised-cache",
+        lambda problem, _: problem.kv_dtype is not problem.dtype,
+        "kernels read K and V in the query's type; the reference serves quantised caches on the CPU",
+    ),
+    Unsupported(
+        "before-sm80",
+        lambda _, capability: Feature.CP_ASYNC not in capability.features,
+        "kernels begin at SM 8.0, where cp.async and mma.sync m16n8k16 do, and so does their compiler",
+    ),
+    Unsupported(
+        "unaligned",
+        lambda problem, _: problem.kernel_op is KernelOp.ATTN and not problem.aligned,
+        "cp.async moves 16 bytes at a time",
+    ),
+)
+
+
+def unsupported(problem: Problem, capability: Capability) -> Unsupported | None:
+    """The declared reason that no kernel serves `problem` on `capability`; None where one must."""
+    return next((item for item in UNSUPPORTED if item.covers(problem, capability)), None)

@@ -8,7 +8,15 @@ from dataclasses import dataclass, field, replace
 
 from pa_ops.capability import Capability
 from pa_ops.errors import InvalidArgument, NoInstance
-from pa_ops.families import Rejection, families_of, family_checks, rejections
+from pa_ops.families import (
+    Rejection,
+    attention_families,
+    families_of,
+    family_checks,
+    family_rejections,
+    rejections,
+    row_rejections,
+)
 from pa_ops.heuristics import cost
 from pa_ops.manifest import Entry
 from pa_ops.problem import Problem
@@ -29,10 +37,9 @@ __all__ = [
 AUTO = "auto"
 
 
-def _matches(word: str, entry: Entry) -> bool:
-    """Whether a user's word means the row: its family, the family's first words ("flash"), or its own name."""
-    family = str(entry.spec.family)
-    return word in (family, entry.name) or family.startswith(word + "_")
+def _means(word: str, family: Family) -> bool:
+    """Whether a user's word means the family: its name, or its first words ("flash")."""
+    return word == family or family.startswith(word + "_")
 
 
 @dataclass(frozen=True)
@@ -55,16 +62,21 @@ class Policy:
                 self.backend_source.rstrip("="), "must be 'auto' or a family name", repr(self.backend)
             )
 
+    def leaves(self, family: Family) -> bool:
+        """Whether the overrides leave the family in."""
+        asked = self.backend == AUTO or _means(self.backend, family) or self.backend.startswith(f"pa_attn_{family}_")
+        return asked and not any(_means(word, family) for word in self.disabled)
+
     def rejections(self, entry: Entry) -> Iterator[Rejection]:
         """Why the overrides take `entry` out; nothing when they do not."""
-        if entry.spec.op is not KernelOp.ATTN:
+        spec = entry.spec
+        if spec.op is not KernelOp.ATTN:
             return
-        family = str(entry.spec.family)
-        if self.backend != AUTO and not _matches(self.backend, entry):
-            yield Rejection("backend", f"{self.backend} ({self.backend_source})", family)
+        if self.backend not in (AUTO, entry.name) and not _means(self.backend, spec.family):
+            yield Rejection("backend", f"{self.backend} ({self.backend_source})", str(spec.family))
         for word in sorted(self.disabled):
-            if _matches(word, entry):
-                yield Rejection("backend", f"a family that PA_OPS_DISABLE={word} leaves in", family)
+            if _means(word, spec.family):
+                yield Rejection("backend", f"a family that PA_OPS_DISABLE={word} leaves in", str(spec.family))
 
     def __str__(self) -> str:
         disabled = ",".join(sorted(self.disabled)) or "unset"
@@ -108,8 +120,15 @@ def verdicts(
     entries: Iterable[Entry], problem: Problem, capability: Capability, policy: Policy = DEFAULT_POLICY
 ) -> tuple[Verdict, ...]:
     """The verdict on every row, sorted by name, then target."""
+    shared = {family: family_rejections(family, problem, capability) for family in Family}
     rows = sorted(entries, key=lambda entry: (entry.name, entry.target))
-    return tuple(Verdict(entry, (*rejections(entry, problem, capability), *policy.rejections(entry))) for entry in rows)
+    return tuple(
+        Verdict(
+            entry,
+            (*shared[entry.spec.family], *row_rejections(entry, problem, capability), *policy.rejections(entry)),
+        )
+        for entry in rows
+    )
 
 
 def select_entry(
@@ -155,25 +174,29 @@ def _refusal_text(looked_at: tuple[Verdict, ...], problem: Problem, capability: 
         lines.append(f"{family}:")
         lines += [f"  {'ok' if check.passed else 'NO'}  {check}" for check in checks]
         rows = [verdict for verdict in looked_at if verdict.entry.spec.family is family]
-        lines.append("  " + _rows_text(rows))
-        if all(check.passed for check in checks) and not any(_only_policy(verdict) for verdict in rows):
+        lines += [f"  {line}" for line in _rows_text(rows)]
+        missing = not any(_beyond_a_build(verdict) for verdict in rows)
+        if missing and policy.leaves(family) and all(check.passed for check in checks):
             pattern = _filter(family, problem)
             lines.append(f"  build what is missing: pa-ops build --arch {capability.build_target} --filter '{pattern}'")
     if problem.kernel_op is KernelOp.ATTN:
-        lines.append(f"overrides: {policy}")
+        lines.append(f"overrides: {policy}; families: {', '.join(attention_families())}")
     return "\n".join(lines)
 
 
-def _rows_text(rows: list[Verdict]) -> str:
+def _rows_text(rows: list[Verdict]) -> list[str]:
+    """How many rows there are, how many each gate rejects, and the row with the fewest reasons."""
     if not rows:
-        return "rows: none is built"
-    counts = Counter(gate for verdict in rows for gate in {str(reason) for reason in verdict.reasons})
-    told = "; ".join(f"{reason} ({count} of {len(rows)})" for reason, count in sorted(counts.items()))
-    return f"rows: {len(rows)}, each with a reason: {told}"
+        return ["rows: none is built"]
+    counts = Counter(gate for verdict in rows for gate in {reason.gate for reason in verdict.reasons})
+    told = ", ".join(f"{gate} {count}" for gate, count in sorted(counts.items()))
+    nearest = min(rows, key=lambda verdict: (len(verdict.reasons), verdict.entry.name, verdict.entry.target))
+    return [f"rows: {len(rows)}, rejected by {told}", f"nearest row: {nearest}"]
 
 
-def _only_policy(verdict: Verdict) -> bool:
-    return all(reason.gate == "backend" for reason in verdict.reasons)
+def _beyond_a_build(verdict: Verdict) -> bool:
+    """Whether the row that fits is there and something other than a missing build keeps it out."""
+    return all(reason.gate in ("backend", "shared memory") for reason in verdict.reasons)
 
 
 def _filter(family: Family, problem: Problem) -> str:

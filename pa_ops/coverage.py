@@ -1,0 +1,264 @@
+"""Turns declared kernels, manifests, and test and bench evidence into one row per kernel and target, and the holes.
+
+Everything here is a pure join: files are read by `load_evidence` alone, and nothing is compiled or launched.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import product
+from pathlib import Path
+from typing import Protocol
+
+from pa_ops.capability import MODELS, Capability
+from pa_ops.errors import InvalidArgument, NoInstance
+from pa_ops.families import unsupported
+from pa_ops.manifest import Entry, Manifest
+from pa_ops.problem import Problem
+from pa_ops.selection import select_entry
+from pa_ops.spec import DType, InstanceSpec, Mask, Op, Word
+
+Key = tuple[str, str]  # instance name, target
+
+HEAD_DIMS = (8, 40, 64, 72, 96, 104, 128, 136, 256)  # both sides of every row's head size, and the ends
+DTYPES = (DType.FP16, DType.BF16, DType.FP32)
+CACHE_DTYPES = (None, DType.E4M3FN, DType.INT8)  # None: the query's
+
+
+class State(Word):
+    """How far a kernel has come for one target."""
+
+    REFUSED = "refused"
+    DECLARED = "declared"
+    GENERATED = "generated"
+    COMPILED = "compiled"
+    STALE = "stale"
+    TESTED = "tested"
+    BENCHMARKED = "benchmarked"
+
+
+class Refused(Protocol):
+    """A kernel that is declared not to exist for a target, and why."""
+
+    @property
+    def spec(self) -> InstanceSpec: ...
+
+    @property
+    def target(self) -> str: ...
+
+    @property
+    def reason(self) -> str: ...
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """What a run on a card showed of one instance; tests: how many passed, worst_error: largest absolute error."""
+
+    digest: str
+    tests: int = 0
+    worst_error: float | None = None
+    commit: str = ""
+    card: str = ""
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """What is joined. Names are instance names.
+
+    declared: kernels that a full build makes; refused: kernels that it does not; manifests: what was built; sources:
+    rendered sources; digests: what a build made now would record; tests, bench: evidence by name.
+    """
+
+    declared: Sequence[tuple[InstanceSpec, str]]
+    refused: Sequence[Refused] = ()
+    manifests: Sequence[Manifest] = ()
+    sources: frozenset[Key] = frozenset()
+    digests: Mapping[Key, str] = field(default_factory=dict)
+    tests: Mapping[str, Evidence] = field(default_factory=dict)
+    bench: Mapping[str, Evidence] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One kernel for one target: its state, why, and what the compiler and the tests said (bytes, seconds)."""
+
+    name: str
+    target: str
+    state: State
+    reason: str = ""
+    reachable: bool = False
+    registers: int = 0
+    spill_bytes: int = 0
+    smem_bytes: int = 0
+    object_bytes: int = 0
+    compile_seconds: float = 0.0
+    tests: int = 0
+    worst_error: float | None = None
+    commit: str = ""
+    card: str = ""
+
+
+@dataclass(frozen=True)
+class Hole:
+    """A problem of the declared domain that no row serves on an SM and that is not declared unsupported."""
+
+    problem: Problem
+    sm: int
+    reason: str
+
+
+@dataclass(frozen=True)
+class Coverage:
+    """The report: a cell per kernel and target, sorted; holes; unreachable kernels that are not refused."""
+
+    cells: tuple[Cell, ...]
+    holes: tuple[Hole, ...]
+
+    @property
+    def unreachable(self) -> tuple[Cell, ...]:
+        """Declared kernels that selection never picks."""
+        return tuple(cell for cell in self.cells if not cell.reachable and cell.state is not State.REFUSED)
+
+    def count(self, state: State) -> int:
+        """Cells in `state`."""
+        return sum(cell.state is state for cell in self.cells)
+
+
+def domain() -> Iterator[Problem]:
+    """The declared problem domain: every operator, type, mask and option, at the head sizes where rows change."""
+    for op, dtype, kv_dtype, head_dim in product(Op, DTYPES, CACHE_DTYPES, HEAD_DIMS):
+        if op is Op.MERGE_STATES and kv_dtype is not None:
+            continue
+        attends = op in (Op.PAGED_ATTENTION, Op.VARLEN_ATTENTION)
+        for mask, extras in product(Mask if attends else (Mask.FULL,), (False, True) if attends else (False,)):
+            yield Problem(
+                op=op,
+                dtype=dtype,
+                kv_dtype=kv_dtype or dtype,
+                head_dim=head_dim,
+                causal=mask is not Mask.FULL,
+                window=mask is Mask.WINDOW,
+                softcap=extras,
+                sinks=extras,
+            )
+
+
+def survey(entries: Iterable[Entry], sms: Iterable[int] = tuple(MODELS)) -> tuple[frozenset[Key], tuple[Hole, ...]]:
+    """The rows that selection picks for some problem of the domain on some SM, and the problems that it cannot serve.
+
+    A hole is told once, for the oldest SM that shows it; problems that are declared unsupported are no holes.
+    """
+    rows = tuple(entries)
+    reached: set[Key] = set()
+    holes: dict[Problem, Hole] = {}
+    for sm in sorted(sms):
+        capability = Capability.of_sm(sm)
+        loadable = [row for row in rows if not set(row.code_targets).isdisjoint(capability.targets)]
+        for problem in domain():
+            if unsupported(problem, capability) is not None:
+                continue
+            try:
+                entry = select_entry(loadable, problem, capability).entry
+            except NoInstance as error:
+                holes.setdefault(problem, Hole(problem, sm, str(error)))
+            else:
+                reached.add((entry.name, entry.target))
+    return frozenset(reached), tuple(holes.values())
+
+
+def cover(inputs: Inputs) -> Coverage:
+    """Join everything: a cell for each declared, refused or built kernel and target, and the holes of what is declared.
+
+    Raises InvalidArgument when a kernel is both declared and refused for one target.
+    """
+    declared = {(spec.name, target): Entry.declared(spec, target) for spec, target in inputs.declared}
+    refused = {(item.spec.name, item.target): item for item in inputs.refused}
+    both = sorted(declared.keys() & refused.keys())
+    if both:
+        raise InvalidArgument("coverage", "a kernel is declared or refused for a target", f"both for {both[0]}")
+    built = {(entry.name, entry.target): entry for manifest in inputs.manifests for entry in manifest.entries}
+    reached, holes = survey(declared.values())
+    digests = {entry.digest for entry in built.values()}
+    cells = []
+    for key in sorted({*declared, *refused, *built}):
+        if key in built:
+            cells.append(_built_cell(built[key], inputs, reached, declared, digests))
+        elif key in declared:
+            state = State.GENERATED if key in inputs.sources else State.DECLARED
+            smem_bytes = declared[key].smem_bytes
+            cells.append(Cell(*key, state, reachable=key in reached, smem_bytes=smem_bytes))
+        else:
+            cells.append(Cell(*key, State.REFUSED, refused[key].reason))
+    return Coverage(tuple(cells), holes)
+
+
+def _built_cell(
+    entry: Entry, inputs: Inputs, reached: frozenset[Key], declared: Mapping[Key, Entry], digests: set[str]
+) -> Cell:
+    key = (entry.name, entry.target)
+    tests, bench = inputs.tests.get(entry.name), inputs.bench.get(entry.name)
+    state, reason = _built_state(entry, inputs.digests.get(key), tests, bench, digests)
+    if key not in declared:
+        state, reason = State.STALE, "built, and no longer declared"
+    mine = tests if tests is not None and tests.digest == entry.digest else Evidence("")
+    return Cell(
+        entry.name,
+        entry.target,
+        state,
+        reason,
+        key in reached,
+        entry.registers,
+        entry.spill_bytes,
+        entry.smem_bytes,
+        entry.object_bytes,
+        entry.compile_seconds,
+        mine.tests,
+        mine.worst_error,
+        mine.commit,
+        mine.card,
+    )
+
+
+def _built_state(
+    entry: Entry, expected: str | None, tests: Evidence | None, bench: Evidence | None, digests: set[str]
+) -> tuple[State, str]:
+    """The state of a built kernel: evidence counts for the very digest that it was gathered on."""
+    if expected is not None and expected != entry.digest:
+        return State.STALE, f"built from {entry.digest[:12]}, its sources are now {expected[:12]}"
+    if tests is None or not tests.tests:
+        return State.COMPILED, ""
+    if tests.digest == entry.digest:
+        timed = bench is not None and bench.digest == entry.digest
+        return (State.BENCHMARKED if timed else State.TESTED), ""
+    if tests.digest in digests:
+        return State.COMPILED, ""  # the evidence belongs to the same kernel built for another target
+    return State.STALE, f"tests ran on {tests.digest[:12]}, built is {entry.digest[:12]}"
+
+
+def load_evidence(path: str | Path) -> dict[str, Evidence]:
+    """Evidence by instance name from a JSON file; empty where there is no file.
+
+    Raises InvalidArgument naming the file and the row that is not {"digest", "tests", "worst_error", "commit", "card"}.
+    """
+    file = Path(path)
+    if not file.exists():
+        return {}
+    try:
+        document = json.loads(file.read_text(encoding="utf-8"))
+    except json.JSONDecodeError as error:
+        raise InvalidArgument(str(file), "must be JSON", str(error)) from None
+    if not isinstance(document, dict):
+        raise InvalidArgument(str(file), "must be a JSON object by instance name", type(document).__name__)
+    return {name: _evidence(f"{file} {name}", row) for name, row in document.items()}
+
+
+def _evidence(where: str, row: object) -> Evidence:
+    known = Evidence.__dataclass_fields__
+    if not isinstance(row, dict) or not isinstance(row.get("digest"), str):
+        raise InvalidArgument(where, "must be an object with a digest", repr(row))
+    tests = row.get("tests", 0)
+    if isinstance(tests, bool) or not isinstance(tests, int) or tests < 0:
+        raise InvalidArgument(f"{where} tests", "must be an integer >= 0", repr(tests))
+    return Evidence(**{key: value for key, value in row.items() if key in known})
