@@ -1,0 +1,1 @@
+"""Two real models that run on pa_ops: what `./run demo` shows."""
