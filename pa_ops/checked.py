@@ -6,6 +6,8 @@ nothing is checked, while a CUDA graph is being captured. Shapes and dtypes must
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 from torch import Tensor
 
 from pa_ops.checks import Arguments
@@ -34,7 +36,7 @@ def _lengths(argument: str, cu_seqlens: Tensor, total: int, owner: str, *, padde
     ends: list[int] = cu_seqlens.tolist()
     if ends[0] != 0:
         raise InvalidArgument(argument, "must start at 0", f"{argument}[0] = {ends[0]}")
-    lengths = [stop - start for start, stop in zip(ends, ends[1:], strict=False)]
+    lengths = [stop - start for start, stop in pairwise(ends)]
     for sequence, length in enumerate(lengths):
         if length < 0:
             got = f"{argument}[{sequence}:{sequence + 2}] = {ends[sequence : sequence + 2]}"

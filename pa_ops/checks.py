@@ -1,4 +1,4 @@
-"""Turns the arguments of a call into their named sizes, or into an error that names the argument, the rule and the value.
+"""Turns the arguments of a call into named sizes, or into an error: the argument, the rule, the value.
 
 Only what the host knows is looked at: shapes, dtypes, devices, strides and scalars. A table has one row per tensor;
 `pa_ops.checked` adds the values that live on the device.
@@ -115,7 +115,9 @@ def validate(op: str, arguments: Arguments) -> Sizes:
             raise InvalidArgument(rule.argument, rule_text, tensor.device)
         _check_strides(rule, tensor)
         if tensor.requires_grad and torch.is_grad_enabled():
-            rule_text = "must not require grad: pa_ops is inference only and has no backward; detach it or use no_grad()"
+            rule_text = (
+                "must not require grad: pa_ops is inference only and has no backward; detach it or use no_grad()"
+            )
             raise InvalidArgument(rule.argument, rule_text, "requires_grad=True")
     _check_heads(fixed)
     _check_scalars(arguments)
@@ -141,7 +143,7 @@ def _check_shape(rule: Rule, tensor: Tensor, fixed: dict[str, tuple[int, str]]) 
         want, origin = fixed[name]
         if size == want or (spelled.endswith("..") and size > want) or (spelled.endswith("|1") and size == 1):
             continue
-        need = f"{spelled} = {want + 1 if spelled.endswith('+1') else want}{spelled[len(name):].replace('+1', '')}"
+        need = f"{spelled} = {want + 1 if spelled.endswith('+1') else want}{spelled[len(name) :].replace('+1', '')}"
         raise InvalidArgument(
             rule.argument,
             f"must be {rule.shape} with {need} in dimension {dim} ({name} comes from {origin})",

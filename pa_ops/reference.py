@@ -131,9 +131,10 @@ def append_kv(
     k_scale: Tensor | None = None,
     v_scale: Tensor | None = None,
 ) -> None:
-    """Stores row t of key [T, Hkv, D] and value [T, Hkv, Dv] into the flat slot slot_mapping[t] of caches of any stride.
+    """Stores row t of key [T, Hkv, D] and value [T, Hkv, Dv] into the flat slot slot_mapping[t] of the caches.
 
-    T is slot_mapping's; a slot outside the caches (-1 above all) is not stored. Quantised caches hold value / scale.
+    Caches have any strides. T is slot_mapping's; a slot outside the caches (-1 above all) is not stored.
+    Quantised caches hold value / scale.
     """
     pages, page_size = k_cache.shape[:2]
     tokens = ((slot_mapping >= 0) & (slot_mapping < pages * page_size)).nonzero().flatten()
@@ -175,9 +176,7 @@ def dequantise(stored: Tensor, scale: Tensor | None) -> Tensor:
     return stored.float() if scale is None else stored.float() * scale.float().reshape(-1, 1)
 
 
-def _scores(
-    q: Tensor, scale: float | None, causal: bool, window: int, softcap: float, sinks: Tensor | None
-) -> Scores:
+def _scores(q: Tensor, scale: float | None, causal: bool, window: int, softcap: float, sinks: Tensor | None) -> Scores:
     return Scores(q.shape[-1] ** -0.5 if scale is None else scale, causal, window, softcap, sinks)
 
 
@@ -214,9 +213,7 @@ def _gather(
     return Keys(rows(k_cache, k_scale), rows(v_cache, v_scale), mapped.repeat_interleave(page_size)[:count])
 
 
-def _attend(
-    q: Tensor, keys: Keys, rows: range, length: int, scores: Scores, out: Tensor, lse: Tensor
-) -> None:
+def _attend(q: Tensor, keys: Keys, rows: range, length: int, scores: Scores, out: Tensor, lse: Tensor) -> None:
     """Writes the rows of one sequence of `length` tokens; the last query row stands at position length - 1."""
     step = max(1, SCORES_PER_CHUNK // max(1, q.shape[1] * keys.k.shape[0]))
     for start in range(rows.start, rows.stop, step):

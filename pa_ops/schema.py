@@ -1,6 +1,15 @@
-"""Turns the public surface into torch.library schema strings: one table, from which operators are defined."""
+"""Turns the public surface into torch.library schema strings, one table, and calls into arguments by name."""
 
 from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+import torch
+
+NAMESPACE = "pa_ops"
 
 _OPTIONS = (
     "float? softmax_scale=None, bool causal=True, int sliding_window=0, float softcap=0.0, Tensor? sinks=None, "
@@ -23,3 +32,35 @@ SCHEMAS: dict[str, str] = {
     "merge_states": "(Tensor out_a, Tensor lse_a, Tensor out_b, Tensor lse_b) -> (Tensor out, Tensor lse)",
 }
 """Operator and overload -> its arguments and results."""
+
+
+def base_of(op: str) -> str:
+    """The operator without its overload: paged_attention.out -> paged_attention."""
+    return op.partition(".")[0]
+
+
+def writes_buffers(op: str) -> bool:
+    """Whether the caller brings the results' memory."""
+    return op.endswith(".out")
+
+
+@dataclass(frozen=True)
+class Signature:
+    """An operator's argument names in order, and the defaults of those that may be left out."""
+
+    names: tuple[str, ...]
+    defaults: dict[str, Any]
+
+    def bind(self, args: Sequence[Any], kwargs: dict[str, Any]) -> dict[str, Any]:
+        """Every argument by name, defaults filled in; the dispatcher has checked that the rest is there."""
+        return {**self.defaults, **dict(zip(self.names, args, strict=False)), **kwargs}
+
+
+@cache
+def signature(op: str) -> Signature:
+    """The signature of a key of SCHEMAS, as PyTorch parses it."""
+    arguments = torch._C.parse_schema(f"{NAMESPACE}::{op}{SCHEMAS[op]}").arguments
+    return Signature(
+        tuple(argument.name for argument in arguments),
+        {argument.name: argument.default_value for argument in arguments if argument.has_default_value()},
+    )

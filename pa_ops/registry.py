@@ -1,0 +1,111 @@
+"""Turns a CUDA device into the kernels that it can load, the one that serves a problem, and its callable."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from pa_ops.capability import Capability
+from pa_ops.environment import settings
+from pa_ops.errors import InvalidArgument
+from pa_ops.homes import Product, home, products
+from pa_ops.manifest import Entry
+from pa_ops.overrides import policy
+from pa_ops.problem import Problem
+from pa_ops.selection import AUTO, Selection, select_entry
+
+Kernel = Callable[..., None]
+
+
+class Registry:
+    """The built kernels of one device: the best target first, where several hold a kernel of the same name."""
+
+    def __init__(self, capability: Capability, root: Path) -> None:
+        self.capability = capability
+        self.root = root
+        self._owners: dict[str, tuple[Entry, Product]] = {}
+        for product in products(capability.targets, root=root):
+            for entry in product.manifest.entries:
+                self._owners.setdefault(entry.name, (entry, product))
+        self.entries: tuple[Entry, ...] = tuple(entry for entry, _ in self._owners.values())
+        self._selections: dict[tuple[object, ...], Selection] = {}
+        self._kernels: dict[str, Kernel] = {}
+        self._libraries: dict[Path, Any] = {}
+
+    def select(self, problem: Problem, backend: str = AUTO) -> Selection:
+        """The kernel that serves `problem` under the overrides in force; raises NoInstance with every reason."""
+        chosen = policy(backend)
+        key = (problem.facts, size_class(problem), chosen)
+        found = self._selections.get(key)
+        if found is None:
+            found = self._selections[key] = select_entry(self.entries, problem, self.capability, chosen)
+        return found
+
+    def kernel(self, entry: Entry) -> Kernel:
+        """The callable of `entry`, out of its library, whose sha256 must be the manifest's."""
+        found = self._kernels.get(entry.name)
+        if found is None:
+            _, product = self._owners[entry.name]
+            if product.library not in self._libraries:
+                self._libraries[product.library] = _load(product)
+            found = self._kernels[entry.name] = self._libraries[product.library][entry.symbol]
+        return found
+
+
+def size_class(problem: Problem) -> tuple[int, int, int, int]:
+    """Sizes to the power of two: what may rank kernels, and few enough values to cache by."""
+    max_q = -1 if problem.max_q is None else problem.max_q.bit_length()
+    max_k = -1 if problem.max_k is None else problem.max_k.bit_length()
+    return problem.batch.bit_length(), problem.tokens.bit_length(), max_q, max_k
+
+
+def _load(product: Product) -> Any:
+    digest = hashlib.sha256(product.library.read_bytes()).hexdigest()
+    if digest != product.manifest.library_sha256:
+        rule = f"must be the library that {product.manifest.target}'s manifest was written for; build again"
+        raise InvalidArgument(str(product.library), rule, f"sha256 {digest}")
+    import tvm_ffi  # at the first CUDA call, not at import
+
+    return tvm_ffi.load_module(str(product.library))
+
+
+@lru_cache(maxsize=64)
+def capability_of(index: int) -> Capability:
+    """What the CUDA device `index` can do, as its driver tells."""
+    properties = torch.cuda.get_device_properties(index)
+    return Capability(
+        sm=10 * properties.major + properties.minor,
+        smem_optin_bytes=properties.shared_memory_per_block_optin,  # type: ignore[attr-defined]
+        num_sms=properties.multi_processor_count,
+    )
+
+
+def for_device(index: int) -> Registry:
+    """The kernels of the CUDA device `index`; read once for each product home."""
+    return for_capability(capability_of(index))
+
+
+def for_capability(capability: Capability) -> Registry:
+    """The kernels that a device of `capability` would load; needs no GPU until a kernel is asked for."""
+    return _registry(capability, home())
+
+
+@lru_cache(maxsize=64)
+def _registry(capability: Capability, root: Path) -> Registry:
+    return Registry(capability, root)
+
+
+def current_capability() -> Capability:
+    """The device to answer for when none is named: PA_OPS_SM, else the current CUDA device; raises InvalidArgument."""
+    sm = settings().sm
+    if sm is not None:
+        return Capability.of_sm(sm)
+    if torch.cuda.is_available():
+        return capability_of(torch.cuda.current_device())
+    rule = "no GPU is here, so name one: a pa_ops.Capability, an SM number, or PA_OPS_SM"
+    raise InvalidArgument("device", rule, None)
