@@ -1,0 +1,85 @@
+"""Turns a product home and a target into the paths of a build: sources, objects, library, manifest."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+from pa_ops.manifest import FILE_NAME
+
+LIBRARY = "libpa_ops.so"
+TEMPORARY = ".part"  # every unfinished file ends so; the next build removes it
+
+
+@dataclass(frozen=True)
+class Layout:
+    """The folders and files of one target's products below `root`."""
+
+    root: Path
+
+    @property
+    def sources(self) -> Path:
+        """Rendered instances."""
+        return self.root / "src"
+
+    @property
+    def objects(self) -> Path:
+        """Objects and their facts."""
+        return self.root / "obj"
+
+    @property
+    def library(self) -> Path:
+        """The linked product."""
+        return self.root / LIBRARY
+
+    @property
+    def manifest(self) -> Path:
+        """What the library holds; written last."""
+        return self.root / FILE_NAME
+
+    @property
+    def link(self) -> Path:
+        """Inputs of the link that are not objects: support source, version script, response file."""
+        return self.root / "link"
+
+    @property
+    def lock(self) -> Path:
+        """Held by the one build that may write here."""
+        return self.root / ".lock"
+
+    def source(self, name: str) -> Path:
+        """The rendered source of an instance."""
+        return self.sources / f"{name}.py"
+
+    def object(self, name: str) -> Path:
+        """The compiled object of an instance."""
+        return self.objects / f"{name}.o"
+
+    def facts(self, name: str) -> Path:
+        """The facts beside an object; they exist only when it is complete."""
+        return self.objects / f"{name}.json"
+
+    def failure(self, name: str) -> Path:
+        """Why an instance did not compile."""
+        return self.objects / f"{name}.error"
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Replace `path` by `text` in one step, so that a reader or a crash sees the old file or the new one."""
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f"{path.name}.", suffix=TEMPORARY)
+    with os.fdopen(handle, "w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    os.chmod(temporary, 0o644)
+    os.replace(temporary, path)
+
+
+def write_if_changed(path: Path, text: str) -> bool:
+    """Write `text` unless the file holds it already; says whether it wrote."""
+    if path.is_file() and path.read_text(encoding="utf-8") == text:
+        return False
+    write_atomically(path, text)
+    return True

@@ -1,0 +1,170 @@
+"""Turns axes, presets and exclusion rules, all data, into the sorted list of kernels that exist."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import product
+
+from pa_ops.capability import Capability, parse_target
+from pa_ops.errors import InvalidArgument
+from pa_ops.spec import DType, Family, InstanceSpec, KernelOp, Layout, Mask, Tile
+
+from .targets import DECLARED_TARGETS
+
+RUN_TIME = 0  # a head size or tile extent that the kernel takes as an argument
+HELPER_TILE = Tile(0, 0, 0, 4)
+
+# Tile of each head size. Shared memory: 48, 60 and 80 KiB at 64, 96 and 128; 96 KiB at 256, just inside the 99 KiB
+# that a block may have on SM 8.6, 8.9 and 12.x, which is why m halves there.
+FLASH_SM80_TILES: dict[int, Tile] = {
+    64: Tile(128, 64, 1, 4),
+    96: Tile(128, 64, 1, 4),
+    128: Tile(128, 64, 1, 4),
+    256: Tile(64, 64, 1, 4),
+}
+DTYPES: tuple[DType, ...] = (DType.FP16, DType.BF16)
+KV_DTYPES: tuple[DType, ...] = (DType.FP16, DType.BF16, DType.E4M3FN, DType.E5M2, DType.INT8)
+
+
+@dataclass(frozen=True)
+class Cell:
+    """What a preset asks of an attention family: head size, layout of K and V, mask."""
+
+    head_dim: int
+    layout: Layout
+    mask: Mask
+
+
+@dataclass(frozen=True)
+class Preset:
+    """A named choice of attention cells; `targets` are what it builds when the user names none (empty: the GPU's)."""
+
+    name: str
+    title: str
+    cells: tuple[Cell, ...]
+    targets: tuple[str, ...] = ()
+
+
+def _grid(head_dims: Iterable[int], layouts: Iterable[Layout], masks: Iterable[Mask]) -> tuple[Cell, ...]:
+    return tuple(Cell(*point) for point in product(head_dims, layouts, masks))
+
+
+_SMOKE = (
+    *_grid((64,), (Layout.DENSE,), (Mask.FULL, Mask.CAUSAL)),
+    *_grid((64,), (Layout.GATHER,), (Mask.CAUSAL, Mask.WINDOW)),
+    *_grid((128,), (Layout.DENSE, Layout.GATHER), (Mask.CAUSAL,)),
+)
+_SERVING = _grid(FLASH_SM80_TILES, Layout, Mask)
+PRESETS: dict[str, Preset] = {
+    preset.name: preset
+    for preset in (
+        Preset("smoke", "head sizes 64 and 128, the masks that the demo and a first test need", _SMOKE),
+        Preset("serving", "every head size, layout and mask, for the GPU that is here", _SERVING),
+        Preset("full", "serving, for every architecture", _SERVING, DECLARED_TARGETS),
+    )
+}
+DEFAULT_PRESET = "serving"
+
+
+@dataclass(frozen=True)
+class Rule:
+    """One exclusion: the candidates that it refuses, and the sentence that says why."""
+
+    name: str
+    refuses: Callable[[InstanceSpec, str], bool]
+    reason: str
+
+
+@dataclass(frozen=True, order=True)
+class Refusal:
+    """A candidate that no build makes for `target`, with the rule's name and reason."""
+
+    spec: InstanceSpec
+    target: str
+    rule: str
+    reason: str
+
+
+def _smem_limit(target: str) -> int:
+    """The least opt-in shared memory, in bytes, of the devices that `target` code loads on."""
+    loads = [c for sm in _KNOWN_SMS if target in (c := Capability.of_sm(sm)).targets]
+    return min((c.smem_optin_bytes for c in loads), default=0)
+
+
+_KNOWN_SMS = (80, 86, 87, 89, 90, 100, 103, 110, 120, 121)
+RULES: tuple[Rule, ...] = (
+    Rule(
+        "kv-dtype",
+        lambda spec, _: spec.kv_dtype is not spec.dtype,
+        "kernels read K and V in the query's dtype; quantised caches are served by the reference only",
+    ),
+    Rule(
+        "before-sm80",
+        lambda _, target: parse_target(target) < 80,
+        "cp.async and mma.sync m16n8k16 begin at SM 8.0, and so does the DSL that compiles the templates",
+    ),
+    Rule(
+        "shared-memory",
+        lambda spec, target: spec.smem_bytes > _smem_limit(target),
+        "the tiles need more shared memory than a block may have on some device that loads this target",
+    ),
+)
+
+
+def _attention(cells: Sequence[Cell]) -> Iterator[InstanceSpec]:
+    for cell, dtype, kv_dtype in product(cells, DTYPES, KV_DTYPES):
+        yield InstanceSpec(
+            op=KernelOp.ATTN,
+            family=Family.FLASH_SM80,
+            dtype=dtype,
+            kv_dtype=kv_dtype,
+            head_dim=cell.head_dim,
+            head_dim_v=cell.head_dim,
+            layout=cell.layout,
+            mask=cell.mask,
+            tile=FLASH_SM80_TILES[cell.head_dim],
+        )
+
+
+_HELPERS = (
+    (KernelOp.APPEND_KV, Family.APPEND, Layout.GATHER),
+    (KernelOp.MERGE_STATES, Family.MERGE, Layout.DENSE),
+)
+
+
+def _helpers() -> Iterator[InstanceSpec]:
+    for (op, family, layout), dtype in product(_HELPERS, DTYPES):
+        yield InstanceSpec(op, family, dtype, dtype, RUN_TIME, RUN_TIME, layout, Mask.FULL, HELPER_TILE)
+
+
+def preset_of(name: str) -> Preset:
+    """The preset called `name`; raises InvalidArgument listing those that exist."""
+    if name not in PRESETS:
+        raise InvalidArgument("preset", "must be one of " + ", ".join(PRESETS), repr(name))
+    return PRESETS[name]
+
+
+def candidates(preset: str) -> tuple[InstanceSpec, ...]:
+    """The whole product of a preset's axes, sorted by name, before any rule."""
+    specs = (*_attention(preset_of(preset).cells), *_helpers())
+    return tuple(sorted(specs, key=lambda spec: spec.name))
+
+
+def refusal(spec: InstanceSpec, target: str) -> Refusal | None:
+    """The first rule that excludes `spec` from `target`, None when it is built."""
+    for rule in RULES:
+        if rule.refuses(spec, target):
+            return Refusal(spec, target, rule.name, rule.reason)
+    return None
+
+
+def declared(preset: str = "full", archs: Sequence[str] = DECLARED_TARGETS) -> tuple[InstanceSpec, ...]:
+    """The kernels that a preset builds for at least one of the targets `archs`, sorted by name."""
+    return tuple(spec for spec in candidates(preset) if any(refusal(spec, target) is None for target in archs))
+
+
+def refusals(preset: str = "full", archs: Sequence[str] = DECLARED_TARGETS) -> tuple[Refusal, ...]:
+    """Every candidate that some target of `archs` does not get, with the reason."""
+    pairs = product(candidates(preset), archs)
+    return tuple(found for spec, target in pairs if (found := refusal(spec, target)) is not None)

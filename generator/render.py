@@ -1,0 +1,57 @@
+"""Turns a spec and its family's template into a source file that a person can read, diff and hash."""
+
+from __future__ import annotations
+
+import importlib.util
+from functools import lru_cache
+from pathlib import Path
+
+from jinja2 import Environment, FileSystemLoader, StrictUndefined, TemplateError, TemplateSyntaxError
+
+from pa_ops.errors import BuildError
+from pa_ops.spec import InstanceSpec
+
+LINE_STATEMENT = "# %"
+
+
+@lru_cache(maxsize=1)
+def template_folder() -> Path:
+    """Where the templates of this installation lie."""
+    spec = importlib.util.find_spec("pa_ops.templates")
+    if spec is None or spec.origin is None:
+        raise FileNotFoundError("the package pa_ops.templates is not installed")
+    return Path(spec.origin).parent
+
+
+def template_name(spec: InstanceSpec) -> str:
+    """The file that a spec is rendered from."""
+    return f"{spec.family}.py.j2"
+
+
+class Renderer:
+    """The templates of one folder; statements hide in comments, and an undefined name is an error."""
+
+    def __init__(self, folder: Path | None = None) -> None:
+        self.folder = folder or template_folder()
+        self._environment = Environment(
+            loader=FileSystemLoader(self.folder),
+            line_statement_prefix=LINE_STATEMENT,
+            undefined=StrictUndefined,
+            keep_trailing_newline=True,
+            autoescape=False,
+        )
+
+    def template_text(self, spec: InstanceSpec) -> str:
+        """The template as written."""
+        try:
+            return (self.folder / template_name(spec)).read_text(encoding="utf-8")
+        except FileNotFoundError:
+            raise BuildError(spec.name, "render", f"no template {template_name(spec)} in {self.folder}") from None
+
+    def render(self, spec: InstanceSpec) -> str:
+        """The source of one instance; raises BuildError with the template's line where it cannot be rendered."""
+        try:
+            return self._environment.get_template(template_name(spec)).render(spec=spec)
+        except TemplateError as error:
+            line = f", line {error.lineno}" if isinstance(error, TemplateSyntaxError) else ""
+            raise BuildError(spec.name, f"render {template_name(spec)}{line}", f"{error}") from error

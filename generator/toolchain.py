@@ -1,0 +1,175 @@
+"""Turns what is installed into the tools and libraries that a build uses, with their versions."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from importlib import metadata
+from pathlib import Path
+
+from pa_ops.errors import PaOpsError
+
+DSL_PACKAGE = "nvidia_cutlass_dsl"
+DIALECT_RUNTIME = "libcuda_dialect_runtime_static.a"
+CUDA_RUNTIME = "libcudart_static.a"
+CUDA_MAJORS = (12, 13)
+
+
+class ToolchainError(PaOpsError):
+    """A tool that a build needs is not installed; the text names it and the way to get it."""
+
+
+@dataclass(frozen=True)
+class Missing:
+    """What a search found nothing for, and what would help."""
+
+    what: str
+    remedy: str
+
+    def error(self) -> ToolchainError:
+        """The exception that says so."""
+        return ToolchainError(f"{self.what} not found; {self.remedy}")
+
+
+NO_DSL = Missing("the CuTe DSL", "pip install nvidia-cutlass-dsl==4.8.1")
+NO_DIALECT = Missing(DIALECT_RUNTIME, "it comes with nvidia-cutlass-dsl 4.8 or newer: pip install nvidia-cutlass-dsl")
+NO_RUNTIME = Missing(CUDA_RUNTIME, "pip install nvidia-cuda-runtime-cu12, or set CUDA_HOME to a CUDA toolkit")
+NO_TVM_FFI = Missing("tvm-ffi", "pip install apache-tvm-ffi")
+NO_COMPILER = Missing("a C compiler", "install gcc or clang, or name one in CC")
+NO_STRIP = Missing("strip", "install binutils")
+NO_NINJA = Missing("ninja", "pip install ninja")
+
+
+def _package_folder(name: str) -> Path | None:
+    spec = importlib.util.find_spec(name)
+    places = list(spec.submodule_search_locations or ()) if spec is not None else []
+    return Path(places[0]) if places else None
+
+
+def _first(paths: Iterable[Path]) -> Path | None:
+    return next((path for path in paths if path.is_file()), None)
+
+
+def _program(names: Iterable[str]) -> Path | None:
+    found = next((path for name in names if name and (path := shutil.which(name))), None)
+    return Path(found) if found else None
+
+
+def _version_of(distribution: str) -> str:
+    try:
+        return metadata.version(distribution)
+    except metadata.PackageNotFoundError:
+        return "unknown"
+
+
+def _need(value: Path | None, missing: Missing) -> Path:
+    if value is None:
+        raise missing.error()
+    return value
+
+
+class Toolchain:
+    """The tools of this environment, each looked for when first asked for; a missing one raises ToolchainError."""
+
+    @cached_property
+    def dsl(self) -> Path:
+        """The folder of the DSL package."""
+        return _need(_package_folder(DSL_PACKAGE), NO_DSL)
+
+    @cached_property
+    def dsl_version(self) -> str:
+        """The DSL's own version, read without importing it (an import takes a second)."""
+        text = (self.dsl / "dsl_packages" / "cutlass" / "__init__.py").read_text(encoding="utf-8")
+        match = re.search(r'^__version__ = "([^"]+)"', text, re.MULTILINE)
+        return match[1] if match else _version_of("nvidia-cutlass-dsl")
+
+    @cached_property
+    def dialect_runtime(self) -> Path:
+        """The DSL's host runtime as a static library."""
+        return _need(_first(self.dsl / f"cu{major}" / "lib" / DIALECT_RUNTIME for major in CUDA_MAJORS), NO_DIALECT)
+
+    @cached_property
+    def cuda_runtime(self) -> Path:
+        """CUDA's runtime as a static library, of the DSL runtime's own CUDA major where there is one."""
+        return _need(_first(self._cuda_runtimes()), NO_RUNTIME)
+
+    def _cuda_runtimes(self) -> Iterator[Path]:
+        nvidia = _package_folder("nvidia")
+        wheels = {12: "cuda_runtime", 13: "cu13"}
+        major = int(self.dialect_runtime.parent.parent.name.removeprefix("cu"))
+        for folder in (wheels[m] for m in sorted(CUDA_MAJORS, key=lambda m: m != major)):
+            if nvidia is not None:
+                yield nvidia / folder / "lib" / CUDA_RUNTIME
+        for home in (os.environ.get("CUDA_HOME"), "/usr/local/cuda"):
+            for lib in ("lib64", "targets/x86_64-linux/lib", "lib"):
+                if home:
+                    yield Path(home) / lib / CUDA_RUNTIME
+
+    @cached_property
+    def tvm_ffi_library(self) -> Path:
+        """libtvm_ffi.so, which products link against and which import tvm_ffi loads."""
+        folder = _need(_package_folder("tvm_ffi"), NO_TVM_FFI)
+        return _need(_first((folder / "lib" / "libtvm_ffi.so", folder / "libtvm_ffi.so")), NO_TVM_FFI)
+
+    @cached_property
+    def compiler(self) -> Path:
+        """The C compiler that links the product."""
+        return _need(_program((os.environ.get("CC", ""), "gcc", "g++", "clang", "cc")), NO_COMPILER)
+
+    @cached_property
+    def compiler_version(self) -> str:
+        """The first line of the C compiler's --version."""
+        run = subprocess.run([self.compiler, "--version"], capture_output=True, text=True, check=True)
+        return run.stdout.splitlines()[0].strip()
+
+    @cached_property
+    def strip(self) -> Path:
+        """The program that removes local symbols."""
+        return _need(_program(("strip", "llvm-strip")), NO_STRIP)
+
+    @cached_property
+    def ninja(self) -> Path:
+        """The ninja of this environment's own package, else the system's."""
+        beside = Path(sys.executable).parent / "ninja"
+        return _need(beside if beside.is_file() else _program(("ninja",)), NO_NINJA)
+
+    @property
+    def compile_versions(self) -> dict[str, str]:
+        """What decides the bytes of an object."""
+        return {"cutlass_dsl": self.dsl_version, "cuda": self.dialect_runtime.parent.parent.name}
+
+    @property
+    def versions(self) -> dict[str, str]:
+        """What a manifest records: the compilers of objects and library."""
+        return {
+            **self.compile_versions,
+            "cc": self.compiler_version,
+            "tvm_ffi": _version_of("apache-tvm-ffi"),
+        }
+
+
+PARTS: Mapping[str, Callable[[Toolchain], object]] = {
+    "CuTe DSL": lambda tools: tools.dsl_version,
+    "DSL static runtime": lambda tools: tools.dialect_runtime,
+    "CUDA static runtime": lambda tools: tools.cuda_runtime,
+    "tvm-ffi": lambda tools: tools.tvm_ffi_library,
+    "C compiler": lambda tools: f"{tools.compiler} ({tools.compiler_version})",
+    "strip": lambda tools: tools.strip,
+    "ninja": lambda tools: tools.ninja,
+}
+
+
+def examine(tools: Toolchain) -> Iterator[tuple[str, bool, str]]:
+    """(part, works, detail or remedy) of every tool, for pa-ops doctor."""
+    for part, probe in PARTS.items():
+        try:
+            yield part, True, str(probe(tools))
+        except ToolchainError as error:
+            yield part, False, str(error)
