@@ -1,1 +1,1 @@
-"""Device functions shared by the kernel templates."""
+"""Device modules: the parts of a kernel that compute; templates bind them to constants."""

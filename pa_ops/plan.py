@@ -1,0 +1,48 @@
+"""Turns shapes and host-side bounds into launch extents, and lengths into the work list that the device computes.
+
+The kernels find their work in templates/device/worklist.py; `work_list` here is the same rule in Python, for tests and
+for readers. An extent may exceed the work (a block that finds none leaves at once), never fall short of it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+
+class Work(NamedTuple):
+    """One block's rows: rows [first, first + count) of `sequence`, its tile number being `block`."""
+
+    sequence: int
+    block: int
+    first: int
+    count: int
+
+
+def ceil_div(a: int, b: int) -> int:
+    """The least integer >= a / b, for b > 0."""
+    return -(-a // b)
+
+
+def attention_tiles(tokens: int, sequences: int, rows: int, max_seqlen_q: int | None = None) -> int:
+    """An upper bound of the tiles of `rows` query rows in `tokens` tokens of `sequences` sequences, however split.
+
+    Every sequence wastes at most rows - 1 rows of its last tile, and has at most tokens tiles. A host-side bound of
+    the lengths can only lower the result: at most ceil(bound / rows) tiles a sequence.
+    """
+    bound = (tokens + min(sequences, tokens) * (rows - 1)) // rows
+    if max_seqlen_q is not None:
+        bound = min(bound, sequences * ceil_div(max_seqlen_q, rows))
+    return max(bound, 1)
+
+
+def max_length(lengths: Sequence[int]) -> int:
+    """The exact maximum of lengths that the host knows; 0 of none."""
+    return max(lengths, default=0)
+
+
+def work_list(lengths: Sequence[int], rows: int) -> Iterator[Work]:
+    """Each tile of `rows` query rows once, in rank order; sequences of length 0 have none."""
+    for sequence, length in enumerate(lengths):
+        for block in range(ceil_div(max(length, 0), rows)):
+            yield Work(sequence, block, block * rows, min(rows, length - block * rows))

@@ -1,0 +1,295 @@
+"""FlashAttention forward for SM80 and newer: turns one block's queries and the keys they see into output rows and LSE.
+
+mma.sync m16n8k16 with fp32 accumulation, cp.async, online softmax in base 2. One loop body: V of a block travels while
+Q K^T runs, K of the next block while softmax and P V run; masking sits behind a branch that is the same for a whole
+block, so interior blocks pay one compare for it. Two thread blocks an SM hide what is left.
+The scheme is FlashAttention-2's (Dao, arXiv 2307.08691); page look-up, masks and work list are this project's.
+"""
+
+import cutlass
+import cutlass.cute as cute
+from cutlass import Float32, Int32, Int64
+
+from pa_ops.templates.device import pages, softmax
+from pa_ops.templates.device.ptx import (
+    cp_async_16,
+    ld_global_f32,
+    ld_global_half,
+    ld_shared_128,
+    mma_m16n8k16,
+    pack_pair,
+    st_global_128,
+    st_global_f32,
+    st_shared_32,
+)
+from pa_ops.templates.device.tiles import FragmentA, FragmentB, TileShape
+from pa_ops.templates.device.worklist import find_tile, length_at
+
+LOG2_E = 1.4426950408889634
+LN_2 = 0.6931471805599453
+
+
+class FlashSm80:
+    """One instance: the compile-time choices and the code that they specialise."""
+
+    def __init__(self, dtype, head_dim, paged, causal, window, rows, keys, warps):
+        self.dtype, self.head_dim, self.paged = dtype, head_dim, paged
+        self.causal, self.window = causal, window
+        self.rows, self.keys, self.warps = rows, keys, warps
+        self.threads = warps * 32
+        self.m_tiles = rows // (16 * warps)
+        self.n_tiles = keys // 8
+        self.d_tiles = head_dim // 8
+        self.shape = TileShape(head_dim, self.threads)
+        self.q_bytes = rows * head_dim * 2
+        self.kv_bytes = keys * head_dim * 2
+        self.smem_bytes = self.q_bytes + 2 * self.kv_bytes
+
+    @cute.jit
+    def __call__(self, q, args, grid_tiles: Int32, stream):
+        self.kernel(q.iterator.toint(), args).launch(
+            grid=[grid_tiles, args.heads, 1],
+            block=[self.threads, 1, 1],
+            smem=self.smem_bytes,
+            stream=stream,
+        )
+
+    @cute.kernel
+    def kernel(self, q: Int64, args):
+        rank, head, _ = cute.arch.block_idx()
+        sequence, block = find_tile(args.cu_seqlens_q, args.sequences, self.rows, rank)
+        if sequence >= 0:
+            self.run_tile(q, args, sequence, block, head)
+
+    @cute.jit
+    def run_tile(self, q: Int64, args, sequence: Int32, block: Int32, head: Int32):
+        tid, _, _ = cute.arch.thread_idx()
+        lane = cute.arch.lane_idx()
+        warp = cute.arch.make_warp_uniform(cute.arch.warp_idx())
+
+        q_start, q_len = length_at(args.cu_seqlens_q, sequence)
+        k_start = Int32(0)
+        if cutlass.const_expr(self.paged):
+            k_len = cutlass.max(cute.arch.make_warp_uniform(self.kv_length(args, sequence)), 0)
+        else:
+            k_start, k_len = length_at(args.kv_lengths, sequence)
+        # The last blocks of a causal sequence see most keys: start them first.
+        block = (q_len + (self.rows - 1)) // self.rows - 1 - block
+        row_first = block * self.rows
+        row_last = cutlass.min(row_first + self.rows, q_len) - 1
+        shift = k_len - q_len
+
+        # [low, high): keys that some row sees; [safe_low, safe_high): keys that every row sees.
+        low, safe_low, high, safe_high = Int32(0), Int32(0), k_len, k_len
+        if cutlass.const_expr(self.causal or self.window):
+            high = cutlass.max(cutlass.min(k_len, shift + row_last + 1), 0)
+            safe_high = cutlass.min(k_len, shift + row_first + 1)
+        if cutlass.const_expr(self.window):
+            low = cutlass.max(shift + row_first - args.window + 1, 0)
+            safe_low = shift + row_last - args.window + 1
+        block_first = low // self.keys
+        block_end = (high + (self.keys - 1)) // self.keys
+        steps = cutlass.max(block_end - block_first, 0)
+
+        smem = cute.arch.get_dyn_smem(cutlass.Uint8, alignment=1024).toint()
+        s_q = Int32(smem)
+        s_k = s_q + self.q_bytes
+        s_v = s_k + self.kv_bytes
+
+        kv_head = head // args.group
+        q_rows = q + Int64(q_start + row_first) * args.q_token_stride + Int64(head) * args.q_head_stride
+        k_base = args.k + Int64(kv_head) * args.k_head_stride
+        v_base = args.v + Int64(kv_head) * args.v_head_stride
+        if cutlass.const_expr(not self.paged):
+            k_base = k_base + Int64(k_start) * args.k_token_stride
+            v_base = v_base + Int64(k_start) * args.v_token_stride
+
+        frag_q = FragmentA(self.shape, s_q, lane, warp * (16 * self.m_tiles))
+        frag_k = FragmentB(self.shape, s_k, lane, transpose=False)
+        frag_v = FragmentB(self.shape, s_v, lane, transpose=True)
+        acc_o = cute.make_rmem_tensor((self.m_tiles * self.d_tiles * 4,), Float32)
+        acc_s = cute.make_rmem_tensor((self.m_tiles * self.n_tiles * 4,), Float32)
+        row_max = cute.make_rmem_tensor((self.m_tiles * 2,), Float32)
+        row_sum = cute.make_rmem_tensor((self.m_tiles * 2,), Float32)
+        acc_o.fill(0.0)
+        row_max.fill(-Float32.inf)
+        row_sum.fill(0.0)
+        live_pages = pages.page_registers(self.keys)
+
+        if steps > 0:
+            self.load_queries(args, s_q, q_rows, row_last - row_first + 1, tid)
+            if cutlass.const_expr(self.paged):
+                pages.look_up(args, live_pages, sequence, (block_end - 1) * self.keys, low, high, lane)
+            self.load_tile(args, s_k, k_base, args.k_page_stride, args.k_token_stride, block_end - 1, low, high, live_pages, tid)
+            cute.arch.cp_async_commit_group()
+
+        for step in cutlass.range(steps, unroll=1):
+            n_block = block_end - 1 - step
+            key_first = n_block * self.keys
+            cute.arch.cp_async_wait_group(0)
+            cute.arch.barrier()
+            self.load_tile(args, s_v, v_base, args.v_page_stride, args.v_token_stride, n_block, low, high, live_pages, tid)
+            cute.arch.cp_async_commit_group()
+            self.scores(frag_q, frag_k, acc_s)
+
+            if args.softcap_in > 0.0:
+                softmax.cap(acc_s, args.softcap_in)
+            edge = key_first + self.keys > safe_high
+            if cutlass.const_expr(self.window):
+                edge = edge | (key_first < safe_low)
+            if cutlass.const_expr(self.paged):
+                edge = edge | pages.has_hole(live_pages)
+            if edge:
+                top = shift + row_first + warp * (16 * self.m_tiles) + (lane >> 2)
+                self.mask(args, acc_s, top, key_first + (lane & 3) * 2, k_len, live_pages, lane)
+
+            cute.arch.cp_async_wait_group(0)
+            cute.arch.barrier()
+            if step + 1 < steps:
+                if cutlass.const_expr(self.paged):
+                    pages.look_up(args, live_pages, sequence, key_first - self.keys, low, high, lane)
+                self.load_tile(
+                    args, s_k, k_base, args.k_page_stride, args.k_token_stride, n_block - 1, low, high, live_pages, tid
+                )
+                cute.arch.cp_async_commit_group()
+            softmax.online(acc_s, acc_o, row_max, row_sum, args.log2_scale, self.m_tiles, self.n_tiles, self.d_tiles)
+            self.accumulate(frag_v, acc_s, acc_o)
+
+        sink = Float32(-Float32.inf)
+        if args.sinks != 0:
+            sink = self.sink_of(args, head) * LOG2_E
+        factors = softmax.finish(row_max, row_sum, args.log2_scale, sink, self.m_tiles)
+        self.store(args, s_q, acc_o, factors, q_start + row_first, row_last - row_first + 1, head, warp, lane)
+
+    @cute.jit
+    def kv_length(self, args, sequence: Int32):
+        return softmax.read_i32(args.kv_lengths + Int64(sequence) * 4)
+
+    @cute.jit
+    def sink_of(self, args, head: Int32):
+        value = Float32(0.0)
+        if args.sinks_fp32 != 0:
+            value = ld_global_f32(args.sinks + Int64(head) * 4)
+        else:
+            value = ld_global_half(self.dtype, args.sinks + Int64(head) * 2)
+        return value
+
+    def load_queries(self, args, s_q, rows_base, count, tid):
+        """Start copying the block's query rows; rows beyond `count` and columns beyond the head size become zeros."""
+        shape = self.shape
+        row, chunk = tid // shape.lanes_a_row, tid % shape.lanes_a_row
+        source = rows_base + Int64(row) * args.q_token_stride
+        stride = args.q_token_stride * shape.rows_a_pass
+        target = shape.address(s_q, row, chunk)
+        for i in range(self.rows // shape.rows_a_pass):
+            for j in range(shape.chunks_a_lane):
+                column = chunk + j * shape.lanes_a_row
+                there = (row + i * shape.rows_a_pass < count) & (column * 8 < args.head_dim)
+                offset = i * shape.rows_a_pass * shape.pitch + j * shape.lanes_a_row * 16
+                cp_async_16(target + offset, source + Int64(column * 16), cutlass.select_(there, Int32(16), Int32(0)))
+            source = source + stride
+
+    def load_tile(self, args, shared, base, page_stride, token_stride, n_block, low, high, live_pages, tid):
+        """Start copying one block of K or V; keys outside [low, high) or on unmapped pages become zeros, unread."""
+        shape = self.shape
+        row, chunk = tid // shape.lanes_a_row, tid % shape.lanes_a_row
+        target = shape.address(shared, row, chunk)
+        key = n_block * self.keys + row
+        source = base + Int64(key) * token_stride
+        stride = token_stride * shape.rows_a_pass
+        for i in range(self.keys // shape.rows_a_pass):
+            if self.paged:
+                page, offset = pages.page_of_row(live_pages, row, i * shape.rows_a_pass)
+                there = page >= 0
+                source = base + Int64(page) * page_stride + Int64(offset) * token_stride
+            else:
+                there = (key + i * shape.rows_a_pass >= low) & (key + i * shape.rows_a_pass < high)
+            for j in range(shape.chunks_a_lane):
+                column = chunk + j * shape.lanes_a_row
+                valid = cutlass.select_(there & (column * 8 < args.head_dim), Int32(16), Int32(0))
+                offset = i * shape.rows_a_pass * shape.pitch + j * shape.lanes_a_row * 16
+                cp_async_16(target + offset, source + Int64(column * 16), valid)
+            if not self.paged:
+                source = source + stride
+
+    def scores(self, frag_q, frag_k, acc_s):
+        """acc_s = Q K^T for this warp's rows and the block's keys."""
+        zero = Float32(0.0)
+        s = [[[zero] * 4 for _ in range(self.n_tiles)] for _ in range(self.m_tiles)]
+        for column in range(0, self.head_dim, 16):
+            a = [frag_q.load(mt * 16, column) for mt in range(self.m_tiles)]
+            for pair in range(self.n_tiles // 2):
+                b = frag_k.load(pair * 16, column)
+                for mt in range(self.m_tiles):
+                    for half in range(2):
+                        nt = pair * 2 + half
+                        s[mt][nt] = mma_m16n8k16(self.dtype, a[mt], b[2 * half : 2 * half + 2], s[mt][nt])
+        for mt in range(self.m_tiles):
+            for nt in range(self.n_tiles):
+                for i in range(4):
+                    acc_s[(mt * self.n_tiles + nt) * 4 + i] = s[mt][nt][i]
+
+    def accumulate(self, frag_v, acc_s, acc_o):
+        """acc_o += P V, P being acc_s rounded to the element type."""
+        for key in range(0, self.keys, 16):
+            a = []
+            for mt in range(self.m_tiles):
+                at = (mt * self.n_tiles + key // 8) * 4
+                a.append([pack_pair(self.dtype, acc_s[at + 2 * i], acc_s[at + 2 * i + 1]) for i in range(4)])
+            for pair in range(self.d_tiles // 2):
+                b = frag_v.load(key, pair * 16)
+                for mt in range(self.m_tiles):
+                    for half in range(2):
+                        at = (mt * self.d_tiles + pair * 2 + half) * 4
+                        c = [acc_o[at + i] for i in range(4)]
+                        c = mma_m16n8k16(self.dtype, a[mt], b[2 * half : 2 * half + 2], c)
+                        for i in range(4):
+                            acc_o[at + i] = c[i]
+
+    def mask(self, args, acc_s, position, column, k_len, live_pages, lane):
+        """-inf wherever a row (first at `position`) must not see a key (this thread's first at `column`)."""
+        hidden = Float32(-Float32.inf)
+        holes = pages.holes(live_pages, lane) if self.paged else None
+        for mt in range(self.m_tiles):
+            for r in range(2):
+                here = position + (mt * 16 + r * 8)
+                end = cutlass.min(k_len, here + 1) if self.causal or self.window else k_len
+                end = end - column
+                begin = here - args.window + 1 - column
+                for nt in range(self.n_tiles):
+                    for c in range(2):
+                        drop = end <= nt * 8 + c
+                        if self.window:
+                            drop = drop | (begin > nt * 8 + c)
+                        if self.paged:
+                            drop = drop | pages.is_hole(holes, nt * 8 + c)
+                        at = (mt * self.n_tiles + nt) * 4 + r * 2 + c
+                        acc_s[at] = cutlass.select_(drop, hidden, acc_s[at])
+
+    def store(self, args, s_q, acc_o, factors, token, count, head, warp, lane):
+        """Write this warp's rows: through its own rows of the query tile, so that global stores are 16 bytes wide."""
+        scale, lse = factors
+        shape = self.shape
+        warp_row = warp * (16 * self.m_tiles)
+        lse_row = args.lse + Int64(head) * args.lse_head_stride + Int64(token) * 4
+        out_row = args.out + Int64(token) * args.out_token_stride + Int64(head) * args.out_head_stride
+        cute.arch.sync_warp()  # every lane has read its queries: only this warp reads these rows
+        for mt in range(self.m_tiles):
+            for r in range(2):
+                row = warp_row + mt * 16 + r * 8 + (lane >> 2)
+                for dt in range(self.d_tiles):
+                    at = (mt * self.d_tiles + dt) * 4 + r * 2
+                    pair = softmax.scaled_pair(self.dtype, acc_o[at], acc_o[at + 1], scale[mt * 2 + r])
+                    st_shared_32(shape.address(s_q, row, dt) + (lane & 3) * 4, pair)
+                st_global_f32(lse_row + Int64(row) * 4, lse[mt * 2 + r] * LN_2, ((lane & 3) == 0) & (row < count))
+        cute.arch.sync_warp()
+        lanes = shape.lanes_a_row
+        rows_a_pass = 32 // lanes
+        chunk = lane % lanes
+        for i in range(16 * self.m_tiles // rows_a_pass):
+            row = warp_row + i * rows_a_pass + lane // lanes
+            target = out_row + Int64(row) * args.out_token_stride
+            for j in range(shape.chunks_a_lane):
+                column = chunk + j * lanes
+                where = (row < count) & (column * 8 < args.head_dim)
+                st_global_128(target + Int64(column * 16), ld_shared_128(shape.address(s_q, row, column)), where)

@@ -1,0 +1,204 @@
+"""One Python function per PTX instruction: turns DSL scalars into one instruction and its result registers.
+
+Accumulators stay plain Python lists of registers, so what a kernel keeps live is what its source names. Facts about
+the instructions: PTX ISA 8.8, sections on ldmatrix, mma.m16n8k16, cp.async and ex2.
+"""
+
+from cutlass import BFloat16, Float32, Int32, Int64
+from cutlass._mlir.dialects import llvm
+from cutlass.cutlass_dsl import T, dsl_user_op
+
+
+def _asm(result, operands, text, constraints, effects, loc, ip):
+    return llvm.inline_asm(
+        result,
+        operands,
+        text,
+        constraints,
+        has_side_effects=effects,
+        is_align_stack=False,
+        asm_dialect=llvm.AsmDialect.AD_ATT,
+        loc=loc,
+        ip=ip,
+    )
+
+
+@dsl_user_op
+def ldmatrix_x4(address, flip, offset, *, transpose, loc=None, ip=None):
+    """Four 8x8 matrices of 16-bit elements from shared memory; (`address` ^ `flip`) + `offset` is this lane's row.
+
+    `flip` and `offset` are constants. The xor is part of the instruction's text so that no optimiser keeps each of its
+    results in a register of its own across the main loop (12 registers of a budget of 255).
+    """
+    form = ".trans" if transpose else ""
+    load = f"ldmatrix.sync.aligned.m8n8.x4{form}.shared.b16 {{$0, $1, $2, $3}}, [row + {offset}];"
+    quad = _asm(
+        llvm.StructType.get_literal([T.i32()] * 4),
+        [Int32(address).ir_value(loc=loc, ip=ip)],
+        f"{{ .reg .b32 row; xor.b32 row, $4, {flip}; {load} }}",
+        "=r,=r,=r,=r,r",
+        True,
+        loc,
+        ip,
+    )
+    return [Int32(llvm.extractvalue(T.i32(), quad, [i], loc=loc, ip=ip)) for i in range(4)]
+
+
+@dsl_user_op
+def mma_m16n8k16(dtype, a, b, c, *, loc=None, ip=None):
+    """c + a @ b for one warp: a four, b two registers of packed 16-bit pairs, c four fp32 registers."""
+    kind = "bf16" if dtype is BFloat16 else "f16"
+    quad = _asm(
+        llvm.StructType.get_literal([T.f32()] * 4),
+        [Int32(x).ir_value(loc=loc, ip=ip) for x in (*a, *b)] + [Float32(x).ir_value(loc=loc, ip=ip) for x in c],
+        f"mma.sync.aligned.m16n8k16.row.col.f32.{kind}.{kind}.f32 "
+        "{$0, $1, $2, $3}, {$4, $5, $6, $7}, {$8, $9}, {$10, $11, $12, $13};",
+        "=f,=f,=f,=f,r,r,r,r,r,r,f,f,f,f",
+        False,
+        loc,
+        ip,
+    )
+    return [Float32(llvm.extractvalue(T.f32(), quad, [i], loc=loc, ip=ip)) for i in range(4)]
+
+
+@dsl_user_op
+def pack_pair(dtype, low, high, *, loc=None, ip=None):
+    """Two fp32 values, rounded to nearest, in one register: `low` in the lower half."""
+    kind = "bf16x2" if dtype is BFloat16 else "f16x2"
+    return Int32(
+        _asm(
+            T.i32(),
+            [Float32(high).ir_value(loc=loc, ip=ip), Float32(low).ir_value(loc=loc, ip=ip)],
+            f"cvt.rn.{kind}.f32 $0, $1, $2;",
+            "=r,f,f",
+            False,
+            loc,
+            ip,
+        )
+    )
+
+
+@dsl_user_op
+def cp_async_16(shared, source, valid, *, loc=None, ip=None):
+    """Start a 16-byte copy from global to shared memory; where `valid` is 0 the source is not read and zeros arrive."""
+    _asm(
+        None,
+        [
+            Int32(shared).ir_value(loc=loc, ip=ip),
+            Int64(source).ir_value(loc=loc, ip=ip),
+            Int32(valid).ir_value(loc=loc, ip=ip),
+        ],
+        "cp.async.cg.shared.global.L2::128B [$0], [$1], 16, $2;",
+        "r,l,r",
+        True,
+        loc,
+        ip,
+    )
+
+
+def _unary(instruction):
+    @dsl_user_op
+    def op(x, *, loc=None, ip=None):
+        value = [Float32(x).ir_value(loc=loc, ip=ip)]
+        return Float32(_asm(T.f32(), value, f"{instruction} $0, $1;", "=f,f", False, loc, ip))
+
+    return op
+
+
+ex2 = _unary("ex2.approx.ftz.f32")
+lg2 = _unary("lg2.approx.ftz.f32")
+rcp = _unary("rcp.approx.ftz.f32")
+
+
+@dsl_user_op
+def st_shared_32(address, value, *, loc=None, ip=None):
+    """Store one register to shared memory at `address` (bytes)."""
+    operands = [Int32(address).ir_value(loc=loc, ip=ip), Int32(value).ir_value(loc=loc, ip=ip)]
+    _asm(None, operands, "st.shared.b32 [$0], $1;", "r,r", True, loc, ip)
+
+
+@dsl_user_op
+def ld_shared_128(address, *, loc=None, ip=None):
+    """Load 16 bytes, as four registers, from shared memory."""
+    quad = _asm(
+        llvm.StructType.get_literal([T.i32()] * 4),
+        [Int32(address).ir_value(loc=loc, ip=ip)],
+        "ld.shared.v4.b32 {$0, $1, $2, $3}, [$4];",
+        "=r,=r,=r,=r,r",
+        True,
+        loc,
+        ip,
+    )
+    return [Int32(llvm.extractvalue(T.i32(), quad, [i], loc=loc, ip=ip)) for i in range(4)]
+
+
+@dsl_user_op
+def st_global_128(address, words, where, *, loc=None, ip=None):
+    """Store 16 bytes, given as four registers, to global memory, where `where` holds."""
+    operands = [Int64(address).ir_value(loc=loc, ip=ip)] + [Int32(w).ir_value(loc=loc, ip=ip) for w in words]
+    operands.append(Int32(where).ir_value(loc=loc, ip=ip))
+    text = "{ .reg .pred p; setp.ne.b32 p, $5, 0; @p st.global.v4.b32 [$0], {$1, $2, $3, $4}; }"
+    _asm(None, operands, text, "l,r,r,r,r,r", True, loc, ip)
+
+
+@dsl_user_op
+def ld_global_i32(address, *, loc=None, ip=None):
+    """Load one int32 from global memory through the read-only path."""
+    operand = [Int64(address).ir_value(loc=loc, ip=ip)]
+    return Int32(_asm(T.i32(), operand, "ld.global.nc.b32 $0, [$1];", "=r,l", True, loc, ip))
+
+
+@dsl_user_op
+def ld_global_i64(address, *, loc=None, ip=None):
+    """Load one int64 from global memory through the read-only path."""
+    operand = [Int64(address).ir_value(loc=loc, ip=ip)]
+    return Int64(_asm(T.i64(), operand, "ld.global.nc.b64 $0, [$1];", "=l,l", True, loc, ip))
+
+
+@dsl_user_op
+def ld_global_f32(address, *, loc=None, ip=None):
+    """Load one fp32 from global memory through the read-only path."""
+    operand = [Int64(address).ir_value(loc=loc, ip=ip)]
+    return Float32(_asm(T.f32(), operand, "ld.global.nc.f32 $0, [$1];", "=f,l", True, loc, ip))
+
+
+@dsl_user_op
+def ld_global_half(dtype, address, *, loc=None, ip=None):
+    """Load one fp16 or bf16 from global memory, widened to fp32."""
+    widen = "mov.b32 $0, {z, h};" if dtype is BFloat16 else "cvt.f32.f16 $0, h;"
+    text = "{ .reg .b16 h, z; mov.b16 z, 0; ld.global.nc.b16 h, [$1]; " + widen + " }"
+    operand = [Int64(address).ir_value(loc=loc, ip=ip)]
+    return Float32(_asm(T.f32(), operand, text, "=f,l", True, loc, ip))
+
+
+@dsl_user_op
+def st_global_f32(address, value, where, *, loc=None, ip=None):
+    """Store one fp32 to global memory, where `where` holds."""
+    operands = [Int64(address).ir_value(loc=loc, ip=ip), Float32(value).ir_value(loc=loc, ip=ip)]
+    operands.append(Int32(where).ir_value(loc=loc, ip=ip))
+    text = "{ .reg .pred p; setp.ne.b32 p, $2, 0; @p st.global.f32 [$0], $1; }"
+    _asm(None, operands, text, "l,f,r", True, loc, ip)
+
+
+@dsl_user_op
+def st_global_half(dtype, address, value, *, loc=None, ip=None):
+    """Round one fp32 to fp16 or bf16 and store it to global memory."""
+    kind = "bf16" if dtype is BFloat16 else "f16"
+    text = f"{{ .reg .b16 h; cvt.rn.{kind}.f32 h, $1; st.global.b16 [$0], h; }}"
+    operands = [Int64(address).ir_value(loc=loc, ip=ip), Float32(value).ir_value(loc=loc, ip=ip)]
+    _asm(None, operands, text, "l,f", True, loc, ip)
+
+
+def _copy_global(text):
+    @dsl_user_op
+    def op(target, source, *, loc=None, ip=None):
+        operands = [Int64(target).ir_value(loc=loc, ip=ip), Int64(source).ir_value(loc=loc, ip=ip)]
+        _asm(None, operands, text, "l,l", True, loc, ip)
+
+    return op
+
+
+copy_global_16 = _copy_global(
+    "{ .reg .b32 a, b, c, d; ld.global.nc.v4.b32 {a, b, c, d}, [$1]; st.global.v4.b32 [$0], {a, b, c, d}; }"
+)
+copy_global_2 = _copy_global("{ .reg .b16 h; ld.global.nc.b16 h, [$1]; st.global.b16 [$0], h; }")

@@ -1,0 +1,74 @@
+"""Online softmax in base 2 over accumulator registers: turns raw scores into probabilities and running row statistics.
+
+A thread owns, of every 16x8 accumulator, two columns of rows g and g + 8 (g = lane / 4); a row is shared by four lanes.
+"""
+
+import cutlass
+import cutlass.cute as cute
+from cutlass import Float32
+
+from pa_ops.templates.device.ptx import ex2, ld_global_i32, lg2, pack_pair, rcp
+
+read_i32 = ld_global_i32
+
+
+def quad(value, combine):
+    """Combine one value over the four lanes that share a row."""
+    value = combine(value, cute.arch.shuffle_sync_bfly(value, 1))
+    return combine(value, cute.arch.shuffle_sync_bfly(value, 2))
+
+
+def cap(acc_s, scale_in):
+    """acc_s = tanh(acc_s * scale_in), by 1 - 2 / (1 + exp(2 x)): tanh.approx errs by 5e-4, a cap of 50 makes that 0.03."""
+    slope = scale_in * 2.885390081777927  # 2 log2(e)
+    for i in range(cute.size(acc_s)):
+        acc_s[i] = 1.0 - 2.0 * rcp(ex2(acc_s[i] * slope) + 1.0)
+
+
+def online(acc_s, acc_o, row_max, row_sum, log2_scale, m_tiles, n_tiles, d_tiles):
+    """Replace scores by exp2((s - max) * log2_scale), and rescale output and sums to the new row maxima."""
+    for mt in range(m_tiles):
+        for r in range(2):
+            row = mt * 2 + r
+            index = [(mt * n_tiles + nt) * 4 + r * 2 + c for nt in range(n_tiles) for c in range(2)]
+            top = row_max[row]
+            for i in index:
+                top = cute.arch.fmax(top, acc_s[i])
+            top = quad(top, cute.arch.fmax)
+            # A row that has seen no key yet keeps -inf; 0 in its place makes exp2(-inf - 0) = 0 instead of NaN.
+            base = cutlass.select_(top == -Float32.inf, Float32(0.0), top) * log2_scale
+            shrink = ex2(row_max[row] * log2_scale - base)
+            row_max[row] = top
+            total = row_sum[row] * shrink
+            for i in index:
+                p = ex2(acc_s[i] * log2_scale - base)
+                acc_s[i] = p
+                total = total + p
+            row_sum[row] = total
+            for dt in range(d_tiles):
+                for c in range(2):
+                    at = (mt * d_tiles + dt) * 4 + r * 2 + c
+                    acc_o[at] = acc_o[at] * shrink
+
+
+def finish(row_max, row_sum, log2_scale, sink, m_tiles):
+    """(output factors, base-2 log-sum-exps) of each row, `sink` (base 2, -inf = none) joining the denominator."""
+    scale, lse = [], []
+    for row in range(m_tiles * 2):
+        total = quad(row_sum[row], lambda a, b: a + b)
+        top = row_max[row] * log2_scale
+        peak = cute.arch.fmax(top, sink)
+        base = cutlass.select_(peak == -Float32.inf, Float32(0.0), peak)
+        shrink = ex2(top - base)
+        denominator = total * shrink + ex2(sink - base)
+        # By select, not by multiplication: a row that sees no key gives zeros whatever its accumulator holds.
+        scale.append(cutlass.select_(total > 0.0, shrink * rcp(denominator), Float32(0.0)))
+        lse.append(cutlass.select_(denominator > 0.0, lg2(denominator) + base, Float32(-Float32.inf)))
+    return scale, lse
+
+
+def scaled_pair(dtype, low, high, scale):
+    """Two outputs times their row's factor, rounded and packed; exactly zero where the factor is."""
+    zero = Float32(0.0)
+    none = scale == 0.0
+    return pack_pair(dtype, cutlass.select_(none, zero, low * scale), cutlass.select_(none, zero, high * scale))

@@ -1,0 +1,51 @@
+"""The device-side work list: turns cu_seqlens_q and a tile's rank into (sequence, row block), with nothing from the host.
+
+Every kernel that walks query rows finds its work here, so no launch extent is ever derived from anything but shapes.
+"""
+
+import cutlass
+import cutlass.cute as cute
+from cutlass import Int32, Int64
+
+from pa_ops.templates.device.ptx import ld_global_i32
+
+
+@cute.jit
+def length_at(prefix_sums: Int64, index: Int32):
+    """(start, length) of sequence `index` in an int32 prefix sum; a decreasing pair has length 0."""
+    address = prefix_sums + Int64(index) * 4
+    start = ld_global_i32(address)
+    return start, cutlass.max(ld_global_i32(address + 4) - start, 0)
+
+
+@cute.jit
+def find_tile(cu_seqlens_q: Int64, sequences: Int32, rows: cutlass.Constexpr, rank: Int32):
+    """(sequence, row block) of the `rank`-th tile of `rows` query rows, or (-1, 0) beyond the last one.
+
+    One warp reads 32 lengths a step and scans them: 64 sequences cost two steps, a single one costs one.
+    """
+    lane = cute.arch.lane_idx()
+    found = Int32(-1)
+    block = Int32(0)
+    remaining = Int32(rank)
+    first = Int32(0)
+    while first < sequences:
+        index = first + lane
+        tiles = Int32(0)
+        if index < sequences:
+            _, length = length_at(cu_seqlens_q, index)
+            tiles = (length + (rows - 1)) // rows
+        scan = tiles
+        for power in cutlass.range_constexpr(5):
+            below = cute.arch.shuffle_sync_up(scan, 1 << power)
+            scan = cutlass.select_(lane >= (1 << power), scan + below, scan)
+        total = cute.arch.shuffle_sync(scan, 31)
+        owner = 32 - cute.arch.popc(cute.arch.vote_ballot_sync(scan > remaining))
+        if remaining < total:
+            found = first + owner
+            block = remaining - cute.arch.shuffle_sync(scan - tiles, owner)
+            first = sequences
+        else:
+            remaining = remaining - total
+            first = first + 32
+    return found, block
