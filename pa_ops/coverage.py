@@ -132,12 +132,14 @@ def domain() -> Iterator[Problem]:
         if op is Op.MERGE_STATES and kv_dtype is not None:
             continue
         attends = op in (Op.PAGED_ATTENTION, Op.VARLEN_ATTENTION)
-        for mask, extras in product(Mask if attends else (Mask.FULL,), (False, True) if attends else (False,)):
+        options = (False, True) if attends else (False,)
+        for mask, extras, split in product(Mask if attends else (Mask.FULL,), options, options):
             yield Problem(
                 op=op,
                 dtype=dtype,
                 kv_dtype=kv_dtype or dtype,
                 head_dim=head_dim,
+                head_dim_v=head_dim + 8 if split else head_dim,
                 causal=mask is not Mask.FULL,
                 window=mask is Mask.WINDOW,
                 softcap=extras,

@@ -50,7 +50,7 @@ GATES: dict[Family, Gates] = {
         masks=_OWN_MASK,
         head_multiple=8,
         head_max=256,
-        split_heads=True,
+        split_heads=False,
         softcap=True,
         sinks=True,
         aligned=True,
@@ -230,6 +230,16 @@ UNSUPPORTED: tuple[Unsupported, ...] = (
         "before-sm80",
         lambda _, capability: Feature.CP_ASYNC not in capability.features,
         "kernels begin at SM 8.0, where cp.async and mma.sync m16n8k16 do, and so does their compiler",
+    ),
+    Unsupported(
+        "sm-110",
+        lambda _, capability: capability.sm // 10 == 11,
+        "the kernel compiler still emits this part's former number, sm_101, which the build refuses",
+    ),
+    Unsupported(
+        "unequal-heads",
+        lambda problem, _: problem.kernel_op is KernelOp.ATTN and problem.head_dim != problem.head_dim_v,
+        "attention kernels take one head size; the reference serves Dv != D on the CPU",
     ),
     Unsupported(
         "unaligned",

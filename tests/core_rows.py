@@ -1,0 +1,26 @@
+"""Turns the declared matrix into the rows that the selection and coverage tests ask questions of."""
+
+from __future__ import annotations
+
+from functools import cache
+from pathlib import Path
+
+from pa_ops.generator import matrix
+from pa_ops.generator.targets import DECLARED_TARGETS
+from pa_ops.manifest import Entry
+from pa_ops.spec import InstanceSpec
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+@cache
+def declared_pairs() -> tuple[tuple[InstanceSpec, str], ...]:
+    """Every kernel of a full build with each target that it is made for."""
+    pairs = ((spec, target) for spec in matrix.declared() for target in DECLARED_TARGETS)
+    return tuple((spec, target) for spec, target in pairs if matrix.refusal(spec, target) is None)
+
+
+@cache
+def declared_rows() -> tuple[Entry, ...]:
+    """A row for each of them."""
+    return tuple(Entry.declared(spec, target) for spec, target in declared_pairs())

@@ -1,0 +1,150 @@
+"""The coverage report: every state a kernel can be in, reachability, and holes that cannot hide."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import pytest
+from core_rows import declared_pairs, declared_rows
+
+from pa_ops.coverage import Coverage, Evidence, Inputs, State, cover, domain, load_evidence, survey
+from pa_ops.errors import InvalidArgument
+from pa_ops.generator import matrix
+from pa_ops.manifest import Entry, Manifest
+from pa_ops.spec import InstanceSpec, Mask
+
+SMALL = [row for row in declared_rows() if row.target == "sm_90a"][:4]
+PAIRS = [(row.spec, row.target) for row in SMALL]
+DIGESTS = {row.name: f"{i:064x}" for i, row in enumerate(SMALL)}
+
+
+@dataclass(frozen=True)
+class Refusal:
+    spec: InstanceSpec
+    target: str
+    reason: str
+
+
+def built(*rows: Entry) -> Manifest:
+    entries = tuple(replace(row, digest=DIGESTS[row.name], registers=168, object_bytes=70_000) for row in rows)
+    return Manifest("sm_90a", {}, "libpa_ops.so", "0" * 64, entries)
+
+
+def state_of(coverage: Coverage, row: Entry) -> tuple[State, str]:
+    return next((cell.state, cell.reason) for cell in coverage.cells if cell.name == row.name)
+
+
+def test_G4_no_undeclared_hole_and_no_unreachable_row() -> None:
+    refused = matrix.refusals()
+    coverage = cover(Inputs(declared_pairs(), refused))
+    assert [f"{hole.problem} on sm {hole.sm}" for hole in coverage.holes] == []
+    assert [(cell.name, cell.target) for cell in coverage.unreachable] == []
+    assert len(coverage.cells) == len(declared_pairs()) + len(refused)
+    assert coverage.count(State.REFUSED) == len(refused) > 0
+    assert all(cell.reason for cell in coverage.cells if cell.state is State.REFUSED)
+
+
+def test_G4_a_missing_row_is_a_hole() -> None:
+    rows = [row for row in declared_rows() if row.target == "sm_90a"]
+    without_window = [row for row in rows if row.spec.mask is not Mask.WINDOW]
+    assert survey(rows, [90])[1] == ()
+    holes = survey(without_window, [90])[1]
+    assert holes
+    assert {hole.problem.mask for hole in holes} == {Mask.WINDOW}
+    assert "pa-ops build" in holes[0].reason
+
+
+def test_G4_a_row_that_nothing_selects_is_unreachable() -> None:
+    row = next(row for row in SMALL if row.spec.head_dim == 128)
+    twin = replace(row, name=row.name.replace("s1w4", "s2w4"), symbol="", smem_bytes=row.smem_bytes + 1)
+    reached, _ = survey([*declared_rows(), twin], [90])
+    assert (row.name, "sm_90a") in reached
+    assert (twin.name, "sm_90a") not in reached
+
+
+def test_G4_the_domain_holds_every_option() -> None:
+    problems = list(domain())
+    assert len(set(problems)) == len(problems)
+    for field in ("op", "dtype", "kv_dtype", "mask", "softcap", "sinks", "layout"):
+        assert len({getattr(problem, field) for problem in problems}) > 1, field
+
+
+def test_a_kernel_rises_through_its_states() -> None:
+    row = SMALL[0]
+    key, digest = (row.name, row.target), DIGESTS[row.name]
+    shown = Evidence(digest, tests=7, worst_error=1e-3, commit="abc", card="H200")
+    base = Inputs(PAIRS)
+    assert state_of(cover(base), row) == (State.DECLARED, "")
+    base = replace(base, sources=frozenset({key}))
+    assert state_of(cover(base), row) == (State.GENERATED, "")
+    base = replace(base, manifests=(built(row),))
+    assert state_of(cover(base), row) == (State.COMPILED, "")
+    base = replace(base, tests={row.name: shown})
+    assert state_of(cover(base), row) == (State.TESTED, "")
+    cell = next(cell for cell in cover(base).cells if cell.name == row.name)
+    assert (cell.registers, cell.object_bytes, cell.tests, cell.worst_error, cell.card) == (
+        168,
+        70_000,
+        7,
+        1e-3,
+        "H200",
+    )
+    base = replace(base, bench={row.name: Evidence(digest)})
+    assert state_of(cover(base), row) == (State.BENCHMARKED, "")
+
+
+def test_evidence_counts_for_the_digest_that_it_was_gathered_on() -> None:
+    row = SMALL[0]
+    base = Inputs(PAIRS, manifests=(built(row),))
+    old = Evidence("f" * 64, tests=7)
+    state, reason = state_of(cover(replace(base, tests={row.name: old})), row)
+    assert state is State.STALE
+    assert "ffff" in reason
+    state, reason = state_of(cover(replace(base, digests={(row.name, row.target): "e" * 64})), row)
+    assert state is State.STALE
+    assert "eeee" in reason
+    failed = Evidence(DIGESTS[row.name], tests=0)
+    assert state_of(cover(replace(base, tests={row.name: failed})), row) == (State.COMPILED, "")
+    timed = Evidence("f" * 64)
+    passed = Evidence(DIGESTS[row.name], tests=1)
+    inputs = replace(base, tests={row.name: passed}, bench={row.name: timed})
+    assert state_of(cover(inputs), row) == (State.TESTED, "")
+
+
+def test_evidence_of_another_target_leaves_a_kernel_compiled() -> None:
+    here = SMALL[0]
+    other = replace(here, target="sm_80", code_targets=("sm_80",), digest="d" * 64)
+    manifests = (built(here), Manifest("sm_80", {}, "libpa_ops.so", "0" * 64, (other,)))
+    inputs = Inputs([*PAIRS, (here.spec, "sm_80")], manifests=manifests, tests={here.name: Evidence("d" * 64, 3)})
+    states = {cell.target: cell.state for cell in cover(inputs).cells if cell.name == here.name}
+    assert states == {"sm_80": State.TESTED, "sm_90a": State.COMPILED}
+
+
+def test_refused_and_dropped_kernels_say_why() -> None:
+    first, second = SMALL[0], SMALL[1]
+    refused = Refusal(first.spec, first.target, "needs tcgen05")
+    inputs = Inputs(PAIRS[2:], refused=(refused,), manifests=(built(second),))
+    assert state_of(cover(inputs), first) == (State.REFUSED, "needs tcgen05")
+    assert state_of(cover(inputs), second) == (State.STALE, "built, and no longer declared")
+    with pytest.raises(InvalidArgument, match="declared or refused"):
+        cover(Inputs(PAIRS, refused=(refused,)))
+
+
+def test_evidence_is_read_from_a_file(tmp_path: Path) -> None:
+    path = tmp_path / "evidence.json"
+    assert load_evidence(path) == {}
+    row = {"digest": "ab", "tests": 3, "worst_error": 0.5, "commit": "c", "card": "H200", "more": [1]}
+    path.write_text(json.dumps({"name": row}), encoding="utf-8")
+    assert load_evidence(path) == {"name": Evidence("ab", 3, 0.5, "c", "H200")}
+
+
+@pytest.mark.parametrize(
+    "text", ["[", "[]", '{"name": 1}', '{"name": {"tests": 1}}', '{"name": {"digest": "a", "tests": -1}}']
+)
+def test_broken_evidence_names_the_file(tmp_path: Path, text: str) -> None:
+    path = tmp_path / "evidence.json"
+    path.write_text(text, encoding="utf-8")
+    with pytest.raises(InvalidArgument, match=r"evidence\.json"):
+        load_evidence(path)

@@ -1,0 +1,335 @@
+"""Selection: total, explained, from one table of gates, for any SM with no GPU present."""
+
+from __future__ import annotations
+
+import ast
+from dataclasses import replace
+from typing import Any
+
+import pytest
+from core_rows import ROOT, declared_rows
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from pa_ops.capability import MODELS, Capability
+from pa_ops.errors import InvalidArgument, NoInstance
+from pa_ops.families import GATES, attention_families, rejections
+from pa_ops.manifest import Entry
+from pa_ops.problem import Problem
+from pa_ops.selection import Policy, explain_text, select_entry
+from pa_ops.spec import Family, KernelOp, Layout
+
+ROWS = declared_rows()
+H200 = Capability.of_sm(90)
+
+
+def paged(**changes: Any) -> Problem:
+    return Problem(**{"op": "paged_attention", "dtype": "bf16", "head_dim": 128, **changes})
+
+
+def refusal(problem: Problem, sm: int, rows: tuple[Entry, ...] = ROWS, policy: Policy | None = None) -> str:
+    with pytest.raises(NoInstance) as caught:
+        select_entry(rows, problem, Capability.of_sm(sm), policy or Policy())
+    return str(caught.value)
+
+
+@pytest.mark.parametrize("sm", [53, 60, 61, 62, 70, 72, 75])
+def test_B2_bf16_before_sm80_names_dtype_required_and_actual_sm(sm: int) -> None:
+    text = refusal(paged(), sm)
+    assert "sm >= 80 for bf16" in text
+    assert f"got sm {sm}\n" in text
+
+
+@pytest.mark.parametrize("sm", [50, 52])
+def test_B2_fp16_before_sm53_names_dtype_required_and_actual_sm(sm: int) -> None:
+    text = refusal(paged(dtype="fp16"), sm)
+    assert "sm >= 80 for fp16" in text
+    assert f"got sm {sm}\n" in text
+
+
+@pytest.mark.parametrize("sm", [80, 86, 87, 89, 90, 100, 103, 120, 121])
+@pytest.mark.parametrize("dtype", ["fp16", "bf16"])
+@pytest.mark.parametrize("op", ["paged_attention", "varlen_attention"])
+def test_B3_flash_from_sm80_on(sm: int, dtype: str, op: str) -> None:
+    chosen = select_entry(ROWS, Problem(op=op, dtype=dtype, head_dim=128), Capability.of_sm(sm))
+    assert chosen.family.startswith("flash")
+    assert chosen.instance == chosen.entry.name
+
+
+def test_B5_rows_without_a_family_still_answer_or_say_what_to_build() -> None:
+    helpers = tuple(row for row in ROWS if row.spec.op is not KernelOp.ATTN)
+    append = Problem(op="append_kv", dtype="bf16", head_dim=128)
+    assert select_entry(helpers, append, H200).family is Family.APPEND
+    text = refusal(paged(), 90, helpers)
+    assert "rows: none is built" in text
+    assert "pa-ops build --arch sm_90a --filter 'pa_attn_flash_sm80_bf16_kvbf16_*_gather_causal_*'" in text
+    assert refusal(paged(), 90, ()) == text
+
+
+def test_B5_the_build_command_names_rows_that_would_serve() -> None:
+    from fnmatch import fnmatchcase
+
+    text = refusal(paged(window=True), 90, ())
+    pattern = text.split("--filter '")[1].split("'")[0]
+    matching = [row for row in ROWS if fnmatchcase(row.name, pattern)]
+    assert select_entry(matching, paged(window=True), H200).family is Family.FLASH_SM80
+    assert all(row.spec.mask == "window" and row.spec.layout == "gather" for row in matching)
+
+
+def test_B6_the_error_lists_gates_values_overrides_and_leaves_out_useless_commands() -> None:
+    text = refusal(paged(dtype="fp32", head_dim=260, num_heads=8, num_kv_heads=2), 75)
+    assert "NO  dtype: needs bf16 or fp16, got fp32" in text
+    assert "device: needs sm >= 80 for fp16" in text
+    assert "NO  head size: needs a multiple of 8 up to 256, got 260" in text
+    assert "got sm 75" in text
+    for family in attention_families():
+        assert f"\n{family}:\n" in text
+    for name in ("PA_OPS_BACKEND", "PA_OPS_DISABLE", "backend="):
+        assert name in text
+    assert "pa-ops build" not in text
+
+
+def test_B6_an_override_that_leaves_nothing_raises_and_is_named() -> None:
+    text = refusal(paged(), 90, policy=Policy("mea", "PA_OPS_BACKEND"))
+    assert "backend: needs mea (PA_OPS_BACKEND), got flash_sm80" in text
+    assert "families: flash_sm80" in text
+    assert "pa-ops build" not in text
+    text = refusal(paged(), 90, policy=Policy(disabled=frozenset({"flash"})))
+    assert "PA_OPS_DISABLE=flash" in text
+    assert "pa-ops build" not in text
+    with pytest.raises(InvalidArgument, match=r"^backend: "):
+        Policy("")
+
+
+def test_B6_overrides_reach_families_their_first_words_and_instances() -> None:
+    chosen = select_entry(ROWS, paged(), H200)
+    for word in ("flash_sm80", "flash", chosen.instance):
+        assert select_entry(ROWS, paged(), H200, Policy(word)).entry == chosen.entry
+    bigger = chosen.instance.replace("d128v128", "d256v256").replace("m128", "m64")
+    assert select_entry(ROWS, paged(), H200, Policy(bigger)).instance == bigger
+    assert select_entry(ROWS, paged(), H200, Policy(disabled=frozenset({"flas", "decode"}))).entry == chosen.entry
+    append = Problem(op="append_kv", dtype="bf16", head_dim=128)
+    strict = Policy("flash", disabled=frozenset({"append", "flash"}))
+    assert select_entry(ROWS, append, H200, strict).family is Family.APPEND
+
+
+def serves(row: Entry, problem: Problem, capability: Capability) -> bool:
+    """What the rows promise, written a second time from the vocabulary page."""
+    spec = row.spec
+    attends = problem.op in ("paged_attention", "varlen_attention")
+    if not attends or spec.op != "attn":
+        return False
+    fits = problem.head_dim <= spec.head_dim and problem.head_dim_v <= spec.head_dim_v
+    pages = (problem.op == "paged_attention") == (spec.layout == "gather")
+    windowed = "window" if problem.window else "causal" if problem.causal else "full"
+    whole = problem.head_dim % 8 == 0 and problem.head_dim == problem.head_dim_v
+    same = problem.dtype == spec.dtype and problem.kv_dtype == spec.kv_dtype
+    loads = row.target in capability.targets and row.smem_bytes <= capability.smem_optin_bytes
+    return fits and pages and windowed == spec.mask and whole and same and loads and problem.aligned
+
+
+@st.composite
+def problems(draw: st.DrawFn) -> Problem:
+    op = draw(st.sampled_from(("paged_attention", "varlen_attention")))
+    dtype = draw(st.sampled_from(("fp16", "bf16", "fp32")))
+    heads = st.one_of(st.integers(1, 40).map(lambda i: 8 * i), st.integers(1, 600))
+    head_dim = draw(heads)
+    group, kv_heads = draw(st.integers(1, 32)), draw(st.integers(1, 8))
+    return Problem(
+        op=op,
+        dtype=dtype,
+        kv_dtype=draw(st.sampled_from((dtype, dtype, "e4m3fn"))),
+        head_dim=head_dim,
+        head_dim_v=draw(st.one_of(st.just(head_dim), heads)),
+        num_heads=group * kv_heads,
+        num_kv_heads=kv_heads,
+        causal=draw(st.booleans()),
+        window=draw(st.booleans()),
+        softcap=draw(st.booleans()),
+        sinks=draw(st.booleans()),
+        page_size=draw(st.integers(1, 512)) if op == "paged_attention" else None,
+        aligned=draw(st.sampled_from((True, True, False))),
+        batch=draw(st.integers(0, 5000)),
+        tokens=draw(st.integers(0, 100_000)),
+        max_q=draw(st.none() | st.integers(0, 100_000)),
+        max_k=draw(st.none() | st.integers(0, 1 << 20)),
+    )
+
+
+SMS = st.one_of(st.sampled_from(sorted(MODELS)), st.integers(50, 140))
+SUBSETS = st.one_of(st.just(ROWS), st.lists(st.sampled_from(ROWS), max_size=40, unique=True))
+
+
+@settings(deadline=None, max_examples=150)
+@given(problems(), SMS, SUBSETS, st.randoms(use_true_random=False))
+def test_B7_selected_exactly_when_some_row_is_eligible(problem: Problem, sm: int, rows: Any, shuffle: Any) -> None:
+    capability = Capability.of_sm(sm)
+    able = {(row.name, row.target) for row in rows if serves(row, problem, capability)}
+    assert able == {(row.name, row.target) for row in rows if not list(rejections(row, problem, capability))}
+    if not able:
+        with pytest.raises(NoInstance):
+            select_entry(rows, problem, capability)
+        return
+    chosen = select_entry(rows, problem, capability)
+    assert (chosen.entry.name, chosen.entry.target) in able
+    mixed = list(rows)
+    shuffle.shuffle(mixed)
+    assert select_entry(mixed, problem, capability) == chosen
+
+
+@settings(deadline=None, max_examples=60)
+@given(problems(), SMS, st.integers(0, 5000), st.integers(0, 100_000))
+def test_B7_sizes_never_make_a_row_eligible(problem: Problem, sm: int, batch: int, tokens: int) -> None:
+    capability = Capability.of_sm(sm)
+    resized = replace(problem, batch=batch, tokens=tokens, max_q=None, max_k=None)
+    for row in ROWS:
+        assert list(rejections(row, problem, capability)) == list(rejections(row, resized, capability))
+
+
+@settings(deadline=None, max_examples=60)
+@given(problems(), st.sampled_from((80, 90, 121)), st.integers(0, 5000), st.integers(0, 100_000))
+def test_B7_batch_invariant_ranking_ignores_sizes(problem: Problem, sm: int, batch: int, tokens: int) -> None:
+    capability = Capability.of_sm(sm)
+    finer = tuple(replace(row, name=row.name.replace("m128", "m16"), symbol="") for row in ROWS)
+    able = [row for row in (*ROWS, *finer) if not list(rejections(row, problem, capability))]
+    if not able:
+        return
+    steady = Policy(batch_invariant=True)
+    resized = replace(problem, batch=batch, tokens=tokens)
+    assert (
+        select_entry(able, problem, capability, steady).entry == select_entry(able, resized, capability, steady).entry
+    )
+
+
+GATED = {"head_dim", "head_dim_v", "sm", "smem_bytes", "smem_optin_bytes", "page_size", "num_heads", "num_kv_heads"}
+TABLES = {"families.py", "capability.py"}
+
+
+def test_B7_no_numeric_gate_outside_the_table() -> None:
+    found = []
+    for path in sorted((ROOT / "pa_ops").glob("*.py")):
+        tree = ast.parse(path.read_text(encoding="utf-8"))
+        for node in ast.walk(tree):
+            if not isinstance(node, ast.Compare) or path.name in TABLES:
+                continue
+            names = {getattr(n, "attr", getattr(n, "id", "")) for n in ast.walk(node)}
+            numbers = {n.value for n in ast.walk(node) if isinstance(n, ast.Constant) and type(n.value) is int}
+            if names & GATED and any(number > 1 for number in numbers):
+                found.append(f"{path.name}:{node.lineno}: {ast.unparse(node)}")
+    assert found == []
+
+
+@pytest.mark.parametrize("head_dim", range(8, 257, 8))
+@pytest.mark.parametrize("dtype", ["fp16", "bf16"])
+def test_B8_every_multiple_of_8_has_the_tightest_row(head_dim: int, dtype: str) -> None:
+    sizes = sorted({row.spec.head_dim for row in ROWS if row.spec.op is KernelOp.ATTN})
+    for sm in (80, 86, 90, 100, 121):
+        chosen = select_entry(ROWS, paged(head_dim=head_dim, dtype=dtype), Capability.of_sm(sm))
+        assert chosen.entry.spec.head_dim == next(size for size in sizes if size >= head_dim)
+
+
+@pytest.mark.parametrize("head_dim", [4, 12, 20, 250])
+def test_B8_other_head_sizes_name_the_multiple(head_dim: int) -> None:
+    assert f"multiple of 8 up to 256, got {head_dim}" in refusal(paged(head_dim=head_dim), 90)
+
+
+@pytest.mark.parametrize("head_dim", [264, 512, 1024])
+def test_B8_a_head_size_beyond_the_limit_names_it(head_dim: int) -> None:
+    assert f"NO  head size: needs a multiple of 8 up to 256, got {head_dim}" in refusal(paged(head_dim=head_dim), 90)
+    text = refusal(paged(head_dim_v=head_dim), 90)
+    assert f"up to 256, got 128 (K) and {head_dim} (V)" in text
+
+
+@pytest.mark.parametrize("sm", [80, 86, 89, 90, 120])
+def test_B9_shared_memory_is_a_gate(sm: int) -> None:
+    capability = Capability.of_sm(sm)
+    row = select_entry(ROWS, paged(), capability).entry
+    just_fits = replace(row, smem_bytes=capability.smem_optin_bytes)
+    too_big = replace(row, smem_bytes=capability.smem_optin_bytes + 1)
+    assert select_entry([just_fits], paged(), capability).entry == just_fits
+    text = refusal(paged(), sm, (too_big,))
+    assert f"shared memory: needs {too_big.smem_bytes} B of shared memory a block" in text
+    assert f"got {capability.smem_optin_bytes} B" in text
+    assert "pa-ops build" not in text
+
+
+def test_B9_no_declared_row_is_selected_where_it_cannot_launch() -> None:
+    for sm in MODELS:
+        capability = Capability.of_sm(sm)
+        for row in ROWS:
+            problem = paged(head_dim=row.spec.head_dim or 8, dtype=row.spec.dtype)
+            if not list(rejections(row, problem, capability)):
+                assert row.smem_bytes <= capability.smem_optin_bytes
+
+
+@pytest.mark.parametrize("head_dim", [8, 16, 64])
+def test_D3_sizes_cannot_pick_a_kernel_of_the_wrong_layout(head_dim: int) -> None:
+    for length in range(1, 65):
+        sizes = {"tokens": length, "max_q": length, "max_k": length}
+        assert select_entry(ROWS, paged(head_dim=head_dim, **sizes), H200).entry.spec.layout is Layout.GATHER
+        dense = Problem(op="varlen_attention", dtype="bf16", head_dim=head_dim, **sizes)
+        assert select_entry(ROWS, dense, H200).entry.spec.layout is Layout.DENSE
+
+
+@pytest.mark.parametrize("sm", [121, 122, 129, 88, 105])
+def test_D13_the_newest_and_unknown_sms_of_a_known_major_get_flash(sm: int) -> None:
+    for dtype in ("fp16", "bf16"):
+        assert select_entry(ROWS, paged(dtype=dtype), Capability.of_sm(sm)).family is Family.FLASH_SM80
+    assert "NO  dtype: needs bf16 or fp16, got fp32" in refusal(paged(dtype="fp32"), sm)
+
+
+def test_D13_an_unknown_major_gets_a_row_that_carries_ptx() -> None:
+    row = select_entry(ROWS, paged(), H200).entry
+    ahead = Capability.of_sm(140)
+    assert "code that sm 140 loads" in refusal(paged(), 140)
+    with_ptx = replace(row, code_targets=("sm_90a", "compute_80"))
+    assert select_entry([with_ptx], paged(), ahead).entry == with_ptx
+
+
+def test_native_code_is_preferred() -> None:
+    row = select_entry(ROWS, paged(), H200).entry
+    generic = replace(row, target="sm_80", code_targets=("sm_80", "compute_80"))
+    assert row.target == "sm_90a"
+    assert select_entry([generic, row], paged(), H200).entry == row
+
+
+@pytest.mark.parametrize("head_dim_v", [32, 64, 136])
+def test_C10_no_row_of_one_head_size_serves_two(head_dim_v: int) -> None:
+    text = refusal(Problem(op="varlen_attention", dtype="fp16", head_dim=128, head_dim_v=head_dim_v), 90)
+    assert f"NO  equal head sizes: needs one head size for K and V, got 128 (K) and {head_dim_v} (V)" in text
+
+
+def test_a_quantised_cache_is_refused_not_dropped() -> None:
+    text = refusal(paged(kv_dtype="e4m3fn"), 90)
+    assert "NO  cache dtype: needs the query's type bf16, got e4m3fn" in text
+
+
+def test_G4_helpers_never_answer_attention_and_the_other_way_round() -> None:
+    for row in ROWS:
+        for op in ("paged_attention", "varlen_attention", "append_kv", "merge_states"):
+            problem = Problem(op=op, dtype=row.spec.dtype, head_dim=64)
+            if problem.kernel_op is not row.spec.op:
+                reasons = list(rejections(row, problem, H200))
+                assert [reason.gate for reason in reasons] == ["operator"]
+    assert {GATES[family].op for family in attention_families()} == {KernelOp.ATTN}
+
+
+@settings(deadline=None, max_examples=40)
+@given(problems(), SMS)
+def test_G8_explain_prints_every_row_with_its_reasons(problem: Problem, sm: int) -> None:
+    capability = Capability.of_sm(sm)
+    text = explain_text(ROWS, problem, capability)
+    lines = text.splitlines()
+    for row in ROWS:
+        line = next(line for line in lines if line.startswith(f"  {row.name} [{row.target}]: "))
+        reasons = list(rejections(row, problem, capability))
+        assert all(str(reason) in line for reason in reasons)
+        assert ("eligible" in line) == (not reasons)
+    assert sum("<- selected" in line for line in lines) == (1 if "selected: " in text else 0)
+
+
+def test_G8_the_selection_keeps_the_same_reasons() -> None:
+    chosen = select_entry(ROWS, paged(), H200)
+    assert len(chosen.reasons) == len(ROWS)
+    for verdict in chosen.reasons:
+        assert list(verdict.reasons) == list(rejections(verdict.entry, paged(), H200))
