@@ -184,8 +184,8 @@ def _check_heads(fixed: dict[str, tuple[int, str]]) -> None:
 
 def _check_scalars(arguments: Arguments) -> None:
     scale = arguments.get("softmax_scale")
-    if scale is not None and not math.isfinite(scale):
-        raise InvalidArgument("softmax_scale", "must be finite", scale)
+    if scale is not None and not (math.isfinite(scale) and scale > 0):
+        raise InvalidArgument("softmax_scale", "must be finite and > 0", scale)
     softcap = arguments.get("softcap", 0.0)
     if not (math.isfinite(softcap) and softcap >= 0):
         raise InvalidArgument("softcap", "must be finite and >= 0 (0 = off)", softcap)

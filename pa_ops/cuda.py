@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pa_ops.calls import Plan, find
 from pa_ops.checked import check_values
 from pa_ops.environment import settings
-from pa_ops.plans import Plan, find
 from pa_ops.schema import signature
 from pa_ops.trace import record
 
@@ -21,32 +21,28 @@ _unread: dict[torch.device, list[Tensor]] = {}
 _HERE: AbstractContextManager[Any] = nullcontext()
 
 
-def paged_attention(*tensors: Tensor, **options: Any) -> Results:
-    """torch.ops.pa_ops.paged_attention on CUDA tensors."""
-    plan = _plan("paged_attention", tensors, options)
-    out, lse = _attention_results(tensors[0], tensors[2])
-    _paged(plan, tensors, out=out, lse=lse, **options)
-    return out, lse
+def _attention(op: str) -> Callable[..., Results]:
+    """An attention operator that allocates its results; rows past cu_seqlens_q[-1] keep what was there before."""
+
+    def run(*tensors: Tensor, **options: Any) -> Results:
+        plan = _plan(op, tensors, options)
+        q, v = tensors[0], tensors[2]
+        tokens, heads, _ = q.shape
+        out = q.new_empty((tokens, heads, v.shape[-1]))
+        lse = torch.empty((heads, tokens), dtype=torch.float32, device=q.device)
+        _attend(plan, tensors, options, out, lse)
+        return out, lse
+
+    return run
 
 
-def paged_attention_out(*tensors: Tensor, **options: Any) -> None:
-    """torch.ops.pa_ops.paged_attention.out on CUDA tensors."""
-    plan = _plan("paged_attention.out", tensors, options)
-    _paged(plan, tensors, **options)
+def _attention_out(op: str) -> Callable[..., None]:
+    """An attention operator that writes into the caller's buffers."""
 
+    def run(*tensors: Tensor, **options: Any) -> None:
+        _attend(_plan(op, tensors, options), tensors, options, options["out"], options.get("lse"))
 
-def varlen_attention(*tensors: Tensor, **options: Any) -> Results:
-    """torch.ops.pa_ops.varlen_attention on CUDA tensors."""
-    plan = _plan("varlen_attention", tensors, options)
-    out, lse = _attention_results(tensors[0], tensors[2])
-    _varlen(plan, tensors, out=out, lse=lse, **options)
-    return out, lse
-
-
-def varlen_attention_out(*tensors: Tensor, **options: Any) -> None:
-    """torch.ops.pa_ops.varlen_attention.out on CUDA tensors."""
-    plan = _plan("varlen_attention.out", tensors, options)
-    _varlen(plan, tensors, **options)
+    return run
 
 
 def append_kv(*tensors: Tensor, **options: Any) -> None:
@@ -72,10 +68,10 @@ def merge_states(*tensors: Tensor) -> Results:
 
 
 IMPLEMENTATIONS: dict[str, Callable[..., Any]] = {
-    "paged_attention": paged_attention,
-    "paged_attention.out": paged_attention_out,
-    "varlen_attention": varlen_attention,
-    "varlen_attention.out": varlen_attention_out,
+    "paged_attention": _attention("paged_attention"),
+    "paged_attention.out": _attention_out("paged_attention.out"),
+    "varlen_attention": _attention("varlen_attention"),
+    "varlen_attention.out": _attention_out("varlen_attention.out"),
     "append_kv": append_kv,
     "merge_states": merge_states,
 }
@@ -90,76 +86,37 @@ def _plan(op: str, tensors: tuple[Tensor, ...], options: dict[str, Any]) -> Plan
     return plan
 
 
-def _attention_results(q: Tensor, v: Tensor) -> Results:
-    """Buffers for the results; rows past cu_seqlens_q[-1] keep what the allocator left there."""
-    tokens, heads, _ = q.shape
-    return q.new_empty((tokens, heads, v.shape[-1])), q.new_empty((heads, tokens), dtype=torch.float32)
-
-
-def _paged(plan: Plan, tensors: tuple[Tensor, ...], **options: Any) -> None:
-    q, k_cache, v_cache, cu_seqlens_q, seqlens_k, block_table = tensors
-    if plan.on_reference:
-        _on_reference(plan, tensors, options)
-    else:
-        _attend(
-            plan, (q, k_cache, v_cache), cu_seqlens_q, {"seqlens_k": seqlens_k, "block_table": block_table}, **options
-        )
-
-
-def _varlen(plan: Plan, tensors: tuple[Tensor, ...], **options: Any) -> None:
-    q, k, v, cu_seqlens_q, cu_seqlens_k = tensors
-    if plan.on_reference:
-        _on_reference(plan, tensors, options)
-    else:
-        _attend(plan, (q, k, v), cu_seqlens_q, {"cu_seqlens_k": cu_seqlens_k}, **options)
-
-
-def _attend(
-    plan: Plan,
-    qkv: tuple[Tensor, Tensor, Tensor],
-    cu_seqlens_q: Tensor,
-    where: dict[str, Tensor],
-    *,
-    out: Tensor,
-    lse: Tensor | None = None,
-    softmax_scale: float | None = None,
-    causal: bool = True,
-    sliding_window: int = 0,
-    softcap: float = 0.0,
-    sinks: Tensor | None = None,
-    k_scale: None = None,
-    v_scale: None = None,
-    max_seqlen_q: int | None = None,
-    max_seqlen_k: int | None = None,
-    backend: str = "",
-) -> None:
-    """Launches an attention kernel; `where` holds, by argument name, the tensors that tell where the keys are."""
-    q, k, v = qkv
+def _attend(plan: Plan, tensors: tuple[Tensor, ...], options: dict[str, Any], out: Tensor, lse: Tensor | None) -> None:
+    """Launches the plan's kernel, or runs the reference; `options` are what the caller gave, without defaults."""
+    q, k, v, cu_seqlens_q, *where = tensors
     tokens, heads, head_dim = q.shape
     if tokens == 0 or cu_seqlens_q.shape[0] == 1:
         return
-    with _on(q.device):
-        plan.launch(
-            q=q,
-            k=k,
-            v=v,
-            cu_seqlens_q=cu_seqlens_q,
-            **where,
-            out=out,
-            lse=_unread_lse(heads, tokens, q.device) if lse is None else lse,
-            softmax_scale=head_dim**-0.5 if softmax_scale is None else softmax_scale,
-            causal=causal,
-            sliding_window=sliding_window,
-            softcap=softcap,
-            sinks=sinks,
-            max_seqlen_q=max_seqlen_q,
-            max_seqlen_k=max_seqlen_k,
-        )
-    record(plan.decision)
-
-
-def _on_reference(plan: Plan, tensors: tuple[Tensor, ...], options: dict[str, Any]) -> None:
-    plan.launch(*tensors, **{name: value for name, value in options.items() if name != "backend"})
+    if plan.on_reference:
+        given = {name: value for name, value in options.items() if name not in ("backend", "out", "lse")}
+        plan.launch(*tensors, **given, out=out, lse=lse)
+    else:
+        scale = options.get("softmax_scale")
+        paged = len(where) == 2
+        with _on(q.device):
+            plan.launch(
+                q=q,
+                k=k,
+                v=v,
+                cu_seqlens_q=cu_seqlens_q,
+                seqlens_k=where[0] if paged else None,
+                cu_seqlens_k=None if paged else where[0],
+                block_table=where[1] if paged else None,
+                out=out,
+                lse=_unread_lse(heads, tokens, q.device) if lse is None else lse,
+                softmax_scale=head_dim**-0.5 if scale is None else scale,
+                causal=options.get("causal", True),
+                sliding_window=options.get("sliding_window", 0),
+                softcap=options.get("softcap", 0.0),
+                sinks=options.get("sinks"),
+                max_seqlen_q=options.get("max_seqlen_q"),
+                max_seqlen_k=options.get("max_seqlen_k"),
+            )
     record(plan.decision)
 
 

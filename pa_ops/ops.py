@@ -9,12 +9,12 @@ import torch
 from torch import Tensor
 
 from pa_ops import cuda
+from pa_ops.calls import ATTENTION, REFERENCE_DECISIONS, REFERENCES
 from pa_ops.checked import check_values
 from pa_ops.checks import RULES, validate
 from pa_ops.environment import settings
 from pa_ops.errors import InvalidArgument
 from pa_ops.overrides import REFERENCE, policy
-from pa_ops.plans import ATTENTION, REFERENCE_DECISIONS, REFERENCES
 from pa_ops.schema import NAMESPACE, SCHEMAS, base_of, signature, writes_buffers
 from pa_ops.selection import AUTO
 from pa_ops.trace import record

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from importlib import import_module
-
 import torch
 
 from pa_ops.capability import Capability
@@ -46,11 +44,11 @@ def families() -> tuple[str, ...]:
 
 def declared_entries(capability: Capability) -> tuple[Entry, ...]:
     """Rows of the kernels that a full build makes for the targets that the device loads; of all targets if of none."""
-    matrix = import_module("pa_ops.generator.matrix")
-    targets: tuple[str, ...] = import_module("pa_ops.generator.targets").DECLARED_TARGETS
-    loaded = [target for target in targets if target in capability.targets]
+    from pa_ops.generator.matrix import DECLARED_TARGETS, declared  # a door: nothing at run time needs the generator
+
+    loaded = [target for target in DECLARED_TARGETS if target in capability.targets]
     return tuple(
-        Entry.declared(spec, target) for target in loaded or targets for spec in matrix.declared("full", [target])
+        Entry.declared(spec, target) for target in loaded or DECLARED_TARGETS for spec in declared("full", [target])
     )
 
 

@@ -16,6 +16,7 @@ from pa_ops import reference
 from pa_ops.checks import RULES, Arguments, Sizes, validate
 from pa_ops.environment import Settings
 from pa_ops.errors import NoInstance
+from pa_ops.launch import run_append, run_attention, run_merge
 from pa_ops.overrides import REFERENCE, policy, token
 from pa_ops.problem import Problem
 from pa_ops.registry import for_device
@@ -33,6 +34,12 @@ WORD = {
     torch.int8: "int8",
 }
 
+LAUNCHES: dict[str, Callable[..., None]] = {
+    "paged_attention": run_attention,
+    "varlen_attention": run_attention,
+    "append_kv": run_append,
+    "merge_states": run_merge,
+}
 REFERENCES: dict[str, Callable[..., Any]] = {
     "paged_attention": reference.paged_attention,
     "varlen_attention": reference.varlen_attention,
@@ -82,7 +89,7 @@ def _facts(tensor: Tensor) -> Key:
         tensor.shape,
         tensor.stride(),
         tensor.dtype,
-        tensor.device,
+        tensor.get_device(),
         tensor.data_ptr() % ALIGNMENT,
         tensor.requires_grad,
     )
@@ -113,16 +120,8 @@ def _make(op: str, arguments: Arguments, now: Settings) -> Plan:
     selection = registry.select(problem, backend)
     reasons = tuple(map(str, selection.reasons))
     decision = Decision(op, str(selection.family), selection.instance, reasons)
-    run = _launcher(base_of(op))
+    run = LAUNCHES[base_of(op)]
     return Plan(partial(run, registry.kernel(selection.entry), selection.entry), False, decision, now)
-
-
-def _launcher(name: str) -> Callable[..., None]:
-    from pa_ops import launch  # with tvm_ffi, at the first CUDA call and not at import
-
-    if name in ATTENTION:
-        return launch.run_attention
-    return launch.run_append if name == "append_kv" else launch.run_merge
 
 
 def problem_of(op: str, arguments: Arguments, sizes: Sizes) -> Problem:
