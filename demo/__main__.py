@@ -76,7 +76,9 @@ def main() -> int:
     """Builds, runs both models, prints the coverage; 1 when a model's answer is not the stock one."""
     console = Console(soft_wrap=not sys.stdout.isatty())
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    where = torch.cuda.get_device_name() if device.type == "cuda" else "no GPU: kernels cross-compiled, models on the CPU"
+    where = (
+        torch.cuda.get_device_name() if device.type == "cuda" else "no GPU: kernels cross-compiled, models on the CPU"
+    )
     failures = []
     began = monotonic()
     console.rule(f"1. build the smoke preset ({where})")

@@ -7,6 +7,7 @@ per byte. All prompts are decoded together: one ragged prefill, then one token o
 import sysconfig
 import time
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -62,7 +63,9 @@ def training_text() -> torch.Tensor:
     return torch.tensor(list(text))
 
 
-def train(device: torch.device, *, max_steps: int = 600, max_seconds: float = 45.0) -> tuple[LlamaForCausalLM, Training]:
+def train(
+    device: torch.device, *, max_steps: int = 600, max_seconds: float = 45.0
+) -> tuple[LlamaForCausalLM, Training]:
     """A Llama of 3 layers, 4 heads over 2 KV heads of 64, trained in fp32 until either limit is met."""
     torch.manual_seed(0)
     config = LlamaConfig(
@@ -117,7 +120,10 @@ def paged_attention(
     step: Step,
     **_: Any,
 ) -> tuple[torch.Tensor, None]:
-    """transformers' attention interface over a paged cache: [1, H, T, D] in, [1, T, Hq, D] out, K and V stored on the way."""
+    """transformers' attention interface over a paged cache: [1, H, T, D] in, [1, T, Hq, D] out.
+
+    K and V of the new tokens go into their pages on the way.
+    """
     q, k, v = (x.squeeze(0).transpose(0, 1) for x in (query, key, value))
     k_cache, v_cache = cache.layers[int(module.layer_idx)]  # type: ignore[arg-type]
     torch.ops.pa_ops.append_kv(k, v, k_cache, v_cache, step.slot_mapping)
@@ -144,7 +150,7 @@ def generate_paged(model: LlamaForCausalLM, prompts: list[list[int]]) -> list[li
     generated: list[list[int]] = [[] for _ in prompts]
     for _ in range(NEW_TOKENS):
         step = cache.extend([len(tokens) for tokens in fresh])
-        tokens = torch.tensor([sum(fresh, [])], device=model.device)
+        tokens = torch.tensor([list(chain.from_iterable(fresh))], device=model.device)
         logits = model(
             input_ids=tokens,
             position_ids=step.positions,

@@ -37,7 +37,9 @@ class PagedCache:
         per_sequence = -(-max_tokens // page_size)
         shape = (sequences * per_sequence, page_size, kv_heads, head_dim)
         # NaN, not zeros: a kernel that reads a slot nobody wrote shows at once.
-        self.layers = [tuple(torch.full(shape, torch.nan, dtype=dtype, device=device) for _ in "kv") for _ in range(layers)]
+        self.layers = [
+            tuple(torch.full(shape, torch.nan, dtype=dtype, device=device) for _ in "kv") for _ in range(layers)
+        ]
         self.page_size = page_size
         self.device = device
         self.lengths = [0] * sequences

@@ -13,7 +13,7 @@ from torch import Tensor
 
 import pa_ops
 from helpers.problems import Call
-from pa_ops import reference
+from pa_ops import reference, registry
 
 TOLERANCE = {torch.float16: (5e-3, 5e-3), torch.bfloat16: (1e-2, 5e-2)}
 """dtype -> (absolute, relative): |got - want| <= absolute + relative * |want|."""
@@ -36,7 +36,7 @@ class Evidence:
 
     def add(self, calls: Sequence[Any], error: float) -> None:
         """Counts one comparison that held for every kernel among the recorded `calls`."""
-        digests = {entry.name: entry.digest for entry in pa_ops.registry.for_device(0).entries}
+        digests = {entry.name: entry.digest for entry in registry.for_device(0).entries}
         for name in {call.instance for call in calls}:
             row = self.rows.setdefault(name, Row(digests[name]))
             row.tests += 1

@@ -1,0 +1,117 @@
+"""Parity of every attention instance with the fp32 reference, over lengths, pages, groups, masks, softcap and sinks."""
+
+from __future__ import annotations
+
+from itertools import cycle, product
+from typing import Any
+
+import pytest
+import torch
+
+from helpers.parity import Evidence, check
+from helpers.problems import PAIRS, Shape, paged, sinks, varlen
+
+pytestmark = pytest.mark.gpu
+
+HEAD_DIMS = (64, 96, 128, 256)
+PAGE_SIZES = (1, 16, 64, 256)
+GROUPS = (1, 4, 5, 7, 8, 32)
+MASKS: dict[str, dict[str, Any]] = {
+    "full": {"causal": False},
+    "causal": {"causal": True},
+    "window": {"causal": True, "sliding_window": 63},
+}
+WINDOWS = (1, 16, 17, 64, 65, 1000, 5000)
+EXTRAS = tuple(product((0.0, 5.0), (False, True)))  # softcap, sinks
+OPERATORS = {"paged": paged, "dense": varlen}
+
+
+def extras(shape: Shape, device: torch.device, softcap: float, with_sinks: bool) -> dict[str, Any]:
+    return {"softcap": softcap, "sinks": sinks(shape, device) if with_sinks else None}
+
+
+@pytest.mark.parametrize("head_dim", HEAD_DIMS)
+def test_X1_X2_paged_lengths_pages_masks_extras(
+    head_dim: int, dtype: torch.dtype, device: torch.device, evidence: Evidence
+) -> None:
+    groups = cycle(GROUPS)
+    for seed, (page_size, mask, (softcap, with_sinks)) in enumerate(product(PAGE_SIZES, MASKS, EXTRAS)):
+        group = next(groups)
+        shape = Shape(head_dim, kv_heads=1 if group >= 7 else 2, group=group, dtype=dtype, page_size=page_size)
+        more = extras(shape, device, softcap, with_sinks)
+        call = paged(PAIRS, shape, device, seed=seed, **MASKS[mask], **more)
+        check(call, evidence, f"page {page_size}, {mask}, group {group}, softcap {softcap}, sinks {with_sinks}")
+
+
+@pytest.mark.parametrize("head_dim", HEAD_DIMS)
+def test_B15_dense_lengths_masks_extras(
+    head_dim: int, dtype: torch.dtype, device: torch.device, evidence: Evidence
+) -> None:
+    groups = cycle(GROUPS)
+    for seed, (mask, (softcap, with_sinks)) in enumerate(product(MASKS, EXTRAS)):
+        group = next(groups)
+        shape = Shape(head_dim, kv_heads=1 if group >= 7 else 2, group=group, dtype=dtype)
+        call = varlen(PAIRS, shape, device, seed=seed, **MASKS[mask], **extras(shape, device, softcap, with_sinks))
+        check(call, evidence, f"{mask}, group {group}, softcap {softcap}, sinks {with_sinks}")
+
+
+@pytest.mark.parametrize("operator", OPERATORS)
+def test_X11_every_group(operator: str, dtype: torch.dtype, device: torch.device, evidence: Evidence) -> None:
+    pairs = [(1, 130), (0, 5), (3, 3), (17, 40), (130, 200)]
+    for group, (mask, options) in product((*range(1, 17), 32), MASKS.items()):
+        shape = Shape(64, kv_heads=2, group=group, dtype=dtype)
+        check(OPERATORS[operator](pairs, shape, device, seed=group, **options), evidence, f"group {group}, {mask}")
+
+
+@pytest.mark.parametrize("operator", OPERATORS)
+def test_X11_every_head_size(operator: str, dtype: torch.dtype, device: torch.device, evidence: Evidence) -> None:
+    pairs = [(1, 130), (0, 5), (65, 65), (2, 0), (17, 40)]
+    for head_dim, (mask, options) in product(range(8, 257, 8), MASKS.items()):
+        shape = Shape(head_dim, kv_heads=2, group=3, dtype=dtype)
+        call = OPERATORS[operator](pairs, shape, device, seed=head_dim, **options)
+        check(call, evidence, f"head size {head_dim}, {mask}")
+
+
+@pytest.mark.parametrize("operator", OPERATORS)
+def test_every_window(operator: str, dtype: torch.dtype, device: torch.device, evidence: Evidence) -> None:
+    shape = Shape(64, kv_heads=1, group=2, dtype=dtype, page_size=16)
+    for window, causal in product(WINDOWS, (False, True)):
+        call = OPERATORS[operator](PAIRS, shape, device, seed=window, sliding_window=window, causal=causal)
+        check(call, evidence, f"window {window}, causal {causal}")
+
+
+def test_D6_page_boundaries(dtype: torch.dtype, device: torch.device, evidence: Evidence) -> None:
+    for page in (1, 3, 8, 16, 32, 48, 64, 128, 256):
+        lengths = sorted({page - 1, page, page + 1, 2 * page + 1})
+        pairs = [(new, kv) for kv in lengths for new in (1, kv)]
+        for head_dim in (64, 128):
+            shape = Shape(head_dim, kv_heads=2, group=4, dtype=dtype, page_size=page)
+            check(paged(pairs, shape, device, seed=page), evidence, f"page {page}, head size {head_dim}")
+
+
+def test_D1_short_sequences(device: torch.device, evidence: Evidence) -> None:
+    for length in (1, 5, 9, 15, 16, 17, 25, 33):
+        shape = Shape(64, kv_heads=2, group=7, page_size=16)
+        check(paged([(length, length)], shape, device, seed=length), evidence, f"length {length}")
+
+
+def test_D2_one_token_cached(device: torch.device, evidence: Evidence) -> None:
+    check(paged([(8, 9)], Shape(64, kv_heads=2, group=7, page_size=16), device), evidence)
+
+
+def test_logits_that_overflow_without_a_maximum(dtype: torch.dtype, device: torch.device, evidence: Evidence) -> None:
+    for operator in OPERATORS.values():
+        call = operator([(70, 300), (1, 129)], Shape(128, dtype=dtype), device)
+        check(call.with_options(softmax_scale=8.0), evidence, "scale 8")
+
+
+def test_unmapped_pages_in_the_middle_are_masked(dtype: torch.dtype, device: torch.device, evidence: Evidence) -> None:
+    for page_size, causal in product((1, 16, 64), (False, True)):
+        call = paged([(5, 300), (1, 64), (40, 40)], Shape(64, dtype=dtype, page_size=page_size), device, causal=causal)
+        table = call.tensors["block_table"]
+        table[0, 0] = -1
+        table[0, 2] = table.max() + 1000
+        table[2] = -7
+        out, lse = check(call, evidence, f"holes in the table, page {page_size}, causal {causal}")
+        assert not out[-40:].any(), "a sequence with no mapped page is exact zeros"
+        assert (lse[:, -40:] == -torch.inf).all()
