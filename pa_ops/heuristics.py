@@ -9,6 +9,10 @@ from pa_ops.capability import Capability
 from pa_ops.manifest import Entry
 from pa_ops.problem import Problem
 
+# Query rows whose mathematics takes as long as bringing one K/V tile in: what a small tile saves in padding it pays
+# again in loads. An estimate; it ranks tiles of one head size, and today each head size has one tile.
+LOAD_ROWS = 64
+
 Cost = tuple[int, int, int, int, str]
 
 
@@ -24,7 +28,7 @@ def query_rows(problem: Problem) -> int:
 
 
 def cost(entry: Entry, problem: Problem, capability: Capability) -> Cost:
-    """A total order on rows: padded head sizes, then row slots of the busiest SM, then how native the code is.
+    """A total order on rows: padded head sizes, then the work of the busiest SM, then how native the code is.
 
     Padding comes first because it costs shared memory and registers as well as work. The name decides what is left,
     so that the order of the rows carries no meaning.
@@ -32,7 +36,7 @@ def cost(entry: Entry, problem: Problem, capability: Capability) -> Cost:
     spec = entry.spec
     tile_m = max(spec.tile.m, 1)
     blocks = problem.batch * problem.num_heads * _ceil_div(query_rows(problem), tile_m)
-    slots = _ceil_div(blocks, capability.num_sms) * tile_m
+    slots = _ceil_div(blocks, capability.num_sms) * (tile_m + LOAD_ROWS)
     ranks = [capability.targets.index(target) for target in entry.code_targets if target in capability.targets]
     native = min(ranks, default=len(capability.targets))
     return (spec.head_dim + spec.head_dim_v, slots, native, entry.smem_bytes, entry.name)
