@@ -10,9 +10,12 @@ import torch
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
+from transformers.utils import logging as transformers_logging
 
 import pa_ops
 from demo import embeddings, generation
+from pa_ops import report
+from pa_ops.cli import coverage_of
 
 ROOT = Path(__file__).resolve().parent.parent
 HTML = Path("build") / "coverage.html"
@@ -72,9 +75,26 @@ def show_generation(console: Console, device: torch.device) -> bool:
     return all(result.first_mismatch is None for result in results)
 
 
+def show_coverage(console: Console) -> None:
+    """How far every kernel has come for every target."""
+    coverage = coverage_of(ROOT / "docs")
+    for title, (head, rows) in (
+        ("kernels in each state", report.summary(coverage)),
+        (
+            "one letter a dtype: " + ", ".join(f"{s} {state}" for state, s in report.SYMBOLS.items()),
+            report.heat_map(coverage),
+        ),
+    ):
+        table = Table(*head, title=title, title_justify="left")
+        for row in rows:
+            table.add_row(*map(str, row))
+        console.print(table)
+
+
 def main() -> int:
     """Builds, runs both models, prints the coverage; 1 when a model's answer is not the stock one."""
-    console = Console(soft_wrap=not sys.stdout.isatty())
+    console = Console(width=None if sys.stdout.isatty() else 130)
+    transformers_logging.disable_progress_bar()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     where = (
         torch.cuda.get_device_name() if device.type == "cuda" else "no GPU: kernels cross-compiled, models on the CPU"
@@ -90,8 +110,8 @@ def main() -> int:
     if not show_generation(console, device):
         failures.append("a continuation differs from stock generation")
     console.rule("4. coverage")
+    show_coverage(console)
     pa_ops_command("report", "--html", str(HTML))
-    console.print(f"the same as a page: {HTML}")
     for failure in failures:
         console.print(f"[red]failed:[/red] {failure}")
     console.print(f"{'failed' if failures else 'done'} in {monotonic() - began:.0f} s")
