@@ -16,7 +16,6 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 
 from pa_ops.errors import BuildError, PaOpsError
-from pa_ops.homes import home as product_home
 from pa_ops.manifest import Manifest
 
 from . import ninja, worker
@@ -35,16 +34,18 @@ LOCK_SECONDS = 3600.0
 
 @dataclass(frozen=True)
 class Request:
-    """What to build. targets: code targets, the preset's own or the GPUs' where empty; pattern: a glob on names;
-    jobs: processes at a time (0: one a core); home, templates: in place of the usual folders; seconds to wait for
-    another build of the same products.
+    """What to build, and where: products go to home/<target>/.
+
+    targets: words for architectures; empty: the preset's own, or the GPUs'. pattern: a glob on names. jobs: processes
+    at a time (0: as many as cores and memory allow). templates: in place of the installed ones. lock_seconds: how
+    long to wait for another build of the same products.
     """
 
+    home: Path
     preset: str = DEFAULT_PRESET
     targets: tuple[str, ...] = ()
     pattern: str | None = None
     jobs: int = 0
-    home: Path | None = None
     templates: Path | None = None
     lock_seconds: float = LOCK_SECONDS
 
@@ -251,9 +252,8 @@ class TargetBuild:
 def plans(request: Request, tools: Toolchain | None = None) -> Iterator[tuple[Planner, Plan]]:
     """What a build of `request` would do, target by target; reads, never writes."""
     planner = Planner(tools or Toolchain(), request.templates)
-    home = request.home or product_home()
     for target in request.resolved_targets():
-        layout = Layout(home / target)
+        layout = Layout(request.home / target)
         yield planner, planner.plan(layout, target, select(request.preset, target, request.pattern))
 
 
@@ -270,12 +270,11 @@ def build(
     listener = listener or Listener()
     tools = Toolchain()
     planner = Planner(tools, request.templates)
-    home = request.home or product_home()
     outcomes = []
     for target in request.resolved_targets():
         began = clock()
         selected = select(request.preset, target, request.pattern)
-        layout = Layout(home / target)
+        layout = Layout(request.home / target)
         with _locked(layout, request.lock_seconds, listener):
             plan = planner.plan(layout, target, selected)
             listener.planned(plan)

@@ -15,7 +15,7 @@ from .targets import DECLARED_TARGETS
 RUN_TIME = 0  # a head size or tile extent that the kernel takes as an argument
 HELPER_TILE = Tile(0, 0, 0, 4)
 
-# Tile of each head size. Shared memory: 48, 60 and 80 KiB at 64, 96 and 128; 96 KiB at 256, just inside the 99 KiB
+# Tile of each head size. Shared memory: 32, 48 and 64 KiB at 64, 96 and 128; 96 KiB at 256, just inside the 99 KiB
 # that a block may have on SM 8.6, 8.9 and 12.x, which is why m halves there.
 FLASH_SM80_TILES: dict[int, Tile] = {
     64: Tile(128, 64, 1, 4),

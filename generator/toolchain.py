@@ -47,10 +47,14 @@ NO_STRIP = Missing("strip", "install binutils")
 NO_NINJA = Missing("ninja", "pip install ninja")
 
 
-def _package_folder(name: str) -> Path | None:
+def _package_folders(name: str) -> list[Path]:
+    """The folders of a package: several where it is a namespace that several distributions share."""
     spec = importlib.util.find_spec(name)
-    places = list(spec.submodule_search_locations or ()) if spec is not None else []
-    return Path(places[0]) if places else None
+    return [Path(place) for place in spec.submodule_search_locations or ()] if spec is not None else []
+
+
+def _package_folder(name: str) -> Path | None:
+    return next(iter(_package_folders(name)), None)
 
 
 def _first(paths: Iterable[Path]) -> Path | None:
@@ -101,11 +105,10 @@ class Toolchain:
         return _need(_first(self._cuda_runtimes()), NO_RUNTIME)
 
     def _cuda_runtimes(self) -> Iterator[Path]:
-        nvidia = _package_folder("nvidia")
         wheels = {12: "cuda_runtime", 13: "cu13"}
         major = int(self.dialect_runtime.parent.parent.name.removeprefix("cu"))
         for folder in (wheels[m] for m in sorted(CUDA_MAJORS, key=lambda m: m != major)):
-            if nvidia is not None:
+            for nvidia in _package_folders("nvidia"):
                 yield nvidia / folder / "lib" / CUDA_RUNTIME
         for home in (os.environ.get("CUDA_HOME"), "/usr/local/cuda"):
             for lib in ("lib64", "targets/x86_64-linux/lib", "lib"):

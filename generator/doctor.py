@@ -1,0 +1,91 @@
+"""Turns this machine into a list of what works, what does not and what to do about it."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+from pa_ops.errors import InvalidArgument
+from pa_ops.manifest import Manifest
+
+from .build import default_jobs
+from .digest import sha256_of
+from .layout import Layout
+from .targets import TARGETS, default_targets, target_of_sm, visible_sms
+from .toolchain import Toolchain, examine
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One thing looked at: whether it is well, what was found or what to do."""
+
+    what: str
+    well: bool
+    detail: str
+
+
+def _tools() -> Iterator[Finding]:
+    yield Finding("Python", sys.version_info >= (3, 10), sys.version.split()[0])
+    for part, works, detail in examine(Toolchain()):
+        yield Finding(part, works, detail)
+    yield Finding("jobs", True, f"{default_jobs()} compile workers at a time fit cores and free memory")
+
+
+def _gpus() -> Iterator[Finding]:
+    sms = visible_sms()
+    if not sms:
+        detail = f"none found; builds are for {', '.join(default_targets())} unless --arch says otherwise"
+        yield Finding("GPU", True, detail)
+    for sm in sms:
+        serves = target_of_sm(sm)
+        detail = f"SM {sm / 10:.1f}, served by {serves}" if serves else f"SM {sm / 10:.1f}: no kernel exists for it yet"
+        yield Finding("GPU", serves is not None, detail)
+
+
+def _product(layout: Layout) -> str:
+    """What is wrong with a product, empty when nothing is."""
+    try:
+        manifest = Manifest.load(layout.manifest)
+    except InvalidArgument as error:
+        return str(error)
+    if not layout.library.is_file():
+        return f"{layout.library} is missing"
+    if sha256_of(layout.library) != manifest.library_sha256:
+        return "the library is not the one that the manifest was written for"
+    return ""
+
+
+def _products(home: Path) -> Iterator[Finding]:
+    place = next(path for path in (home, *home.parents) if path.exists())
+    writable = os.access(place, os.W_OK)
+    yield Finding("products", writable, f"{home}" if writable else f"{place} cannot be written; set PA_OPS_HOME")
+    built = [target for target in TARGETS if Layout(home / target).manifest.is_file()]
+    for target in built:
+        layout = Layout(home / target)
+        wrong = _product(layout)
+        count = "" if wrong else f"{len(Manifest.load(layout.manifest).entries)} kernels"
+        yield Finding(f"product {target}", not wrong, f"{wrong}; run pa-ops build --arch {target}" if wrong else count)
+    here = {target for sm in visible_sms() if (target := target_of_sm(sm)) is not None}
+    for target in sorted(here.difference(built)):
+        yield Finding(f"product {target}", False, f"not built for the GPU here; run pa-ops build --arch {target}")
+
+
+def findings(home: Path) -> tuple[Finding, ...]:
+    """Everything looked at, tools first."""
+    return (*_tools(), *_gpus(), *_products(home))
+
+
+def diagnose(home: Path, console: Console) -> int:
+    """Print the findings; 1 when anything is not well."""
+    table = Table("", "what", "found, or what to do")
+    found = findings(home)
+    for finding in found:
+        table.add_row("ok" if finding.well else "NO", finding.what, finding.detail)
+    console.print(table)
+    return 0 if all(finding.well for finding in found) else 1

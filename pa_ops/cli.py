@@ -1,0 +1,285 @@
+"""Turns a command line into a build, a list, an explanation, a report, a bench or a diagnosis.
+
+Exit status: 0 done, 1 refused or failed (the reason is on stderr), 2 a command line that argparse rejects.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from dataclasses import fields
+from fnmatch import fnmatchcase
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+from pa_ops import report
+from pa_ops.capability import Capability
+from pa_ops.coverage import Coverage, cover, load_evidence
+from pa_ops.errors import InvalidArgument, PaOpsError
+from pa_ops.homes import home
+from pa_ops.problem import Problem
+
+EVIDENCE = "gpu-evidence.json"
+BENCH = "gpu-bench.json"
+SHORT = {"kv": "max_k", "heads": "num_heads", "kv_heads": "num_kv_heads", "dv": "head_dim_v", "page": "page_size"}
+YES_NO = {"true": True, "yes": True, "1": True, "on": True, "false": False, "no": False, "0": False, "off": False}
+
+
+def _archs(text: str) -> tuple[str, ...]:
+    return tuple(word.strip() for word in text.split(",") if word.strip())
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line's grammar."""
+    top = argparse.ArgumentParser(prog="pa-ops", description="Generated paged and ragged attention kernels.")
+    commands = top.add_subparsers(dest="command", required=True)
+
+    build = commands.add_parser("build", help="generate and build: sources, objects, libraries, manifest")
+    build.add_argument("--preset", default="serving", metavar="NAME", help="smoke, serving (the default) or full")
+    build.add_argument("--arch", type=_archs, default=(), metavar="A,B", help="sm_80,sm_90a,...; default: the GPU here")
+    build.add_argument("--filter", metavar="GLOB", help="only instances whose name matches")
+    build.add_argument("--jobs", type=int, default=0, metavar="N", help="processes at a time; default: one a core")
+    build.add_argument("--dry-run", action="store_true", help="say what would be done, and do nothing")
+    build.add_argument("--json", action="store_true", help="the outcome as JSON on stdout")
+    build.set_defaults(run=run_build)
+
+    listing = commands.add_parser("list", help="the instances, one a line, by their stable names")
+    listing.add_argument("--preset", default="full", metavar="NAME")
+    listing.add_argument("--arch", type=_archs, default=(), metavar="A,B")
+    listing.add_argument("--filter", metavar="GLOB")
+    listing.add_argument("--json", action="store_true", help="with axes, targets and whether each is built")
+    listing.set_defaults(run=run_list)
+
+    explain = commands.add_parser("explain", help="what would be selected, and why the rest is not")
+    explain.add_argument("op", metavar="OP", help="paged_attention, varlen_attention, append_kv or merge_states")
+    explain.add_argument("facts", nargs="*", metavar="key=value", help="a Problem's fields, sm=90, backend=NAME")
+    explain.set_defaults(run=run_explain)
+
+    coverage = commands.add_parser("report", help="the instance-coverage report, as Markdown on stdout")
+    coverage.add_argument("--html", type=Path, metavar="FILE", help="write one self-contained page")
+    coverage.add_argument("--json", type=Path, metavar="FILE", help="write it for programs")
+    coverage.add_argument("--markdown", type=Path, metavar="FILE", help="write the Markdown to a file")
+    coverage.add_argument("--docs", type=Path, default=_docs(), metavar="DIR", help=f"holds {EVIDENCE} and {BENCH}")
+    coverage.add_argument("--check", action="store_true", help="fail on a hole or an unreachable kernel")
+    coverage.set_defaults(run=run_report)
+
+    doctor = commands.add_parser("doctor", help="toolchains, GPU, products: what works, what does not, what to do")
+    doctor.set_defaults(run=run_doctor)
+
+    bench = commands.add_parser("bench", help="time the built instances on the GPU")
+    bench.add_argument("--case", default="all", metavar="NAME", help="prefill, decode, swa or all")
+    bench.add_argument("--ctx", type=int, metavar="N", help="keys of each sequence")
+    bench.add_argument("--window", type=int, metavar="N", help="sliding window")
+    bench.add_argument("--num-seqs", type=int, metavar="N", help="sequences")
+    bench.add_argument("--dtype", default="bf16", metavar="NAME", help="fp16 or bf16")
+    bench.add_argument("--json", type=Path, metavar="FILE", help="write the rows for programs")
+    bench.set_defaults(run=run_bench)
+    return top
+
+
+def _docs() -> Path:
+    return Path(__file__).resolve().parent.parent / "docs"
+
+
+def run_build(arguments: argparse.Namespace, console: Console) -> int:
+    """Build, or say what a build would do."""
+    from pa_ops.generator.build import Request, build, plans
+    from pa_ops.generator.progress import Display
+
+    if arguments.jobs < 0:
+        raise InvalidArgument("jobs", "must be an integer >= 0", arguments.jobs)
+    request = Request(home(), arguments.preset, arguments.arch, arguments.filter, arguments.jobs)
+    if arguments.dry_run:
+        rows = [
+            {
+                "target": plan.target,
+                "compile": [item.name for item in plan.stale],
+                "up_to_date": [item.name for item in (*plan.fresh, *plan.kept)],
+                "drop": list(plan.dropped),
+            }
+            for _, plan in plans(request)
+        ]
+        _say_plans(rows, as_json=arguments.json, console=console)
+        return 0
+    with Display(Console(stderr=True) if arguments.json else console) as display:
+        outcomes = build(request, display)
+    if arguments.json:
+        done = [
+            {
+                "target": outcome.target,
+                "compiled": list(outcome.compiled),
+                "up_to_date": list(outcome.fresh),
+                "dropped": list(outcome.dropped),
+                "seconds": round(outcome.seconds, 2),
+                "manifest": str(outcome.manifest),
+            }
+            for outcome in outcomes
+        ]
+        print(json.dumps(done, indent=1))
+        return 0
+    for outcome in outcomes:
+        total = len(outcome.compiled) + len(outcome.fresh)
+        text = f"{outcome.target}: {total} kernels, {len(outcome.compiled)} compiled, {outcome.seconds:.1f} s"
+        console.print(f"{text} -> {outcome.manifest.parent}", markup=False, highlight=False, soft_wrap=True)
+    return 0
+
+
+def _say_plans(rows: list[dict[str, object]], *, as_json: bool, console: Console) -> None:
+    if as_json:
+        print(json.dumps(rows, indent=1))
+        return
+    for row in rows:
+        for verb in ("compile", "up_to_date", "drop"):
+            names = row[verb]
+            assert isinstance(names, list)
+            for name in names:
+                console.print(f"{row['target']} {verb.replace('_', ' ')} {name}", markup=False, soft_wrap=True)
+
+
+def run_list(arguments: argparse.Namespace, console: Console) -> int:
+    """Names, or with --json axes and states."""
+    from pa_ops.generator import inventory, matrix, targets
+
+    wanted = targets.resolve_all(arguments.arch) if arguments.arch else targets.DECLARED_TARGETS
+    specs = matrix.declared(arguments.preset, wanted)
+    chosen = [spec for spec in specs if arguments.filter is None or fnmatchcase(spec.name, arguments.filter)]
+    if not chosen:
+        raise InvalidArgument("filter", f"must match one of {len(specs)} instances", repr(arguments.filter))
+    if not arguments.json:
+        print("\n".join(spec.name for spec in chosen))
+        return 0
+    built = {(entry.name, m.target) for m in inventory.manifests(home()) for entry in m.entries}
+    rows = [
+        {
+            "name": spec.name,
+            **{field.name: getattr(spec, field.name) for field in fields(spec) if field.name != "tile"},
+            "tile": str(spec.tile),
+            "smem_bytes": spec.smem_bytes,
+            "targets": [target for target in wanted if matrix.refusal(spec, target) is None],
+            "built": sorted(target for name, target in built if name == spec.name),
+        }
+        for spec in chosen
+    ]
+    print(json.dumps(rows, indent=1))
+    return 0
+
+
+def problem_of(op: str, words: Sequence[str]) -> tuple[Problem, int | None, str]:
+    """The problem, SM number and backend that `key=value` words spell; raises InvalidArgument naming the word."""
+    known = {field.name: str(field.type) for field in fields(Problem)}
+    given: dict[str, object] = {}
+    sm, backend = None, "auto"
+    for word in words:
+        key, separator, value = word.partition("=")
+        key = SHORT.get(key, key)
+        if not separator or not value:
+            raise InvalidArgument("explain", "takes key=value words", repr(word))
+        if key == "sm":
+            sm = _number(key, value.removeprefix("sm_"))
+        elif key == "backend":
+            backend = value
+        elif key not in known or key == "op":
+            accepted = ", ".join([*(name for name in known if name != "op"), "sm", "backend", *SHORT])
+            raise InvalidArgument(key, f"explain knows {accepted}", repr(word))
+        elif "int" in known[key]:
+            given[key] = _number(key, value)
+        elif known[key] == "bool":
+            if value not in YES_NO:
+                raise InvalidArgument(key, "must be yes or no", repr(value))
+            given[key] = YES_NO[value]
+        else:
+            given[key] = value
+    if "dtype" not in given:
+        given["dtype"] = "bf16"
+    if "head_dim" not in given:
+        raise InvalidArgument("head_dim", "explain needs it, e.g. head_dim=128", "nothing")
+    return Problem(op=op, **given), sm, backend  # type: ignore[arg-type]
+
+
+def _number(key: str, value: str) -> int:
+    if not value.isdecimal():
+        raise InvalidArgument(key, "must be an integer", repr(value))
+    return int(value)
+
+
+def run_explain(arguments: argparse.Namespace, console: Console) -> int:
+    """The decision for a problem on a device that need not be here."""
+    from pa_ops.selecting import explain
+
+    problem, sm, backend = problem_of(arguments.op, arguments.facts)
+    print(explain(problem, None if sm is None else Capability.of_sm(sm), backend))
+    return 0
+
+
+def coverage_of(docs: Path) -> Coverage:
+    """The coverage of this installation: matrix, products, and the evidence files in `docs`."""
+    from pa_ops.generator import inventory
+
+    tests, bench = load_evidence(docs / EVIDENCE), load_evidence(docs / BENCH)
+    return cover(inventory.inputs(home(), tests, bench))
+
+
+def run_report(arguments: argparse.Namespace, console: Console) -> int:
+    """Write the forms that were asked for; with none, Markdown on stdout."""
+    coverage = coverage_of(arguments.docs)
+    forms = (
+        (arguments.html, report.to_html),
+        (arguments.json, report.to_json),
+        (arguments.markdown, report.to_markdown),
+    )
+    written = [(path, form) for path, form in forms if path is not None]
+    for path, form in written:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(form(coverage), encoding="utf-8")
+    if written:
+        head, rows = report.summary(coverage)
+        table = Table(*head)
+        for row in rows:
+            table.add_row(*map(str, row))
+        console.print(table)
+        console.print(f"{len(coverage.holes)} holes, {len(coverage.unreachable)} unreachable kernels")
+    else:
+        print(report.to_markdown(coverage), end="")
+    return 1 if arguments.check and (coverage.holes or coverage.unreachable) else 0
+
+
+def run_doctor(arguments: argparse.Namespace, console: Console) -> int:
+    """What works, what does not, what to do about it; 1 when anything does not."""
+    from pa_ops.generator.doctor import diagnose
+
+    status: int = diagnose(home(), console)
+    return status
+
+
+def run_bench(arguments: argparse.Namespace, console: Console) -> int:
+    """Time the built instances; needs a GPU."""
+    from pa_ops.bench import run
+
+    return run(
+        console,
+        case=arguments.case,
+        ctx=arguments.ctx,
+        window=arguments.window,
+        num_seqs=arguments.num_seqs,
+        dtype=arguments.dtype,
+        output=arguments.json,
+    )
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; the console script's entry point."""
+    arguments = parser().parse_args(argv)
+    console = Console(soft_wrap=not sys.stdout.isatty())
+    try:
+        status: int = arguments.run(arguments, console)
+    except PaOpsError as error:
+        print(f"pa-ops: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("pa-ops: interrupted; what was complete is kept", file=sys.stderr)
+        return 130
+    return status

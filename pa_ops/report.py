@@ -1,0 +1,170 @@
+"""Turns a coverage into what people and programs read: Markdown, JSON, one self-contained HTML page."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict
+
+from pa_ops.capability import parse_target
+from pa_ops.coverage import Cell, Coverage, State
+from pa_ops.report_page import PAGE
+from pa_ops.spec import InstanceSpec, KernelOp
+
+SCHEMA = 1
+SYMBOLS = {
+    State.REFUSED: "-",
+    State.DECLARED: "d",
+    State.GENERATED: "g",
+    State.COMPILED: "C",
+    State.STALE: "s",
+    State.TESTED: "T",
+    State.BENCHMARKED: "B",
+}
+MEANINGS = {
+    State.REFUSED: "does not exist, for the reason given",
+    State.DECLARED: "a build would make it",
+    State.GENERATED: "its source is rendered",
+    State.COMPILED: "in a library",
+    State.STALE: "built or tested from other sources than today's",
+    State.TESTED: "compiled, and right on a GPU",
+    State.BENCHMARKED: "tested, and timed on a GPU",
+}
+
+
+def _row(cell: Cell) -> dict[str, object]:
+    """A cell with its name taken apart, for JSON."""
+    spec = InstanceSpec.parse(cell.name)
+    axes = {
+        "op": str(spec.op),
+        "family": str(spec.family),
+        "dtype": str(spec.dtype),
+        "kv_dtype": str(spec.kv_dtype),
+        "head_dim": spec.head_dim,
+        "layout": str(spec.layout),
+        "mask": str(spec.mask),
+        "tile": str(spec.tile),
+    }
+    return {**asdict(cell), "state": str(cell.state), **axes}
+
+
+def to_json(coverage: Coverage) -> str:
+    """Every cell with its axes, every hole, the unreachable kernels; equal coverages give equal text."""
+    holes = [{"problem": str(hole.problem), "sm": hole.sm, "reason": hole.reason} for hole in coverage.holes]
+    document = {
+        "schema": SCHEMA,
+        "states": [[str(state), MEANINGS[state]] for state in State],
+        "cells": [_row(cell) for cell in coverage.cells],
+        "holes": holes,
+        "unreachable": [{"name": cell.name, "target": cell.target} for cell in coverage.unreachable],
+    }
+    return json.dumps(document, indent=1, sort_keys=True) + "\n"
+
+
+def to_html(coverage: Coverage) -> str:
+    """One page with its data, style and script inside: filters, a heat map, a sortable table."""
+    data = json.dumps(json.loads(to_json(coverage)), separators=(",", ":")).replace("</", "<\\/")
+    return PAGE.replace("/*DATA*/", data)
+
+
+def targets_of(coverage: Coverage) -> tuple[str, ...]:
+    """The targets of a coverage, oldest SM first."""
+    names = {cell.target for cell in coverage.cells}
+    return tuple(sorted(names, key=lambda name: (parse_target(name), name)))
+
+
+def _table(head: Sequence[str], rows: Iterable[Sequence[object]]) -> list[str]:
+    lines = [f"| {' | '.join(head)} |", f"|{'|'.join(' --- ' for _ in head)}|"]
+    return [*lines, *(f"| {' | '.join(map(str, row))} |" for row in rows), ""]
+
+
+def summary(coverage: Coverage) -> tuple[tuple[str, ...], list[tuple[object, ...]]]:
+    """How many cells of each target are in each state: the head and the rows of a table."""
+    counts = Counter((cell.target, cell.state) for cell in coverage.cells)
+    head = ("target", *(str(state) for state in State))
+    return head, [(target, *(counts[target, state] for state in State)) for target in targets_of(coverage)]
+
+
+def _kernel(spec: InstanceSpec) -> tuple[str, int, str, str]:
+    """A row of the heat map: family, head size, layout, mask."""
+    return str(spec.family), spec.head_dim, str(spec.layout), str(spec.mask)
+
+
+def heat_map(coverage: Coverage) -> tuple[tuple[str, ...], list[tuple[object, ...]]]:
+    """A row for each kernel but for its dtype; a symbol for each dtype that exists, under each target."""
+    marks: dict[tuple[str, int, str, str], dict[str, list[str]]] = defaultdict(lambda: defaultdict(list))
+    for cell in coverage.cells:
+        spec = InstanceSpec.parse(cell.name)
+        if spec.kv_dtype is spec.dtype:
+            marks[_kernel(spec)][cell.target].append(f"{SYMBOLS[cell.state]}")
+    targets = targets_of(coverage)
+    head = ("family", "head size", "layout", "mask", *targets)
+    rows: list[tuple[object, ...]] = []
+    for key in sorted(marks):
+        family, head_dim, *rest = key
+        rows.append((family, head_dim or "any", *rest, *(" ".join(marks[key][target]) for target in targets)))
+    return head, rows
+
+
+def _refusals(coverage: Coverage) -> list[tuple[object, ...]]:
+    """Reasons of kernels that do not exist, with how many and an example."""
+    groups: dict[str, list[Cell]] = defaultdict(list)
+    for cell in coverage.cells:
+        if cell.state is State.REFUSED:
+            groups[cell.reason].append(cell)
+    return [(len(cells), reason, f"`{cells[0].name}`") for reason, cells in sorted(groups.items())]
+
+
+def _compiled(coverage: Coverage) -> list[tuple[object, ...]]:
+    """Facts of the kernels that were built."""
+    unbuilt = {State.REFUSED, State.DECLARED, State.GENERATED}
+    return [
+        (
+            f"`{cell.name}`",
+            cell.target,
+            cell.state,
+            cell.registers,
+            cell.spill_bytes,
+            cell.smem_bytes,
+            cell.object_bytes,
+            f"{cell.compile_seconds:.1f}",
+            cell.tests,
+            "" if cell.worst_error is None else f"{cell.worst_error:.1e}",
+        )
+        for cell in coverage.cells
+        if cell.state not in unbuilt
+    ]
+
+
+def to_markdown(coverage: Coverage) -> str:
+    """The report as a page of tables."""
+    attention = sum(InstanceSpec.parse(cell.name).op is KernelOp.ATTN for cell in coverage.cells)
+    lines = [
+        "# Instance coverage",
+        "",
+        f"{len(coverage.cells)} cells, {attention} of them attention; {len(coverage.holes)} undeclared holes, "
+        f"{len(coverage.unreachable)} unreachable kernels.",
+        "",
+        *_table(*summary(coverage)),
+        "## Kernels by target",
+        "",
+        "One letter a dtype (bf16, fp16): " + ", ".join(f"{SYMBOLS[s]} = {s} ({MEANINGS[s]})" for s in State) + ".",
+        "",
+        *_table(*heat_map(coverage)),
+    ]
+    if built := _compiled(coverage):
+        head = ("kernel", "target", "state", "registers", "spill B", "smem B", "object B", "s", "tests", "worst error")
+        lines += ["## Built", "", *_table(head, built)]
+    lines += ["## Kernels that do not exist", "", *_table(("how many", "reason", "one of them"), _refusals(coverage))]
+    if coverage.holes:
+        lines += ["## Holes", ""]
+        lines += _table(("problem", "SM", "reason"), ((h.problem, h.sm, _line(h.reason)) for h in coverage.holes))
+    if coverage.unreachable:
+        lines += ["## Unreachable kernels", ""]
+        lines += _table(("kernel", "target"), ((f"`{cell.name}`", cell.target) for cell in coverage.unreachable))
+    return "\n".join(lines).rstrip() + "\n"
+
+
+def _line(text: str) -> str:
+    return " ".join(text.replace("|", "\\|").split())
