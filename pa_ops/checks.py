@@ -7,8 +7,9 @@ Only what the host knows is looked at: shapes, dtypes, devices, strides and scal
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import torch
@@ -125,30 +126,40 @@ def validate(op: str, arguments: Arguments) -> Sizes:
 
 
 def _check_shape(rule: Rule, tensor: Tensor, fixed: dict[str, tuple[int, str]]) -> None:
-    names = rule.dims.split()
-    if tensor.dim() != len(names):
-        raise InvalidArgument(
-            rule.argument, f"must have {len(names)} dimensions {rule.shape}", f"shape {list(tensor.shape)}"
-        )
-    for dim, (spelled, size) in enumerate(zip(names, tensor.shape, strict=True)):
-        name = spelled.removesuffix("+1").removesuffix("..").removesuffix("|1")
-        size = size - 1 if spelled.endswith("+1") else size
-        if size < 0:
-            raise InvalidArgument(rule.argument, f"must be {rule.shape}, at least one element", "none")
+    dims = rule.dims.split()
+    got = f"shape {list(tensor.shape)}"
+    if tensor.dim() != len(dims):
+        raise InvalidArgument(rule.argument, f"must have {len(dims)} dimensions {rule.shape}", got)
+    for place, (dim, size) in enumerate(zip(dims, tensor.shape, strict=True)):
+        name, form = _parse_dim(dim)
+        least = 1 if form == "+1" or name in _AT_LEAST_ONE else 0
+        if size < least:
+            raise InvalidArgument(rule.argument, f"must be {rule.shape} with {dim} >= 1 in dimension {place}", got)
         if name not in fixed:
-            if name in _AT_LEAST_ONE and size < 1:
-                raise InvalidArgument(rule.argument, f"{name} (dimension {dim}) must be >= 1", f"{list(tensor.shape)}")
-            fixed[name] = (size, rule.argument)
+            fixed[name] = (size - 1 if form == "+1" else size, rule.argument)
             continue
         want, origin = fixed[name]
-        if size == want or (spelled.endswith("..") and size > want) or (spelled.endswith("|1") and size == 1):
-            continue
-        need = f"{spelled} = {want + 1 if spelled.endswith('+1') else want}{spelled[len(name) :].replace('+1', '')}"
-        raise InvalidArgument(
-            rule.argument,
-            f"must be {rule.shape} with {need} in dimension {dim} ({name} comes from {origin})",
-            f"shape {list(tensor.shape)}",
-        )
+        fits, need = _FORMS[form]
+        if not fits(size, want):
+            need = need.format(name=name, want=want, more=want + 1)
+            whence = f"in dimension {place} ({name} comes from {origin})"
+            raise InvalidArgument(rule.argument, f"must be {rule.shape} with {need} {whence}", got)
+
+
+_FORMS: dict[str, tuple[Callable[[int, int], bool], str]] = {
+    "+1": (lambda size, want: size == want + 1, "{name}+1 = {more}"),
+    "..": (lambda size, want: size >= want, "{name} >= {want}"),
+    "|1": (lambda size, want: size in (want, 1), "{name} = {want} or 1"),
+    "": (lambda size, want: size == want, "{name} = {want}"),
+}
+"""How a dimension is spelled after its name -> when a size fits, and what it should be."""
+
+
+@cache
+def _parse_dim(dim: str) -> tuple[str, str]:
+    """The name of a dimension and the form of its rule: "B+1" -> ("B", "+1"), "D" -> ("D", "")."""
+    form = next(form for form in _FORMS if dim.endswith(form))
+    return dim.removesuffix(form), form
 
 
 def _check_dtype(rule: Rule, tensor: Tensor, arguments: Arguments) -> None:
