@@ -20,7 +20,7 @@ ATTENTION = "pa_ops_paged"
 MODULES = ("bisect", "colorsys", "fnmatch")
 PROMPTS = (
     "def insort_right(a, x",
-    "def rgb_to_yiq(",
+    "ONE_THIRD = ",
     'def fnmatch(name, pat):\n    """Test whether FILENAME',
     "def rgb_to_hls(",
     "    if lo < 0:\n        raise ",
@@ -28,6 +28,7 @@ PROMPTS = (
 NEW_TOKENS = 64
 PAGE_SIZE = 16
 CONTEXT = 256
+PEAK_RATE = 4e-3
 
 
 @dataclass(frozen=True)
@@ -64,15 +65,15 @@ def training_text() -> torch.Tensor:
 
 
 def train(
-    device: torch.device, *, max_steps: int = 600, max_seconds: float = 45.0
+    device: torch.device, *, max_steps: int = 1000, max_seconds: float = 45.0
 ) -> tuple[LlamaForCausalLM, Training]:
-    """A Llama of 3 layers, 4 heads over 2 KV heads of 64, trained in fp32 until either limit is met."""
+    """A Llama of 2 layers, 4 heads over 2 KV heads of 64, trained in fp32 until either limit is met."""
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=256,
         hidden_size=128,
-        intermediate_size=384,
-        num_hidden_layers=3,
+        intermediate_size=256,
+        num_hidden_layers=2,
         num_attention_heads=4,
         num_key_value_heads=2,
         head_dim=64,
@@ -83,13 +84,14 @@ def train(
     )
     model = LlamaForCausalLM(config).to(device).train()
     data = training_text()
-    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3, betas=(0.9, 0.95), weight_decay=0.01)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=3e-3, total_steps=max_steps, pct_start=0.1)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=PEAK_RATE, betas=(0.9, 0.95), weight_decay=0.01)
     batch, length = 8, 128
     began = time.monotonic()
     loss = torch.zeros(())
     step = 0
-    while step < max_steps and time.monotonic() - began < max_seconds:
+    while (progress := max(step / max_steps, (time.monotonic() - began) / max_seconds)) < 1:
+        # Whichever limit comes first, the rate has come down by then.
+        optimizer.param_groups[0]["lr"] = PEAK_RATE * min(1.0, progress / 0.1, (1.05 - progress) / 0.6)
         starts = torch.randint(0, len(data) - length, (batch,))
         tokens = torch.stack([data[s : s + length] for s in starts.tolist()]).to(device)
         loss = model(input_ids=tokens, labels=tokens).loss
@@ -97,7 +99,6 @@ def train(
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-        schedule.step()
         step += 1
     parameters = sum(p.numel() for p in model.parameters())
     return model.eval(), Training(loss.item(), step, time.monotonic() - began, parameters)
