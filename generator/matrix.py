@@ -15,12 +15,12 @@ from .targets import DECLARED_TARGETS
 RUN_TIME = 0  # a head size or tile extent that the kernel takes as an argument
 HELPER_TILE = Tile(0, 0, 0, 4)
 
-# Tile of each head size. Shared memory: 32, 48 and 64 KiB at 64, 96 and 128; 96 KiB at 256, just inside the 99 KiB
-# that a block may have on SM 8.6, 8.9 and 12.x, which is why m halves there.
+# Tile of each head size: the fastest on an H200 of those that neither spill nor, at 256, exceed the 99 KiB that a block
+# may have on SM 8.6, 8.9 and 12.x (docs/performance.md has the others).
 FLASH_SM80_TILES: dict[int, Tile] = {
-    64: Tile(128, 64, 1, 4),
+    64: Tile(64, 128, 1, 4),
     96: Tile(128, 64, 1, 4),
-    128: Tile(128, 64, 1, 4),
+    128: Tile(128, 32, 1, 4),
     256: Tile(64, 64, 1, 4),
 }
 DTYPES: tuple[DType, ...] = (DType.FP16, DType.BF16)

@@ -11,12 +11,12 @@ from typing import NamedTuple
 
 
 class Work(NamedTuple):
-    """One block's rows: rows [first, first + count) of `sequence`, its tile number being `block`."""
+    """One block's rows: rows [first, first + rows) of `sequence`, its tile number being `block`."""
 
     sequence: int
     block: int
     first: int
-    count: int
+    rows: int
 
 
 def ceil_div(a: int, b: int) -> int:

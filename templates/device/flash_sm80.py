@@ -15,14 +15,16 @@ from pa_ops.templates.device.ptx import (
     cp_async_16,
     ld_global_f32,
     ld_global_half,
+    ld_global_i32,
     ld_shared_128,
     mma_m16n8k16,
+    opaque,
     pack_pair,
     st_global_128,
     st_global_f32,
     st_shared_32,
 )
-from pa_ops.templates.device.tiles import FragmentA, FragmentB, TileShape
+from pa_ops.templates.device.tiles import Fragments, TileShape, lane_address
 from pa_ops.templates.device.worklist import find_tile, length_at
 
 LOG2_E = 1.4426950408889634
@@ -44,6 +46,10 @@ class FlashSm80:
         self.q_bytes = rows * head_dim * 2
         self.kv_bytes = keys * head_dim * 2
         self.smem_bytes = self.q_bytes + 2 * self.kv_bytes
+        accumulators = self.m_tiles * (self.d_tiles + self.n_tiles) * 4
+        # Registers for addresses, statistics and fragments in flight come on top; pages take some more.
+        others = 88 if paged else 72
+        self.blocks_an_sm = max(1, 65536 // (self.threads * min(255, accumulators + others)))
 
     @cute.jit
     def __call__(self, q, args, grid_tiles: Int32, stream):
@@ -52,6 +58,8 @@ class FlashSm80:
             block=[self.threads, 1, 1],
             smem=self.smem_bytes,
             stream=stream,
+            min_blocks_per_mp=self.blocks_an_sm,
+            preferred_smem_carveout=100,  # of the SM; left open, the DSL asks a driver for it while compiling
         )
 
     @cute.kernel
@@ -70,7 +78,7 @@ class FlashSm80:
         q_start, q_len = length_at(args.cu_seqlens_q, sequence)
         k_start = Int32(0)
         if cutlass.const_expr(self.paged):
-            k_len = cutlass.max(cute.arch.make_warp_uniform(self.kv_length(args, sequence)), 0)
+            k_len = cutlass.max(ld_global_i32(args.kv_lengths + Int64(sequence) * 4), 0)
         else:
             k_start, k_len = length_at(args.kv_lengths, sequence)
         # The last blocks of a causal sequence see most keys: start them first.
@@ -104,9 +112,10 @@ class FlashSm80:
             k_base = k_base + Int64(k_start) * args.k_token_stride
             v_base = v_base + Int64(k_start) * args.v_token_stride
 
-        frag_q = FragmentA(self.shape, s_q, lane, warp * (16 * self.m_tiles))
-        frag_k = FragmentB(self.shape, s_k, lane, transpose=False)
-        frag_v = FragmentB(self.shape, s_v, lane, transpose=True)
+        lane_base = lane_address(self.shape, s_q, lane)
+        frag_q = Fragments(self.shape, lane_base + warp * (16 * self.m_tiles) * self.shape.pitch, 0)
+        frag_k = Fragments(self.shape, lane_base, self.q_bytes)
+        frag_v = Fragments(self.shape, lane_base, self.q_bytes + self.kv_bytes)
         acc_o = cute.make_rmem_tensor((self.m_tiles * self.d_tiles * 4,), Float32)
         acc_s = cute.make_rmem_tensor((self.m_tiles * self.n_tiles * 4,), Float32)
         row_max = cute.make_rmem_tensor((self.m_tiles * 2,), Float32)
@@ -132,15 +141,18 @@ class FlashSm80:
             cute.arch.cp_async_commit_group()
             self.scores(frag_q, frag_k, acc_s)
 
-            if args.softcap_in > 0.0:
+            # Loops of one turn or none: a plain `if` around arithmetic is turned into predicated instructions, and
+            # interior blocks then issue the mask and the softcap's exponentials for nothing.
+            for _ in cutlass.range(opaque(args.softcap_in > 0.0), unroll=1):
                 softmax.cap(acc_s, args.softcap_in)
             edge = key_first + self.keys > safe_high
             if cutlass.const_expr(self.window):
                 edge = edge | (key_first < safe_low)
             if cutlass.const_expr(self.paged):
                 edge = edge | pages.has_hole(live_pages)
-            if edge:
-                top = shift + row_first + warp * (16 * self.m_tiles) + (lane >> 2)
+            for turn in cutlass.range(opaque(edge), unroll=1):
+                # The turn is 0; it keeps the comparisons inside the loop.
+                top = shift + row_first + warp * (16 * self.m_tiles) + (lane >> 2) + turn
                 self.mask(args, acc_s, top, key_first + (lane & 3) * 2, k_len, live_pages, lane)
 
             cute.arch.cp_async_wait_group(0)
@@ -152,7 +164,11 @@ class FlashSm80:
                     args, s_k, k_base, args.k_page_stride, args.k_token_stride, n_block - 1, low, high, live_pages, tid
                 )
                 cute.arch.cp_async_commit_group()
-            softmax.online(acc_s, acc_o, row_max, row_sum, args.log2_scale, self.m_tiles, self.n_tiles, self.d_tiles)
+            tops = softmax.row_tops(acc_s, row_max, self.n_tiles)
+            outgrown = softmax.outgrown(tops, row_max, args.log2_scale)
+            for _ in cutlass.range(opaque(outgrown), unroll=1):
+                softmax.rescale(tops, acc_o, row_max, row_sum, args.log2_scale, self.d_tiles)
+            softmax.exponentiate(acc_s, row_max, row_sum, args.log2_scale, self.n_tiles)
             self.accumulate(frag_v, acc_s, acc_o)
 
         sink = Float32(-Float32.inf)
@@ -160,10 +176,6 @@ class FlashSm80:
             sink = self.sink_of(args, head) * LOG2_E
         factors = softmax.finish(row_max, row_sum, args.log2_scale, sink, self.m_tiles)
         self.store(args, s_q, acc_o, factors, q_start + row_first, row_last - row_first + 1, head, warp, lane)
-
-    @cute.jit
-    def kv_length(self, args, sequence: Int32):
-        return softmax.read_i32(args.kv_lengths + Int64(sequence) * 4)
 
     @cute.jit
     def sink_of(self, args, head: Int32):
@@ -176,50 +188,48 @@ class FlashSm80:
 
     def load_queries(self, args, s_q, rows_base, count, tid):
         """Start copying the block's query rows; rows beyond `count` and columns beyond the head size become zeros."""
-        shape = self.shape
-        row, chunk = tid // shape.lanes_a_row, tid % shape.lanes_a_row
+        row = tid // self.shape.lanes_a_row
+        step = self.shape.rows_a_pass
         source = rows_base + Int64(row) * args.q_token_stride
-        stride = args.q_token_stride * shape.rows_a_pass
-        target = shape.address(s_q, row, chunk)
-        for i in range(self.rows // shape.rows_a_pass):
-            for j in range(shape.chunks_a_lane):
-                column = chunk + j * shape.lanes_a_row
-                there = (row + i * shape.rows_a_pass < count) & (column * 8 < args.head_dim)
-                offset = i * shape.rows_a_pass * shape.pitch + j * shape.lanes_a_row * 16
-                cp_async_16(target + offset, source + Int64(column * 16), cutlass.select_(there, Int32(16), Int32(0)))
-            source = source + stride
+        for i in range(self.rows // step):
+            self.copy_row(args, s_q, source, tid, i * step, row + i * step, count)
+            source = source + args.q_token_stride * step
 
     def load_tile(self, args, shared, base, page_stride, token_stride, n_block, low, high, live_pages, tid):
         """Start copying one block of K or V; keys outside [low, high) or on unmapped pages become zeros, unread."""
-        shape = self.shape
-        row, chunk = tid // shape.lanes_a_row, tid % shape.lanes_a_row
-        target = shape.address(shared, row, chunk)
+        row = tid // self.shape.lanes_a_row
+        step = self.shape.rows_a_pass
         key = n_block * self.keys + row
         source = base + Int64(key) * token_stride
-        stride = token_stride * shape.rows_a_pass
-        for i in range(self.keys // shape.rows_a_pass):
+        for i in range(self.keys // step):
             if self.paged:
-                page, offset = pages.page_of_row(live_pages, row, i * shape.rows_a_pass)
-                there = page >= 0
+                page, offset = pages.page_of_row(live_pages, row, i * step)
                 source = base + Int64(page) * page_stride + Int64(offset) * token_stride
+                self.copy_row(args, shared, source, tid, i * step, page, Int32(0x7FFFFFFF))
             else:
-                there = (key + i * shape.rows_a_pass >= low) & (key + i * shape.rows_a_pass < high)
-            for j in range(shape.chunks_a_lane):
-                column = chunk + j * shape.lanes_a_row
-                valid = cutlass.select_(there & (column * 8 < args.head_dim), Int32(16), Int32(0))
-                offset = i * shape.rows_a_pass * shape.pitch + j * shape.lanes_a_row * 16
-                cp_async_16(target + offset, source + Int64(column * 16), valid)
-            if not self.paged:
-                source = source + stride
+                first = low if self.window else 0
+                self.copy_row(args, shared, source, tid, i * step, key + i * step - first, high - first)
+                source = source + token_stride * step
+
+    def copy_row(self, args, shared, source, tid, step, position, limit):
+        """This thread's chunks of one row of a tile: copied where `position` < `limit`, unsigned, and zeros elsewhere."""
+        shape = self.shape
+        row, chunk = tid // shape.lanes_a_row, tid % shape.lanes_a_row
+        target = shape.address(shared, row, chunk) + step * shape.pitch
+        for j in range(shape.chunks_a_lane):
+            column = chunk + j * shape.lanes_a_row
+            ceiling = cutlass.select_(column * 8 < args.head_dim, limit, Int32(0))
+            offset = j * shape.lanes_a_row * 16
+            cp_async_16(target + offset, source + Int64(column * 16), position, ceiling)
 
     def scores(self, frag_q, frag_k, acc_s):
         """acc_s = Q K^T for this warp's rows and the block's keys."""
         zero = Float32(0.0)
         s = [[[zero] * 4 for _ in range(self.n_tiles)] for _ in range(self.m_tiles)]
         for column in range(0, self.head_dim, 16):
-            a = [frag_q.load(mt * 16, column) for mt in range(self.m_tiles)]
+            a = [frag_q.operand_a(mt * 16, column) for mt in range(self.m_tiles)]
             for pair in range(self.n_tiles // 2):
-                b = frag_k.load(pair * 16, column)
+                b = frag_k.operands_b(pair * 16, column, transpose=False)
                 for mt in range(self.m_tiles):
                     for half in range(2):
                         nt = pair * 2 + half
@@ -237,7 +247,7 @@ class FlashSm80:
                 at = (mt * self.n_tiles + key // 8) * 4
                 a.append([pack_pair(self.dtype, acc_s[at + 2 * i], acc_s[at + 2 * i + 1]) for i in range(4)])
             for pair in range(self.d_tiles // 2):
-                b = frag_v.load(key, pair * 16)
+                b = frag_v.operands_b(key, pair * 16, transpose=True)
                 for mt in range(self.m_tiles):
                     for half in range(2):
                         at = (mt * self.d_tiles + pair * 2 + half) * 4

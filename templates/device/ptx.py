@@ -79,21 +79,40 @@ def pack_pair(dtype, low, high, *, loc=None, ip=None):
 
 
 @dsl_user_op
-def cp_async_16(shared, source, valid, *, loc=None, ip=None):
-    """Start a 16-byte copy from global to shared memory; where `valid` is 0 the source is not read and zeros arrive."""
+def cp_async_16(shared, source, position, limit, *, loc=None, ip=None):
+    """Start a 16-byte copy from global to shared memory where `position` < `limit`, both unsigned; zeros elsewhere.
+
+    Where the condition fails the source is not read.
+    """
+    copy = "cp.async.cg.shared.global.L2::128B [$0], [$1], 16, skip;"
     _asm(
         None,
         [
             Int32(shared).ir_value(loc=loc, ip=ip),
             Int64(source).ir_value(loc=loc, ip=ip),
-            Int32(valid).ir_value(loc=loc, ip=ip),
+            Int32(position).ir_value(loc=loc, ip=ip),
+            Int32(limit).ir_value(loc=loc, ip=ip),
         ],
-        "cp.async.cg.shared.global.L2::128B [$0], [$1], 16, $2;",
-        "r,l,r",
+        f"{{ .reg .pred skip; setp.ge.u32 skip, $2, $3; {copy} }}",
+        "r,l,r,r",
         True,
         loc,
         ip,
     )
+
+
+@dsl_user_op
+def fma(a, b, c, *, loc=None, ip=None):
+    """a * b + c in one rounding; the DSL's own * and + stay two instructions."""
+    operands = [Float32(x).ir_value(loc=loc, ip=ip) for x in (a, b, c)]
+    return Float32(_asm(T.f32(), operands, "fma.rn.f32 $0, $1, $2, $3;", "=f,f,f,f", False, loc, ip))
+
+
+@dsl_user_op
+def opaque(value, *, loc=None, ip=None):
+    """The same int32, of which the optimiser no longer knows anything: a loop of so many turns stays a loop."""
+    operand = [Int32(value).ir_value(loc=loc, ip=ip)]
+    return Int32(_asm(T.i32(), operand, "mov.b32 $0, $1;", "=r,r", True, loc, ip))
 
 
 def _unary(instruction):

@@ -7,9 +7,9 @@ import cutlass
 import cutlass.cute as cute
 from cutlass import Float32
 
-from pa_ops.templates.device.ptx import ex2, ld_global_i32, lg2, pack_pair, rcp
+from pa_ops.templates.device.ptx import ex2, fma, lg2, pack_pair, rcp
 
-read_i32 = ld_global_i32
+RESCALE_BITS = 8.0
 
 
 def quad(value, combine):
@@ -22,33 +22,63 @@ def cap(acc_s, scale_in):
     """acc_s = tanh(acc_s * scale_in), by 1 - 2 / (1 + exp(2 x)): tanh.approx errs by 5e-4, a cap of 50 makes that 0.03."""
     slope = scale_in * 2.885390081777927  # 2 log2(e)
     for i in range(cute.size(acc_s)):
-        acc_s[i] = 1.0 - 2.0 * rcp(ex2(acc_s[i] * slope) + 1.0)
+        acc_s[i] = fma(Float32(-2.0), rcp(ex2(acc_s[i] * slope) + 1.0), Float32(1.0))
 
 
-def online(acc_s, acc_o, row_max, row_sum, log2_scale, m_tiles, n_tiles, d_tiles):
-    """Replace scores by exp2((s - max) * log2_scale), and rescale output and sums to the new row maxima."""
-    for mt in range(m_tiles):
-        for r in range(2):
-            row = mt * 2 + r
-            index = [(mt * n_tiles + nt) * 4 + r * 2 + c for nt in range(n_tiles) for c in range(2)]
-            top = row_max[row]
-            for i in index:
-                top = cute.arch.fmax(top, acc_s[i])
-            top = quad(top, cute.arch.fmax)
-            # A row that has seen no key yet keeps -inf; 0 in its place makes exp2(-inf - 0) = 0 instead of NaN.
-            base = cutlass.select_(top == -Float32.inf, Float32(0.0), top) * log2_scale
-            shrink = ex2(row_max[row] * log2_scale - base)
-            row_max[row] = top
-            total = row_sum[row] * shrink
-            for i in index:
-                p = ex2(acc_s[i] * log2_scale - base)
-                acc_s[i] = p
-                total = total + p
-            row_sum[row] = total
-            for dt in range(d_tiles):
-                for c in range(2):
-                    at = (mt * d_tiles + dt) * 4 + r * 2 + c
-                    acc_o[at] = acc_o[at] * shrink
+def row_elements(row, n_tiles):
+    """Indices of one row's scores in the accumulator: row 2 mt + r of this thread is half r of the 16 rows mt."""
+    return [(row // 2 * n_tiles + nt) * 4 + row % 2 * 2 + c for nt in range(n_tiles) for c in range(2)]
+
+
+def row_tops(acc_s, row_max, n_tiles):
+    """The running maximum of each row, this block included."""
+    tops = []
+    for row in range(cute.size(row_max)):
+        top = row_max[row]
+        for i in row_elements(row, n_tiles):
+            top = cute.arch.fmax(top, acc_s[i])
+        tops.append(quad(top, cute.arch.fmax))
+    return tops
+
+
+def outgrown(tops, row_max, log2_scale):
+    """Whether some row of the warp outgrew the maximum in use by a factor of 2^8, or has just seen its first key.
+
+    Until then the old one serves: probabilities reach 256 at most, which both 16-bit types hold to full precision, and
+    the rescaling of the output, two multiplications for every three of the rest of the softmax, is almost never run.
+    """
+    grown = [(top - row_max[row]) * log2_scale > RESCALE_BITS for row, top in enumerate(tops)]
+    some = grown[0]
+    for other in grown[1:]:
+        some = some | other
+    return cute.arch.vote_any_sync(some)
+
+
+def base_of(top, log2_scale):
+    """The exponent that a row's scores are taken relative to; 0 for a row without keys, where -inf would give NaN."""
+    return cutlass.select_(top == -Float32.inf, Float32(0.0), top) * log2_scale
+
+
+def rescale(tops, acc_o, row_max, row_sum, log2_scale, d_tiles):
+    """Move output and sums to the new row maxima."""
+    for row, top in enumerate(tops):
+        shrink = ex2(row_max[row] * log2_scale - base_of(top, log2_scale))
+        row_max[row] = top
+        row_sum[row] = row_sum[row] * shrink
+        for i in row_elements(row, d_tiles):
+            acc_o[i] = acc_o[i] * shrink
+
+
+def exponentiate(acc_s, row_max, row_sum, log2_scale, n_tiles):
+    """Replace scores by exp2(s * log2_scale - base), and add them to the row sums."""
+    for row in range(cute.size(row_max)):
+        base = -base_of(row_max[row], log2_scale)
+        total = row_sum[row]
+        for i in row_elements(row, n_tiles):
+            p = ex2(fma(acc_s[i], log2_scale, base))
+            acc_s[i] = p
+            total = total + p
+        row_sum[row] = total
 
 
 def finish(row_max, row_sum, log2_scale, sink, m_tiles):

@@ -31,42 +31,32 @@ class TileShape:
         return base + row * self.pitch + ((chunk ^ self.swizzle(row)) << 4)
 
 
-class Fragments:
-    """One lane's base address, and the constant part that a column adds: one xor in the low bits, the rest immediate.
+def lane_address(shape, base, lane):
+    """The row of a 16x16 piece that this lane points ldmatrix at: one register serves queries, keys and values.
 
-    Tiles are aligned to 1024 bytes, so the swizzled bits of `base` hold the lane's chunk and nothing else.
+    Tiles are aligned to 1024 bytes, so the swizzled bits hold the lane's chunk and nothing else.
     """
+    row = lane & 15
+    return base + row * shape.pitch + (((lane >> 4) ^ shape.swizzle(row)) << 4)
 
-    def __init__(self, shape, base, row, half):
-        self.shape = shape
-        self.base = base + row * shape.pitch + ((half ^ shape.swizzle(row)) << 4)
 
-    def load_at(self, row, column, transpose):
-        """Registers of the four matrices whose first row and column are the constants (row, column)."""
+class Fragments:
+    """Reads 16x16 pieces of the tile at `lane_base` + `offset` as operands of m16n8k16, by ldmatrix."""
+
+    def __init__(self, shape, lane_base, offset):
+        self.shape, self.lane_base, self.offset = shape, lane_base, offset
+
+    def _quad(self, row, column, transpose):
+        """The piece at constant (row, column): one xor in the low bits of the address, the rest an immediate."""
         low = column // 8 % self.shape.lanes_a_row
-        offset = row * self.shape.pitch + (column // 8 - low) * CHUNK
-        return ldmatrix_x4(self.base, low * CHUNK, offset, transpose=transpose)
+        offset = self.offset + row * self.shape.pitch + (column // 8 - low) * CHUNK
+        return ldmatrix_x4(self.lane_base, low * CHUNK, offset, transpose=transpose)
 
+    def operand_a(self, row, column):
+        """Rows [row, row + 16) x columns [column, column + 16) as an A operand (queries)."""
+        return self._quad(row, column, transpose=False)
 
-class FragmentA(Fragments):
-    """Reads 16x16 pieces of row-major rows as the A operand of m16n8k16 (queries)."""
-
-    def __init__(self, shape, base, lane, first_row):
-        super().__init__(shape, base, first_row + (lane & 15), lane >> 4)
-
-    def load(self, row, column):
-        """Registers of rows [row, row + 16) and columns [column, column + 16)."""
-        return self.load_at(row, column, transpose=False)
-
-
-class FragmentB(Fragments):
-    """Reads 16 keys x 16 columns as two B operands: of Q @ K^T (transpose=False) or of P @ V (transpose=True)."""
-
-    def __init__(self, shape, base, lane, transpose):
-        upper, right = ((lane >> 3) & 1, lane >> 4) if transpose else (lane >> 4, (lane >> 3) & 1)
-        super().__init__(shape, base, (lane & 7) + upper * 8, right)
-        self.transpose = transpose
-
-    def load(self, key, column):
-        """Registers of keys [key, key + 16) and columns [column, column + 16)."""
-        return self.load_at(key, column, transpose=self.transpose)
+    def operands_b(self, key, column, transpose):
+        """16 keys x 16 columns as two B operands: keys by halves (Q K^T), or columns by halves (P V, transposed)."""
+        quad = self._quad(key, column, transpose)
+        return quad if transpose else [quad[0], quad[2], quad[1], quad[3]]
