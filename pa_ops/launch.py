@@ -46,7 +46,7 @@ def run_attention(
     max_seqlen_q: int | None,
     max_seqlen_k: int | None,
 ) -> None:
-    """Attend: q [T, Hq, D]; k, v paged [pages, page_size, Hkv, D] or ragged [total_k, Hkv, D]; out [T, Hq, D], lse [Hq, T].
+    """Attend: q, out [T, Hq, D]; k, v paged [pages, page_size, Hkv, D] or ragged [total_k, Hkv, D]; lse [Hq, T].
 
     `causal` and `max_seqlen_k` are settled by the choice of `entry`. Raises InvalidArgument for a scale that is not
     a positive number: a maximum of scores is only a maximum of scaled scores if the scale is positive.

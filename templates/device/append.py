@@ -1,4 +1,4 @@
-"""Store new keys and values into their pages: turns (token rows, slot_mapping) into rows of the caches, one block a token.
+"""Store new keys and values into their pages: turns (token rows, slot_mapping) into cache rows, one block a token.
 
 Slots are flat, page * page_size + offset; a slot that is negative or beyond the pool is not stored. 64-bit addresses.
 """
@@ -10,7 +10,7 @@ import cutlass.cute as cute
 from cutlass import Int32, Int64
 from cutlass.cute.runtime import make_fake_stream, make_fake_tensor
 
-from pa_ops.templates.device.ptx import copy_global_16, copy_global_2, ld_global_i64
+from pa_ops.templates.device.ptx import copy_global_2, copy_global_16, ld_global_i64
 
 
 class AppendArguments(NamedTuple):

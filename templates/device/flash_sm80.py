@@ -129,7 +129,9 @@ class FlashSm80:
             self.load_queries(args, s_q, q_rows, row_last - row_first + 1, tid)
             if cutlass.const_expr(self.paged):
                 pages.look_up(args, live_pages, sequence, (block_end - 1) * self.keys, low, high, lane)
-            self.load_tile(args, s_k, k_base, args.k_page_stride, args.k_token_stride, block_end - 1, low, high, live_pages, tid)
+            self.load_tile(
+                args, s_k, k_base, args.k_page_stride, args.k_token_stride, block_end - 1, low, high, live_pages, tid
+            )
             cute.arch.cp_async_commit_group()
 
         for step in cutlass.range(steps, unroll=1):
@@ -137,7 +139,9 @@ class FlashSm80:
             key_first = n_block * self.keys
             cute.arch.cp_async_wait_group(0)
             cute.arch.barrier()
-            self.load_tile(args, s_v, v_base, args.v_page_stride, args.v_token_stride, n_block, low, high, live_pages, tid)
+            self.load_tile(
+                args, s_v, v_base, args.v_page_stride, args.v_token_stride, n_block, low, high, live_pages, tid
+            )
             cute.arch.cp_async_commit_group()
             self.scores(frag_q, frag_k, acc_s)
 
@@ -212,7 +216,7 @@ class FlashSm80:
                 source = source + token_stride * step
 
     def copy_row(self, args, shared, source, tid, step, position, limit):
-        """This thread's chunks of one row of a tile: copied where `position` < `limit`, unsigned, and zeros elsewhere."""
+        """This thread's chunks of one tile row: copied where `position` < `limit`, unsigned, and zeros elsewhere."""
         shape = self.shape
         row, chunk = tid // shape.lanes_a_row, tid % shape.lanes_a_row
         target = shape.address(shared, row, chunk) + step * shape.pitch

@@ -1,8 +1,8 @@
 """Shared-memory tiles of 16-bit rows: turns (row, 16-byte chunk) into swizzled byte addresses and register fragments.
 
-A tile is dense, `width` elements a row, with the chunk index xor-ed by the row, so that the eight rows of one 8x8 matrix
-fall into different banks: by row % 8 where a row is a multiple of 128 bytes, by row / 2 % 4 for the 192-byte rows of
-head size 96 (its rows alternate between two halves of the banks by themselves).
+A tile is dense, `width` elements a row, with the chunk index xor-ed by the row, so that the eight rows of one 8x8
+matrix fall into different banks: by row % 8 where a row is a multiple of 128 bytes, by row / 2 % 4 for the 192-byte
+rows of head size 96 (which alternate between two halves of the banks by themselves).
 """
 
 from pa_ops.templates.device.ptx import ldmatrix_x4

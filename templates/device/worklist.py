@@ -1,4 +1,4 @@
-"""The device-side work list: turns cu_seqlens_q and a tile's rank into (sequence, row block), with nothing from the host.
+"""The device-side work list: turns cu_seqlens_q and a tile's rank into (sequence, row block), without the host.
 
 Every kernel that walks query rows finds its work here, so no launch extent is ever derived from anything but shapes.
 """
