@@ -1,0 +1,257 @@
+"""Builds that are incremental, survive being killed, share a folder, and say what went wrong; on toy templates."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import tvm_ffi
+from filelock import FileLock
+
+from pa_ops.errors import BuildError, InvalidArgument
+from pa_ops.generator import matrix
+from pa_ops.generator.build import BuildBusy, Listener, Outcome, Request, build, plans, shards_of
+from pa_ops.generator.layout import Layout
+from pa_ops.generator.plan import Plan
+from pa_ops.manifest import Manifest
+
+pytestmark = pytest.mark.compile
+TARGET = "sm_80"
+FEW = "*_fp16_*"  # 8 instances of the smoke preset: 6 of attention, append, merge
+RUN = """
+import sys
+from pathlib import Path
+from pa_ops.generator.build import Request, build
+home, templates, pattern = sys.argv[1:]
+print(len(build(Request(Path(home), "smoke", ("sm_80",), pattern, 1, Path(templates)))[0].compiled))
+"""
+
+
+def request(home: Path, toy: Path, pattern: str = FEW, lock_seconds: float = 60.0) -> Request:
+    return Request(home, "smoke", (TARGET,), pattern, 2, toy, lock_seconds)
+
+
+def run(home: Path, toy: Path, pattern: str = FEW) -> Outcome:
+    return build(request(home, toy, pattern))[0]
+
+
+def stale(home: Path, toy: Path, pattern: str = FEW) -> list[str]:
+    (plan,) = [plan for _, plan in plans(request(home, toy, pattern))]
+    return [item.name for item in plan.stale]
+
+
+def start(home: Path, toy: Path) -> subprocess.Popen[str]:
+    command = [sys.executable, "-c", RUN, str(home), str(toy), FEW]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def edit(path: Path, old: str, new: str) -> None:
+    text = path.read_text()
+    assert old in text
+    path.write_text(text.replace(old, new))
+
+
+def check_whole(layout: Layout) -> list[str]:
+    """The names of a product whose manifest, library, objects and symbols fit together."""
+    manifest = Manifest.load(layout.manifest)
+    module = tvm_ffi.load_module(str(layout.library))
+    for entry in manifest.entries:
+        assert module[entry.symbol] is not None
+        assert layout.object(entry.name).stat().st_size == entry.object_bytes
+        assert json.loads(layout.facts(entry.name).read_text())["digest"] == entry.digest
+    assert not list(layout.root.rglob("*.part"))
+    return [entry.name for entry in manifest.entries]
+
+
+def stamps(root: Path) -> dict[Path, int]:
+    return {path: path.stat().st_mtime_ns for path in root.rglob("*") if path.is_file() and path.name != ".lock"}
+
+
+def test_G1_second_build_rebuilds_nothing_and_an_edit_rebuilds_what_it_touches(tmp_path: Path, toy: Path) -> None:
+    home = tmp_path / "home"
+    first = run(home, toy)
+    everything = check_whole(Layout(home / TARGET))
+    assert sorted(first.compiled) == everything and len(everything) == 8
+    before = stamps(home)
+    second = run(home, toy)
+    assert second.compiled == () and sorted(second.fresh) == everything
+    assert stamps(home) == before
+
+    append = [name for name in everything if "_append_" in name]
+    with (toy / "append.py.j2").open("a") as template:
+        template.write("LATER = True\n")
+    assert stale(home, toy) == append
+    assert list(run(home, toy).compiled) == append
+    after = stamps(home)
+    untouched = [path for path in before if path.suffix == ".o" and "_append_" not in path.name]
+    assert len(untouched) == 7 and all(after[path] == before[path] for path in untouched)
+
+    edit(toy / "device" / "scale.py", "THREADS = 128", "THREADS = 64")
+    assert stale(home, toy) == everything
+
+
+def test_G1_filtered_builds_merge_and_stale_rows_leave(tmp_path: Path, toy: Path) -> None:
+    home = tmp_path / "home"
+    run(home, toy, "*append*fp16*")
+    run(home, toy, "*append*bf16*")
+    assert len(check_whole(Layout(home / TARGET))) == 2
+    edit(toy / "flash_sm80.py.j2", "+ 1)", "+ 2)")  # append includes it
+    outcome = run(home, toy, "*append*bf16*")
+    assert [name for name in outcome.dropped if "_fp16_" in name] and len(outcome.compiled) == 1
+    layout = Layout(home / TARGET)
+    (left,) = check_whole(layout)
+    assert "_bf16_" in left and [path.stem for path in layout.objects.glob("*.o")] == [left]
+
+
+def test_G1_a_damaged_product_is_made_again(tmp_path: Path, toy: Path) -> None:
+    home = tmp_path / "home"
+    run(home, toy, "*append*")
+    layout = Layout(home / TARGET)
+    layout.library.write_bytes(b"damaged")
+    outcome = run(home, toy, "*append*")
+    assert outcome.compiled == () and len(check_whole(layout)) == 2
+    name = outcome.fresh[0]
+    layout.object(name).write_bytes(b"damaged")
+    assert run(home, toy, "*append*").compiled == (name,)
+    check_whole(layout)
+
+
+def processes_naming(path: Path) -> list[int]:
+    found = []
+    for entry in Path("/proc").iterdir():
+        try:
+            if entry.name.isdecimal() and str(path).encode() in (entry / "cmdline").read_bytes():
+                found.append(int(entry.name))
+        except OSError:
+            continue
+    return found
+
+
+def wait_until(reached, seconds: float, what: str) -> None:  # type: ignore[no-untyped-def]
+    end = time.monotonic() + seconds
+    while not reached():
+        assert time.monotonic() < end, f"not within {seconds:.0f} s: {what}"
+        time.sleep(0.02)
+
+
+def test_G1_killed_build_leaves_no_writer_and_the_next_one_completes(tmp_path: Path, toy: Path) -> None:
+    home = tmp_path / "home"
+    edit(toy / "flash_sm80.py.j2", '    """Compile for', '    __import__("time").sleep(0.5)\n    """Compile for')
+    child = start(home, toy)
+    objects = Layout(home / TARGET).objects
+    wait_until(lambda: len(list(objects.glob("*.json"))) >= 2, 60, "two instances compiled")
+    os.kill(child.pid, signal.SIGKILL)
+    child.communicate()
+    wait_until(lambda: not processes_naming(home), 10, "the workers of a killed build end")
+    assert not Layout(home / TARGET).manifest.exists()
+    done = len(list(objects.glob("*.json")))
+    assert 2 <= done < 8
+    outcome = run(home, toy)
+    assert len(outcome.compiled) == 8 - done and len(outcome.fresh) == done
+    assert len(check_whole(Layout(home / TARGET))) == 8
+
+
+def test_G1_two_builds_at_once_take_turns(tmp_path: Path, toy: Path) -> None:
+    home = tmp_path / "home"
+    children = [start(home, toy), start(home, toy)]
+    answers = [child.communicate(timeout=120) for child in children]
+    assert [child.returncode for child in children] == [0, 0], answers
+    assert sorted(int(out) for out, _ in answers) == [0, 8]
+    assert len(check_whole(Layout(home / TARGET))) == 8
+
+
+def test_G1_a_build_that_waits_too_long_says_for_whom(tmp_path: Path, toy: Path) -> None:
+    layout = Layout(tmp_path / "home" / TARGET)
+    layout.root.mkdir(parents=True)
+    heard: list[str] = []
+
+    class Ear(Listener):
+        def waiting(self, owner: str) -> None:
+            heard.append(owner)
+
+    (layout.root / ".lock.owner").write_text("process 7 on elsewhere")
+    with FileLock(layout.lock), pytest.raises(BuildBusy, match="process 7 on elsewhere"):
+        build(request(tmp_path / "home", toy, lock_seconds=0.2), Ear())
+    assert heard == ["process 7 on elsewhere"]
+
+
+BROKEN = """def compile_instance(arch):
+    # % if spec.layout == "gather" and spec.mask == "window"
+    {statement}
+    # % endif
+"""
+
+
+def break_windows(toy: Path, statement: str) -> None:
+    edit(toy / "flash_sm80.py.j2", "def compile_instance(arch):\n", BROKEN.format(statement=statement))
+
+
+def test_G1_compile_error_names_the_instance_and_the_rest_compiles(tmp_path: Path, toy: Path) -> None:
+    home = tmp_path / "home"
+    break_windows(toy, 'print("ptxas said no")\n    raise RuntimeError("a register too few")')
+    with pytest.raises(BuildError) as caught:
+        run(home, toy)
+    error, layout = caught.value, Layout(home / TARGET)
+    assert error.instance == "pa_attn_flash_sm80_fp16_kvfp16_d64v64_gather_window_m128n64s1w4"
+    assert "ptxas said no" in error.output and "a register too few" in error.output
+    assert f"--only {error.instance}" in error.command
+    again = subprocess.run(error.command.split(), capture_output=True, text=True)
+    assert again.returncode == 1 and layout.failure(error.instance).is_file()
+    assert not layout.manifest.exists() and len(list(layout.objects.glob("*.json"))) == 7
+
+    edit(toy / "flash_sm80.py.j2", 'raise RuntimeError("a register too few")', "pass")
+    assert set(run(home, toy).compiled) >= {error.instance}
+    assert len(check_whole(layout)) == 8 and not layout.failure(error.instance).exists()
+
+
+def test_G1_crash_of_the_compiler_costs_its_instance_only(tmp_path: Path, toy: Path) -> None:
+    break_windows(toy, '__import__("os").abort()')
+    with pytest.raises(BuildError, match=r"^pa_attn_\w+_gather_window_\w+: the build failed") as caught:
+        run(tmp_path / "home", toy)
+    assert "worker died" in caught.value.command
+    assert len(list(Layout(tmp_path / "home" / TARGET).objects.glob("*.json"))) == 7
+
+
+def test_G1_templates_edited_during_a_build_are_not_mixed(tmp_path: Path, toy: Path) -> None:
+    class Editor(Listener):
+        def planned(self, plan: Plan) -> None:
+            edit(toy / "device" / "scale.py", "THREADS = 128", "THREADS = 64")
+
+    home = tmp_path / "home"
+    with pytest.raises(BuildError, match="templates changed"):
+        build(request(home, toy, "*append*"), Editor())
+    assert not Layout(home / TARGET).manifest.exists()
+    assert len(run(home, toy, "*append*").compiled) == 2
+
+
+def test_G6_an_image_for_another_target_is_refused(tmp_path: Path, toy: Path) -> None:
+    edit(toy / "flash_sm80.py.j2", "--gpu-arch {arch}", "--gpu-arch sm_89")
+    with pytest.raises(BuildError, match="made code for sm_89, not for sm_80"):
+        run(tmp_path / "home", toy, "*append*fp16*")
+
+
+def test_G1_an_undefined_name_in_a_template_is_an_error(tmp_path: Path, toy: Path) -> None:
+    edit(toy / "flash_sm80.py.j2", "spec.head_dim", "spec.head_size")
+    with pytest.raises(BuildError, match="head_size"):
+        run(tmp_path / "home", toy)
+
+
+def test_G1_an_empty_selection_is_an_error(tmp_path: Path, toy: Path) -> None:
+    with pytest.raises(InvalidArgument, match="filter: must match one of 16 instances"):
+        run(tmp_path / "home", toy, "*nothing*")
+    assert not (tmp_path / "home").exists()
+
+
+def test_shards_hold_everything_once_and_start_with_the_dear(tmp_path: Path, toy: Path) -> None:
+    whole = Request(tmp_path, "serving", (TARGET,), None, 2, toy)
+    (plan,) = [plan for _, plan in plans(whole)]
+    shards = shards_of(plan.stale, 2)
+    assert sorted(item.name for shard in shards for item in shard) == [s.name for s in matrix.declared("serving")]
+    assert max(map(len, shards)) <= 6
+    assert all(shard[0].spec.head_dim == 256 for shard in shards)

@@ -1,0 +1,1 @@
+"""Device modules of the toy templates."""
