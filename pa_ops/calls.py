@@ -89,7 +89,7 @@ def _facts(tensor: Tensor) -> Key:
         tensor.shape,
         tensor.stride(),
         tensor.dtype,
-        tensor.get_device(),
+        tensor.device,
         tensor.data_ptr() % ALIGNMENT,
         tensor.requires_grad,
     )

@@ -81,7 +81,7 @@ IMPLEMENTATIONS: dict[str, Callable[..., Any]] = {
 def _plan(op: str, tensors: tuple[Tensor, ...], options: dict[str, Any]) -> Plan:
     now = settings()
     plan = find(op, tensors, options, now)
-    if now.checked and not torch.cuda.is_current_stream_capturing():
+    if now.checked and not _capturing():
         check_values(op, signature(op).bind(tensors, options))
     return plan
 
@@ -118,6 +118,10 @@ def _attend(plan: Plan, tensors: tuple[Tensor, ...], options: dict[str, Any], ou
                 max_seqlen_k=options.get("max_seqlen_k"),
             )
     record(plan.decision)
+
+
+def _capturing() -> bool:
+    return torch.cuda.is_current_stream_capturing()
 
 
 def _on(device: torch.device) -> AbstractContextManager[Any]:

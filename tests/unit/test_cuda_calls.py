@@ -1,0 +1,314 @@
+"""The path of a CUDA call with everything real but the GPU: CPU tensors, a product on disk, and a kernel that notes."""
+
+from __future__ import annotations
+
+import hashlib
+from contextlib import nullcontext
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import pa_ops
+from pa_ops import Capability, InvalidArgument, NoInstance, calls, cuda, registry, trace
+from pa_ops.manifest import FILE_NAME, Manifest
+from pa_ops.selecting import declared_entries
+
+SM90 = Capability.of_sm(90)
+LIBRARY = b"a library"
+
+
+def int32(*values: int) -> Tensor:
+    return torch.tensor(values, dtype=torch.int32)
+
+
+def write_product(home: Path, target: str = "sm_90a", *, library: bytes = LIBRARY) -> Manifest:
+    """A manifest of every declared kernel, built as far as anyone who does not launch can tell."""
+    entries = tuple(replace(e, digest="0" * 64) for e in declared_entries(SM90) if e.target == "sm_90a")
+    entries = tuple(replace(e, target=target, code_targets=(target,)) for e in entries)
+    manifest = Manifest(target, {"dsl": "4"}, "libpa_ops.so", hashlib.sha256(LIBRARY).hexdigest(), entries)
+    folder = home / target
+    folder.mkdir(parents=True)
+    (folder / "libpa_ops.so").write_bytes(library)
+    (folder / FILE_NAME).write_text(manifest.dumps())
+    return manifest
+
+
+class Launches(list[tuple[str, tuple[Any, ...]]]):
+    """(symbol, arguments) of every kernel call."""
+
+    def __getitem__(self, symbol: Any) -> Any:
+        if isinstance(symbol, str):
+            return lambda *arguments: self.append((symbol, arguments))
+        return super().__getitem__(symbol)
+
+
+@pytest.fixture
+def launches(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Launches:
+    made = Launches()
+    write_product(tmp_path)
+    monkeypatch.setenv("PA_OPS_HOME", str(tmp_path))
+    monkeypatch.setattr("tvm_ffi.load_module", lambda path: made)
+    monkeypatch.setattr(registry, "capability_of", lambda index: SM90)
+    monkeypatch.setattr(cuda, "_on", lambda device: nullcontext())
+    monkeypatch.setattr(cuda, "_capturing", lambda: False)
+    calls._plans.clear()
+    return made
+
+
+def paged(new: int = 3, dim: int = 64, dtype: torch.dtype = torch.float16) -> tuple[Tensor, ...]:
+    q = torch.zeros(new, 8, dim, dtype=dtype)
+    k_cache, v_cache = torch.zeros(2, 4, 16, 2, dim, dtype=dtype)
+    return q, k_cache, v_cache, int32(0, new), int32(20), int32(1, 3).reshape(1, 2)
+
+
+def call(op: str, *tensors: Tensor, **options: Any) -> Any:
+    return cuda.IMPLEMENTATIONS[op](*tensors, **options)
+
+
+def test_one_call_is_one_launch_and_one_record(launches: Launches) -> None:
+    with trace.recording() as decisions:
+        out, lse = call("paged_attention", *paged())
+    assert out.shape == (3, 8, 64) and out.dtype == torch.float16
+    assert lse.shape == (8, 3) and lse.dtype == torch.float32
+    [(symbol, (q, arguments, *_))] = launches
+    assert symbol.startswith("pa_attn_flash_sm80_fp16_kvfp16_d64v64_gather_causal_m")
+    assert q.shape == (3, 8, 64) and out.data_ptr() in arguments and lse.data_ptr() in arguments
+    [decision] = decisions
+    assert (decision.op, decision.family, decision.instance) == ("paged_attention", "flash_sm80", symbol)
+    assert any("row mask" in reason for reason in decision.reasons) and trace.last() == decision
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({}, "gather_causal"),
+        ({"causal": False}, "gather_full"),
+        ({"sliding_window": 9, "causal": False}, "gather_window"),
+    ],
+)
+def test_the_mask_decides_the_instance(launches: Launches, options: dict[str, Any], words: str) -> None:
+    call("paged_attention", *paged(), **options)
+    assert words in launches[0][0]
+
+
+@pytest.mark.parametrize(("dim", "served"), [(8, 64), (40, 64), (64, 64), (72, 96), (104, 128), (136, 256), (256, 256)])
+def test_head_sizes_go_to_the_smallest_instance_that_holds_them(launches: Launches, dim: int, served: int) -> None:
+    call("paged_attention", *paged(dim=dim, dtype=torch.bfloat16))
+    assert f"_bf16_kvbf16_d{served}v{served}_" in launches[0][0]
+
+
+def test_a_plan_is_made_once_for_a_decode_loop(launches: Launches, monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[str] = []
+    validate = calls.validate
+
+    def counting(op: str, arguments: dict[str, Any]) -> dict[str, int]:
+        made.append(op)
+        return validate(op, arguments)
+
+    monkeypatch.setattr(calls, "validate", counting)
+    for length in range(1000, 1020):
+        call("paged_attention", *paged(), max_seqlen_q=1, max_seqlen_k=length)
+    assert len(launches) == 20 and made == ["paged_attention"]
+    call("paged_attention", *paged(), max_seqlen_q=1, max_seqlen_k=1024)
+    call("paged_attention", *paged(new=4))
+    assert len(launches) == 22 and len(made) == 3
+
+
+def test_a_hit_is_checked_as_a_miss_is(launches: Launches) -> None:
+    """Whatever a check may refuse is part of the key."""
+    good = paged()
+    call("paged_attention", *good, softcap=1.0)
+    names = ("q", "k_cache", "v_cache", "cu_seqlens_q", "seqlens_k", "block_table")
+    for place, name in enumerate(names):
+        bad = list(good)
+        bad[place] = bad[place].double()
+        with pytest.raises(InvalidArgument, match=f"^{name}: dtype"):
+            call("paged_attention", *bad, softcap=1.0)
+        bad[place] = good[place].unsqueeze(0)
+        with pytest.raises(InvalidArgument, match=f"^{name}: must have"):
+            call("paged_attention", *bad, softcap=1.0)
+        bad[place] = good[place].to("meta")
+        with pytest.raises(InvalidArgument, match="device"):
+            call("paged_attention", *bad, softcap=1.0)
+    for options in ({"softcap": -1.0}, {"max_seqlen_k": -1}, {"softmax_scale": 0.0}, {"sinks": torch.zeros(2)}):
+        with pytest.raises(InvalidArgument):
+            call("paged_attention", *good, **options)
+    good[0].requires_grad_()
+    with pytest.raises(InvalidArgument, match=r"^q: must not require grad"):
+        call("paged_attention", *good, softcap=1.0)
+    assert len(launches) == 1
+
+
+def test_the_out_variant_writes_into_the_callers_buffers(launches: Launches) -> None:
+    out, lse = torch.zeros(3, 8, 64).half(), torch.zeros(8, 3)
+    assert call("paged_attention.out", *paged(), out=out, lse=lse) is None
+    _, (_, arguments, *_) = launches[0]
+    assert out.data_ptr() in arguments and lse.data_ptr() in arguments
+
+
+def test_an_lse_that_nobody_reads_goes_to_one_reused_buffer(launches: Launches) -> None:
+    cuda._unread.clear()
+    out = torch.zeros(3, 8, 64).half()
+    for _ in range(3):
+        call("paged_attention.out", *paged(), out=out)
+    [[buffer]] = cuda._unread.values()
+    assert all(buffer.data_ptr() in arguments for _, (_, arguments, *_) in launches)
+    assert cuda._unread_lse(2**10, 2**10, torch.device("cpu")).shape == (2**10, 2**10)
+    [kept] = cuda._unread.values()
+    assert kept[0] is buffer and len(kept) == 2  # a captured graph may hold the first
+
+
+def test_varlen_append_and_merge_reach_their_kernels(launches: Launches) -> None:
+    q, k, v = torch.zeros(3, 8, 64).half(), torch.zeros(9, 2, 64).half(), torch.zeros(9, 2, 64).half()
+    call("varlen_attention", q, k, v, int32(0, 3), int32(0, 9))
+    call("varlen_attention.out", q, k, v, int32(0, 3), int32(0, 9), out=torch.zeros_like(q), causal=False)
+    k_cache, v_cache = torch.zeros(2, 4, 16, 2, 64).half()
+    call("append_kv", k, v, k_cache, v_cache, torch.arange(9))
+    call("merge_states", q, torch.zeros(8, 3), q, torch.zeros(8, 3))
+    symbols = [symbol for symbol, _ in launches]
+    assert "dense_causal" in symbols[0] and "dense_full" in symbols[1]
+    assert symbols[2].startswith("pa_append_kv_append_fp16") and symbols[3].startswith("pa_merge_states_merge_fp16")
+
+
+@pytest.mark.parametrize("sequences", [0, 1])
+def test_B23_nothing_is_launched_for_nothing(launches: Launches, sequences: int) -> None:
+    q, k_cache, v_cache, *_ = paged(0)
+    cu_seqlens = torch.zeros(sequences + 1, dtype=torch.int32)
+    lengths, table = torch.full((sequences,), 20).int(), torch.zeros(sequences, 2).int()
+    with trace.recording() as decisions:
+        out, lse = call("paged_attention", q, k_cache, v_cache, cu_seqlens, lengths, table)
+        call("varlen_attention", q, k_cache[0], v_cache[0], cu_seqlens, cu_seqlens)
+        call("append_kv", q[:, :2], q[:, :2], k_cache, v_cache, torch.zeros(0, dtype=torch.int64))
+        call("merge_states", q, lse, q, lse)
+    assert out.shape == (0, 8, 64) and lse.shape == (8, 0) and not launches and not decisions
+
+
+def test_what_no_kernel_serves_is_refused_and_never_dropped(launches: Launches) -> None:
+    q, k_cache, v_cache, *where = paged()
+    refused: list[tuple[tuple[Tensor, ...], dict[str, Any], str]] = [
+        ((q, k_cache, v_cache, *where), {"k_scale": torch.ones(1)}, "k_scale"),
+        ((q, *(c.to(torch.float8_e4m3fn) for c in (k_cache, v_cache)), *where), {}, "e4m3fn"),
+        ((q[:, :, :20], k_cache[..., :20], v_cache[..., :20], *where), {}, "multiple of 8"),
+        (paged(dim=264), {}, "up to 256, got 264"),
+        ((q, k_cache, v_cache[..., :32], *where), {}, "64 (K) and 32 (V)"),
+        ((torch.zeros(3 * 8 * 64 + 1).half()[1:].view(3, 8, 64), k_cache, v_cache, *where), {}, "16 bytes"),
+        ((q, torch.zeros(4, 16, 2, 65).half()[..., :64], v_cache, *where), {}, "16 bytes"),
+    ]
+    for tensors, options, words in refused:
+        with pytest.raises(NoInstance) as caught:
+            call("paged_attention", *tensors, **options)
+        assert words in str(caught.value)
+    with pytest.raises(NoInstance, match="v_scale"):
+        call("append_kv", k_cache[0], v_cache[0], k_cache, v_cache, torch.arange(16), v_scale=torch.ones(1))
+    assert not launches
+
+
+def test_B4_overrides_reach_the_selection(launches: Launches, monkeypatch: pytest.MonkeyPatch) -> None:
+    tensors = paged()
+    call("paged_attention", *tensors, backend="flash_sm80")
+    with pa_ops.backend("flash"):
+        call("paged_attention", *tensors)
+    monkeypatch.setenv("PA_OPS_BACKEND", "flash_sm80")
+    call("paged_attention", *tensors)
+    assert len(launches) == 3
+    with pytest.raises(NoInstance, match=r"mea \(backend=\)"):
+        call("paged_attention", *tensors, backend="mea")
+    with pa_ops.backend("mea"), pytest.raises(NoInstance, match=r"pa_ops.backend\(\)"):
+        call("paged_attention", *tensors)
+    monkeypatch.setenv("PA_OPS_BACKEND", "decode")
+    with pytest.raises(NoInstance, match=r"decode \(PA_OPS_BACKEND\)"):
+        call("paged_attention", *tensors)
+    monkeypatch.delenv("PA_OPS_BACKEND")
+    monkeypatch.setenv("PA_OPS_DISABLE", "flash")
+    with pytest.raises(NoInstance, match="PA_OPS_DISABLE=flash"):
+        call("paged_attention", *tensors)
+    monkeypatch.delenv("PA_OPS_DISABLE")
+    with pa_ops.batch_invariant():
+        call("paged_attention", *tensors)
+    assert len(launches) == 4
+
+
+def test_B27_the_reference_runs_on_cuda_tensors_when_asked_by_name(launches: Launches) -> None:
+    tensors = tuple(torch.randn_like(t) if t.is_floating_point() else t for t in paged())
+    want = pa_ops.reference.paged_attention(*tensors, softcap=2.0)
+    with trace.recording() as decisions:
+        got = call("paged_attention", *tensors, softcap=2.0, backend="reference")
+        out = torch.empty_like(got[0])
+        with pa_ops.backend("reference"):
+            call("paged_attention.out", *tensors, softcap=2.0, out=out)
+    assert all(map(torch.equal, got, want)) and torch.equal(out, want[0])
+    assert [d.family for d in decisions] == ["reference"] * 2 and not launches
+    assert "reference" not in pa_ops.families()
+
+
+def test_B24_checked_mode_looks_at_values_on_every_call(launches: Launches, monkeypatch: pytest.MonkeyPatch) -> None:
+    q, k_cache, v_cache, cu_seqlens_q, lengths, table = paged()
+    monkeypatch.setenv("PA_OPS_CHECKED", "1")
+    call("paged_attention", q, k_cache, v_cache, cu_seqlens_q, lengths, table)
+    with pytest.raises(InvalidArgument, match="sequence 0"):
+        call("paged_attention", q, k_cache, v_cache, cu_seqlens_q, lengths + 13, table)
+    monkeypatch.setattr(cuda, "_capturing", lambda: True)
+    call("paged_attention", q, k_cache, v_cache, cu_seqlens_q, lengths + 13, table)
+    assert len(launches) == 2
+
+
+def test_a_library_that_is_not_the_manifests_is_not_loaded(
+    launches: Launches, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    other = tmp_path / "other"
+    write_product(other, library=b"another library")
+    monkeypatch.setenv("PA_OPS_HOME", str(other))
+    with pytest.raises(InvalidArgument, match=r"libpa_ops.so: must be the library .* sha256 [0-9a-f]{64}"):
+        call("paged_attention", *paged())
+
+
+def test_an_empty_home_says_what_to_build(launches: Launches, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PA_OPS_HOME", str(tmp_path / "nothing"))
+    with pytest.raises(NoInstance, match="pa-ops build --arch sm_90a --filter 'pa_attn_flash_sm80_fp16"):
+        call("paged_attention", *paged())
+
+
+def test_B26_debug_prints_each_decision(
+    launches: Launches, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    call("paged_attention", *paged())
+    assert capsys.readouterr().err == ""
+    monkeypatch.setenv("PA_OPS_DEBUG", "1")
+    call("paged_attention", *paged())
+    assert "paged_attention -> flash_sm80 (pa_attn_flash_sm80_fp16_" in capsys.readouterr().err
+
+
+def test_two_targets_merge_and_the_better_one_wins(launches: Launches, tmp_path: Path) -> None:
+    write_product(tmp_path, "sm_80")
+    merged = registry.Registry(SM90, tmp_path)
+    assert {entry.target for entry in merged.entries} == {"sm_90a"}
+    older = registry.Registry(Capability.of_sm(86), tmp_path)
+    assert {entry.target for entry in older.entries} == {"sm_80"}
+    assert registry.Registry(Capability.of_sm(75), tmp_path).entries == ()
+
+
+def test_select_answers_for_devices_that_are_not_here(
+    launches: Launches, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    problem = pa_ops.Problem(op="paged_attention", dtype="bf16", head_dim=128)
+    built = pa_ops.select(problem, device=90)
+    assert built.entry.built and built.entry.target == "sm_90a" and built.family == "flash_sm80"
+    declared = pa_ops.select(problem, device=86)
+    assert not declared.entry.built and declared.entry.target == "sm_80"
+    monkeypatch.setenv("PA_OPS_SM", "121")
+    assert pa_ops.select(problem).entry.target == "sm_120f"
+    text = pa_ops.explain(problem, device=SM90)
+    assert f"selected: {built.instance} [sm_90a]" in text
+    assert text.count("[sm_90a]: ") == len(registry.Registry(SM90, tmp_path).entries)  # G8: every row
+    monkeypatch.delenv("PA_OPS_SM")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(InvalidArgument, match="device: no GPU is here"):
+        pa_ops.select(problem)
+    with pytest.raises(InvalidArgument, match="device: must be a CUDA device"):
+        pa_ops.select(problem, device="cpu")
+    with pytest.raises(NoInstance, match="needs sm >= 80 for bf16"):
+        pa_ops.explain(problem, device=75) and pa_ops.select(problem, device=75)
