@@ -71,7 +71,7 @@ def _products(home: Path) -> Iterator[Finding]:
         wrong = _product(layout)
         count = "" if wrong else f"{len(Manifest.load(layout.manifest).entries)} kernels"
         yield Finding(f"product {target}", not wrong, f"{wrong}; run pa-ops build --arch {target}" if wrong else count)
-    here = {target for sm in visible_sms() if (target := target_of_sm(sm)) is not None}
+    here = {served for sm in visible_sms() if (served := target_of_sm(sm)) is not None}
     for target in sorted(here.difference(built)):
         yield Finding(f"product {target}", False, f"not built for the GPU here; run pa-ops build --arch {target}")
 

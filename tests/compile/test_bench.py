@@ -1,0 +1,62 @@
+"""The bench's cases, its check against the reference and its files, on CPU tensors; times are the GPU's affair."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from pa_ops import bench, cli
+from pa_ops.bench import Case
+from pa_ops.coverage import load_evidence
+from pa_ops.errors import InvalidArgument
+
+SMALL = Case("small", num_seqs=2, new=5, ctx=40, window=7, heads=4, kv_heads=2, head_dim=64, dtype="fp16")
+CPU = torch.device("cpu")
+
+
+def test_pairs_and_bytes_count_what_is_visible() -> None:
+    assert Case("x", num_seqs=3, new=4, ctx=4).pairs == 3 * (1 + 2 + 3 + 4)
+    assert Case("x", num_seqs=1, new=2, ctx=10, window=4).pairs == 8
+    assert Case("x", num_seqs=1, new=1, ctx=10, kv_heads=2, head_dim=64).kv_bytes == 2 * 10 * 2 * 64 * 2
+    assert Case("x", num_seqs=1, new=1, ctx=10, window=4, kv_heads=2, head_dim=64).kv_bytes == 2 * 4 * 2 * 64 * 2
+
+
+def test_a_measured_case_is_right_and_a_wrong_result_is_seen() -> None:
+    row = bench.measure(SMALL, CPU, lambda call: 100.0)
+    assert row.right and row.worst_error <= 5e-3
+    assert row.tflops == pytest.approx(SMALL.flops / 1e8)
+    inputs = bench.inputs_of(SMALL, CPU)
+    out, _ = bench.call_of(SMALL, inputs)()
+    out[-1, -1, -1] += 1.0
+    assert bench.error_of(SMALL, inputs, out) > 0.9
+
+
+def test_E12_options_reach_the_case() -> None:
+    (case,) = bench.cases_of("swa", ctx=4096, window=1024, dtype="fp16")
+    assert (case.ctx, case.window, case.num_seqs, case.dtype) == (4096, 1024, 8, "fp16")
+    assert "8 x 1 of 4096 window 1024" in str(case)
+    assert [case.new for case in bench.cases_of("all", ctx=100)] == [100, 100, 1, 1]
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [({"name": "race"}, "case"), ({"name": "swa", "ctx": 0}, "ctx"), ({"name": "swa", "dtype": "fp8"}, "dtype")],
+)
+def test_bad_options_are_named(options: dict[str, object], words: str) -> None:
+    with pytest.raises(InvalidArgument, match=f"^{words}: must be"):
+        bench.cases_of(**options)  # type: ignore[arg-type]
+
+
+def test_rows_are_evidence_that_the_coverage_report_reads(tmp_path: Path) -> None:
+    row = bench.measure(SMALL, CPU, lambda call: 100.0)
+    (tmp_path / "bench.json").write_text(json.dumps(bench.evidence([row])))
+    assert load_evidence(tmp_path / "bench.json")[row.instance].worst_error == row.worst_error
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="says so only where there is no GPU")
+def test_bench_without_a_gpu_says_so(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["bench", "--case", "swa"]) == 1
+    assert "bench times kernels on an NVIDIA GPU" in capsys.readouterr().err
