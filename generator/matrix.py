@@ -15,13 +15,14 @@ from .targets import DECLARED_TARGETS
 RUN_TIME = 0  # a head size or tile extent that the kernel takes as an argument
 HELPER_TILE = Tile(0, 0, 0, 4)
 
-# Tile of each head size: the fastest on an H200 of those that neither spill nor, at 256, exceed the 99 KiB that a block
-# may have on SM 8.6, 8.9 and 12.x (docs/performance.md has the others).
-FLASH_SM80_TILES: dict[int, Tile] = {
-    64: Tile(64, 128, 1, 4),
-    96: Tile(128, 64, 1, 4),
-    128: Tile(128, 32, 1, 4),
-    256: Tile(64, 64, 1, 4),
+# Tile of each head size, by how keys are found: the fastest on an H200 of those that neither spill nor, at 256, exceed
+# the 99 KiB that a block may have on SM 8.6, 8.9 and 12.x (docs/performance.md has the others). A page look-up serves
+# 32 keys a word, so gather tiles have a multiple of 32 keys.
+FLASH_SM80_TILES: dict[int, dict[Layout, Tile]] = {
+    64: {Layout.DENSE: Tile(64, 128, 1, 4), Layout.GATHER: Tile(128, 64, 1, 4)},
+    96: {Layout.DENSE: Tile(128, 64, 1, 4), Layout.GATHER: Tile(128, 64, 1, 4)},
+    128: {Layout.DENSE: Tile(128, 48, 1, 4), Layout.GATHER: Tile(128, 32, 1, 4)},
+    256: {Layout.DENSE: Tile(64, 64, 1, 4), Layout.GATHER: Tile(64, 64, 1, 4)},
 }
 DTYPES: tuple[DType, ...] = (DType.FP16, DType.BF16)
 KV_DTYPES: tuple[DType, ...] = (DType.FP16, DType.BF16, DType.E4M3FN, DType.E5M2, DType.INT8)
@@ -123,7 +124,7 @@ def _attention(cells: Sequence[Cell]) -> Iterator[InstanceSpec]:
             head_dim_v=cell.head_dim,
             layout=cell.layout,
             mask=cell.mask,
-            tile=FLASH_SM80_TILES[cell.head_dim],
+            tile=FLASH_SM80_TILES[cell.head_dim][cell.layout],
         )
 
 
