@@ -198,7 +198,7 @@ def test_G1_compile_error_names_the_instance_and_the_rest_compiles(tmp_path: Pat
     with pytest.raises(BuildError) as caught:
         run(home, toy)
     error, layout = caught.value, Layout(home / TARGET)
-    assert error.instance == "pa_attn_flash_sm80_fp16_kvfp16_d64v64_gather_window_m128n64s1w4"
+    assert error.instance.startswith("pa_attn_flash_sm80_fp16_kvfp16_d64v64_gather_window_")
     assert "ptxas said no" in error.output and "a register too few" in error.output
     assert f"--only {error.instance}" in error.command
     again = subprocess.run(error.command.split(), capture_output=True, text=True)
