@@ -14,9 +14,11 @@ from dataclasses import dataclass
 
 _ELF_MAGIC = b"\x7fELF"
 _EM_CUDA = 190
-_NEWER_ABI = 8  # from this ABI version on, flags hold the SM as a number in bits 8-23, the suffix in bits 0-7
+_NEWER_ABI = 8  # from this ABI version on, flags hold the SM as a number in bits 8-23
 _ACCELERATED = 0x800
-_SUFFIXES = {0x00: "", 0x02: "f", 0x0A: "a"}
+_SUFFIXES = {
+    0x0A: "a"
+}  # in bits 0-7 of the newer flags; other values say nothing: nvcc 13.0 writes 4 for 80, 90 and 90a
 _INFO_SECTION = ".nv.info"
 _FORMAT_SIZED = 4  # attribute formats below it carry their value in the two bytes that hold the size here
 _FRAME_SIZE = 0x11
@@ -40,6 +42,11 @@ class KernelFacts:
     image_bytes: int
 
 
+def is_code_for(made: str, target: str) -> bool:
+    """Whether an image that says `made` can be the code of `target`: an image need not tell its suffix."""
+    return made in (target, target.rstrip("af"))
+
+
 @dataclass(frozen=True)
 class _Section:
     name: str
@@ -50,7 +57,7 @@ class _Section:
 
 def _target(flags: int, abi: int) -> str:
     if abi >= _NEWER_ABI:
-        return f"sm_{flags >> 8 & 0xFFFF}{_SUFFIXES.get(flags & 0xFF, '?')}"
+        return f"sm_{flags >> 8 & 0xFFFF}{_SUFFIXES.get(flags & 0xFF, '')}"
     return f"sm_{flags & 0xFF}{'a' if flags & _ACCELERATED else ''}"
 
 

@@ -174,8 +174,9 @@ INFO = (
         (0x500550, 7, "sm_80"),
         (0x5A0D5A, 7, "sm_90a"),
         (0x600640A, 8, "sm_100a"),
-        (0x6006402, 8, "sm_100f"),
-        (0x6007802, 8, "sm_120f"),
+        (0x6006402, 8, "sm_100"),
+        (0x6005A04, 8, "sm_90"),
+        (0x6005004, 8, "sm_80"),
     ],
 )
 def test_facts_of_an_image_inside_an_object(flags: int, abi: int, target: str) -> None:
