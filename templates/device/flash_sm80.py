@@ -24,7 +24,7 @@ from pa_ops.templates.device.ptx import (
     st_global_f32,
     st_shared_32,
 )
-from pa_ops.templates.device.tiles import Fragments, TileShape, lane_address
+from pa_ops.templates.device.tiles import Fragments, TileShape
 from pa_ops.templates.device.worklist import find_tile, length_at
 
 LOG2_E = 1.4426950408889634
@@ -112,10 +112,10 @@ class FlashSm80:
             k_base = k_base + Int64(k_start) * args.k_token_stride
             v_base = v_base + Int64(k_start) * args.v_token_stride
 
-        lane_base = lane_address(self.shape, s_q, lane)
-        frag_q = Fragments(self.shape, lane_base + warp * (16 * self.m_tiles) * self.shape.pitch, 0)
-        frag_k = Fragments(self.shape, lane_base, self.q_bytes)
-        frag_v = Fragments(self.shape, lane_base, self.q_bytes + self.kv_bytes)
+        warp_rows = warp * (16 * self.m_tiles) * self.shape.pitch
+        frag_q = Fragments(self.shape, s_q + warp_rows, lane, swapped=False)
+        frag_k = Fragments(self.shape, s_k, lane, swapped=True)
+        frag_v = Fragments(self.shape, s_v, lane, swapped=False)
         acc_o = cute.make_rmem_tensor((self.m_tiles * self.d_tiles * 4,), Float32)
         acc_s = cute.make_rmem_tensor((self.m_tiles * self.n_tiles * 4,), Float32)
         row_max = cute.make_rmem_tensor((self.m_tiles * 2,), Float32)
@@ -227,9 +227,9 @@ class FlashSm80:
         zero = Float32(0.0)
         s = [[[zero] * 4 for _ in range(self.n_tiles)] for _ in range(self.m_tiles)]
         for column in range(0, self.head_dim, 16):
-            a = [frag_q.operand_a(mt * 16, column) for mt in range(self.m_tiles)]
+            a = [frag_q.load(mt * 16, column) for mt in range(self.m_tiles)]
             for pair in range(self.n_tiles // 2):
-                b = frag_k.operands_b(pair * 16, column, transpose=False)
+                b = frag_k.load(pair * 16, column)
                 for mt in range(self.m_tiles):
                     for half in range(2):
                         nt = pair * 2 + half
@@ -247,7 +247,7 @@ class FlashSm80:
                 at = (mt * self.n_tiles + key // 8) * 4
                 a.append([pack_pair(self.dtype, acc_s[at + 2 * i], acc_s[at + 2 * i + 1]) for i in range(4)])
             for pair in range(self.d_tiles // 2):
-                b = frag_v.operands_b(key, pair * 16, transpose=True)
+                b = frag_v.load(key, pair * 16, transpose=True)
                 for mt in range(self.m_tiles):
                     for half in range(2):
                         at = (mt * self.d_tiles + pair * 2 + half) * 4

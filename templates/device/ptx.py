@@ -24,19 +24,20 @@ def _asm(result, operands, text, constraints, effects, loc, ip):
 
 
 @dsl_user_op
-def ldmatrix_x4(address, flip, offset, *, transpose, loc=None, ip=None):
-    """Four 8x8 matrices of 16-bit elements from shared memory; (`address` ^ `flip`) + `offset` is this lane's row.
+def ldmatrix_x4(address, uniform, flip, offset, *, transpose, loc=None, ip=None):
+    """Four 8x8 matrices of 16-bit elements from shared memory; (`address` ^ `flip`) + `uniform` + `offset` is a row.
 
-    `flip` and `offset` are constants. The xor is part of the instruction's text so that no optimiser keeps each of its
-    results in a register of its own across the main loop (12 registers of a budget of 255).
+    `address` is the lane's own, `uniform` the warp's; `flip` and `offset` are constants. The xor is part of the
+    instruction's text so that no optimiser keeps each of its results in a register of its own across the main loop
+    (12 registers of a budget of 255).
     """
     form = ".trans" if transpose else ""
     load = f"ldmatrix.sync.aligned.m8n8.x4{form}.shared.b16 {{$0, $1, $2, $3}}, [row + {offset}];"
     quad = _asm(
         llvm.StructType.get_literal([T.i32()] * 4),
-        [Int32(address).ir_value(loc=loc, ip=ip)],
-        f"{{ .reg .b32 row; xor.b32 row, $4, {flip}; {load} }}",
-        "=r,=r,=r,=r,r",
+        [Int32(address).ir_value(loc=loc, ip=ip), Int32(uniform).ir_value(loc=loc, ip=ip)],
+        f"{{ .reg .b32 row; xor.b32 row, $4, {flip}; add.u32 row, row, $5; {load} }}",
+        "=r,=r,=r,=r,r,r",
         True,
         loc,
         ip,

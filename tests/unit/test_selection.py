@@ -107,7 +107,8 @@ def test_B6_overrides_reach_families_their_first_words_and_instances() -> None:
     chosen = select_entry(ROWS, paged(), H200)
     for word in ("flash_sm80", "flash", chosen.instance):
         assert select_entry(ROWS, paged(), H200, Policy(word)).entry == chosen.entry
-    bigger = chosen.instance.replace("d128v128", "d256v256").replace("m128", "m64")
+    same = {"dtype": "bf16", "layout": chosen.entry.spec.layout, "mask": chosen.entry.spec.mask, "head_dim": 256}
+    (bigger,) = {row.name for row in ROWS if all(getattr(row.spec, axis) == value for axis, value in same.items())}
     assert select_entry(ROWS, paged(), H200, Policy(bigger)).instance == bigger
     assert select_entry(ROWS, paged(), H200, Policy(disabled=frozenset({"flas", "decode"}))).entry == chosen.entry
     append = Problem(op="append_kv", dtype="bf16", head_dim=128)
