@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
 from hypothesis import settings
 
 from helpers.parity import Evidence
@@ -16,6 +17,12 @@ settings.load_profile("pa_ops")
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--evidence", type=Path, help="write what the GPU tests saw of each instance to this JSON file")
+
+
+@pytest.fixture(autouse=True)
+def seed() -> None:
+    """Every test draws the same numbers in every run, whatever ran before it."""
+    torch.manual_seed(0)
 
 
 @pytest.fixture(scope="session")
