@@ -168,7 +168,10 @@ class FlashSm80:
                     args, s_k, k_base, args.k_page_stride, args.k_token_stride, n_block - 1, low, high, live_pages, tid
                 )
                 cute.arch.cp_async_commit_group()
-            softmax.online(acc_s, acc_o, row_max, row_sum, args.log2_scale, self.n_tiles, self.d_tiles)
+            outgrown = softmax.outgrown(acc_s, row_max, args.log2_scale, self.n_tiles)
+            for _ in cutlass.range(opaque(outgrown), unroll=1):
+                softmax.rescale(acc_s, acc_o, row_max, row_sum, args.log2_scale, self.n_tiles, self.d_tiles)
+            softmax.exponentiate(acc_s, row_max, row_sum, args.log2_scale, self.n_tiles)
             self.accumulate(frag_v, acc_s, acc_o)
 
         sink = Float32(-Float32.inf)

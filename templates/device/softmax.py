@@ -9,6 +9,8 @@ from cutlass import Float32
 
 from pa_ops.templates.device.ptx import ex2, fma, lg2, pack_pair, rcp
 
+RESCALE_BITS = 8.0
+
 
 def quad(value, combine):
     """Combine one value over the four lanes that share a row."""
@@ -23,30 +25,57 @@ def cap(acc_s, scale_in):
         acc_s[i] = fma(Float32(-2.0), rcp(ex2(acc_s[i] * slope) + 1.0), Float32(1.0))
 
 
-def online(acc_s, acc_o, row_max, row_sum, log2_scale, n_tiles, d_tiles):
-    """Replace scores by exp2((s - max) * log2_scale), and rescale output and sums to the new row maxima.
+def row_elements(row, n_tiles):
+    """Indices of one row's scores in the accumulator: row 2 mt + r of this thread is half r of the 16 rows mt."""
+    return [(row // 2 * n_tiles + nt) * 4 + row % 2 * 2 + c for nt in range(n_tiles) for c in range(2)]
 
-    Row by row: one row's exponentials do not depend on the next row's maximum.
+
+def outgrown(acc_s, row_max, log2_scale, n_tiles):
+    """Whether some row of the warp outgrew the maximum in use by a factor of 2^8, or has just seen its first key.
+
+    Until then the old one serves: probabilities reach 256 at most, which both 16-bit types hold to full precision. What
+    that saves is the rescaling of the output, two multiplications for every three of the rest of the softmax, and the
+    shuffles that tell four lanes their row's maximum: each votes on what it sees.
     """
+    some = False
     for row in range(cute.size(row_max)):
-        scores = [(row // 2 * n_tiles + nt) * 4 + row % 2 * 2 + c for nt in range(n_tiles) for c in range(2)]
-        outputs = [(row // 2 * d_tiles + dt) * 4 + row % 2 * 2 + c for dt in range(d_tiles) for c in range(2)]
+        first, *others = row_elements(row, n_tiles)
+        top = acc_s[first]
+        for i in others:
+            top = cute.arch.fmax(top, acc_s[i])
+        some = some | ((top - row_max[row]) * log2_scale > RESCALE_BITS)
+    return cute.arch.vote_any_sync(some)
+
+
+def base_of(top, log2_scale):
+    """The exponent that a row's scores are taken relative to; 0 for a row without keys, where -inf would give NaN."""
+    return cutlass.select_(top == -Float32.inf, Float32(0.0), top) * log2_scale
+
+
+def rescale(acc_s, acc_o, row_max, row_sum, log2_scale, n_tiles, d_tiles):
+    """Move output and sums to the maxima of the rows, this block included."""
+    for row in range(cute.size(row_max)):
         top = row_max[row]
-        for i in scores:
+        for i in row_elements(row, n_tiles):
             top = cute.arch.fmax(top, acc_s[i])
         top = quad(top, cute.arch.fmax)
-        # A row that has seen no key yet keeps -inf; 0 in its place makes exp2(-inf - 0) = 0 instead of NaN.
-        base = cutlass.select_(top == -Float32.inf, Float32(0.0), top) * -log2_scale
-        shrink = ex2(fma(row_max[row], log2_scale, base))
+        shrink = ex2(row_max[row] * log2_scale - base_of(top, log2_scale))
         row_max[row] = top
-        total = row_sum[row] * shrink
-        for i in scores:
+        row_sum[row] = row_sum[row] * shrink
+        for i in row_elements(row, d_tiles):
+            acc_o[i] = acc_o[i] * shrink
+
+
+def exponentiate(acc_s, row_max, row_sum, log2_scale, n_tiles):
+    """Replace scores by exp2(s * log2_scale - base), and add them to the row sums."""
+    for row in range(cute.size(row_max)):
+        base = -base_of(row_max[row], log2_scale)
+        total = row_sum[row]
+        for i in row_elements(row, n_tiles):
             p = ex2(fma(acc_s[i], log2_scale, base))
             acc_s[i] = p
             total = total + p
         row_sum[row] = total
-        for i in outputs:
-            acc_o[i] = acc_o[i] * shrink
 
 
 def finish(row_max, row_sum, log2_scale, sink, m_tiles):
