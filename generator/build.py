@@ -15,13 +15,14 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
+from pa_ops.arguments import RECORDS
 from pa_ops.errors import BuildError, PaOpsError
 from pa_ops.manifest import Manifest
 
 from . import ninja, worker
 from .digest import sha256_of
 from .layout import TEMPORARY, Layout, write_atomically, write_if_changed
-from .link import link_edge, staged_library
+from .link import link
 from .matrix import DEFAULT_PRESET, preset_of
 from .plan import Item, Plan, Planner, entry_of, select
 from .targets import default_targets, resolve_all
@@ -154,10 +155,10 @@ class TargetBuild:
         """Compile, link and publish; raises BuildError naming the first instance that did not compile."""
         _sweep(self.plan)
         for item in self.plan.product:
-            write_if_changed(self.layout.source(item.name), item.source)
+            write_if_changed(self.layout.source(item.spec), item.source)
         for item in self.plan.stale:
             self.layout.facts(item.name).unlink(missing_ok=True)
-        status = self._ninja(shards_of(self.plan.stale, self.jobs))
+        status = self._ninja(shards_of(self.plan.stale, self.jobs)) if self.plan.stale else 0
         if crashed := [item for item in self.plan.stale if not self._settled(item)]:
             status = self._ninja([[item] for item in crashed])
         self._raise_failures()
@@ -176,7 +177,6 @@ class TargetBuild:
 
     def _ninja(self, shards: Sequence[Sequence[Item]]) -> int:
         edges = [self._compile_edge(number, shard) for number, shard in enumerate(shards)]
-        edges.append(link_edge(self.planner.tools, self.layout, [item.name for item in self.plan.product]))
         file = self.layout.root / "build.ninja"
         write_if_changed(file, ninja.text_of(edges, self.layout.link))
         log = self.layout.link / "ninja.log"
@@ -193,7 +193,9 @@ class TargetBuild:
                 "name": item.name,
                 "digest": item.digest,
                 "smem_bytes": item.spec.smem_bytes,
-                "source": str(layout.source(item.name)),
+                "threads": item.spec.threads,
+                "arguments": RECORDS[item.spec.family].size,
+                "source": str(layout.source(item.spec)),
                 "object": str(layout.object(item.name)),
                 "facts": str(layout.facts(item.name)),
                 "failure": str(layout.failure(item.name)),
@@ -202,7 +204,13 @@ class TargetBuild:
             for item in shard
         ]
         packages = {"pa_ops": str(core), "pa_ops.templates": str(templates)}
-        document = {"target": self.plan.target, "packages": packages, "instances": instances}
+        document = {
+            "target": self.plan.target,
+            "packages": packages,
+            "include": str(templates / "device"),
+            "nvrtc": str(self.planner.tools.nvrtc),
+            "instances": instances,
+        }
         write_atomically(request, json.dumps(document, indent=1))
         return ninja.Edge(
             rule=f"compile_{number}",
@@ -232,12 +240,13 @@ class TargetBuild:
         raise BuildError(first, "the compile worker died", f"{words}{self.words}{rest}")
 
     def _publish(self) -> None:
-        """Put the library in place, then the manifest; the next build sees the mismatch of a crash in between."""
+        """Link, put the library in place, then the manifest; the next build sees the mismatch of a crash in between."""
         layout = self.layout
+        names = [item.name for item in self.plan.product]
         draft = layout.library.with_name(f"{layout.library.name}{TEMPORARY}")
-        shutil.copyfile(staged_library(layout), draft)
+        shutil.copyfile(link(self.planner.tools, layout, names), draft)
         os.chmod(draft, 0o755)
-        entries = [entry_of(layout, item.name) for item in self.plan.product]
+        entries = [entry_of(layout, name) for name in names]
         manifest = Manifest(
             target=self.plan.target,
             toolchain=self.planner.toolchain(),

@@ -1,7 +1,7 @@
-"""Turns an object file or a cubin into the compiler's facts: code target, registers, stack frame, code size.
+"""Turns a cubin into the compiler's facts: kernel, code target, registers, stack frame, argument and code size.
 
-A cubin is an ELF image of machine EM_CUDA. The DSL stores it uncompressed inside the host object, so facts are read
-from the very bytes that ship. The attribute numbers are those that NVIDIA's own cuobjdump prints by name. A frame is
+A cubin is an ELF image of machine EM_CUDA; facts are read from the very bytes that ship. The attribute numbers are
+those that NVIDIA's own cuobjdump prints by name. A frame is
 what a thread keeps in local memory: registers that were spilled and arrays that are indexed at run time look alike
 in it, so a kernel without such arrays spills exactly its frame.
 """
@@ -20,7 +20,9 @@ _SUFFIXES = {
     0x0A: "a"
 }  # in bits 0-7 of the newer flags; other values say nothing: nvcc 13.0 writes 4 for 80, 90 and 90a
 _INFO_SECTION = ".nv.info"
+_KERNEL_SECTION = ".nv.info."  # the kernel's symbol follows
 _FORMAT_SIZED = 4  # attribute formats below it carry their value in the two bytes that hold the size here
+_ARGUMENT_BYTES = 0x19
 _FRAME_SIZE = 0x11
 _REGISTERS = 0x2F
 _NO_BITS = 8  # section type of .nv.shared.*
@@ -30,15 +32,18 @@ _SYSTEM_SHARED = ".nv.shared.reserved."  # the system's own share, not counted a
 
 @dataclass(frozen=True)
 class KernelFacts:
-    """What the compiler made of a kernel; the largest value where an image holds several.
+    """What the compiler made of a kernel.
 
-    registers a thread, frame_bytes of local memory a thread, static_smem_bytes a block, image_bytes of the cubin.
+    entry: its symbol. registers a thread, frame_bytes of local memory a thread, static_smem_bytes a block,
+    argument_bytes of a launch, image_bytes of the cubin.
     """
 
+    entry: str
     target: str
     registers: int
     frame_bytes: int
     static_smem_bytes: int
+    argument_bytes: int
     image_bytes: int
 
 
@@ -79,12 +84,13 @@ def _sections(data: bytes, start: int) -> tuple[list[_Section], int]:
 
 
 def _attributes(data: bytes, section: _Section) -> Iterator[tuple[int, int]]:
-    """(attribute, value) of each per-function entry of a .nv.info section."""
+    """(attribute, value) of each entry of a .nv.info section; of a sized one the second word, after the function."""
     at, end = section.offset, section.offset + section.size
     while at + 4 <= end:
         form, attribute, size = struct.unpack_from("<BBH", data, at)
         at += 4
         if form != _FORMAT_SIZED:
+            yield attribute, size
             continue
         if size >= 8:
             yield attribute, struct.unpack_from("<I", data, at + 4)[0]
@@ -96,19 +102,30 @@ def _read(data: bytes, start: int) -> KernelFacts:
     (flags,) = struct.unpack_from("<I", data, start + 48)
     sections, length = _sections(data, start)
     values: dict[int, int] = {}
+    kernels = []
     for section in sections:
-        if section.name == _INFO_SECTION:
+        if section.name.startswith(_KERNEL_SECTION):
+            kernels.append(section.name.removeprefix(_KERNEL_SECTION))
+        if section.name.startswith(_INFO_SECTION):
             for attribute, value in _attributes(data, section):
                 values[attribute] = max(value, values.get(attribute, 0))
-    if _REGISTERS not in values:
-        raise ValueError("the image names no register count: no kernel in it, or an unknown format")
+    if _REGISTERS not in values or len(kernels) != 1:
+        raise ValueError(f"the image must hold one kernel and its register count, it holds {kernels or 'none'}")
     shared = [s for s in sections if s.name.startswith(_SHARED_SECTION) and not s.name.startswith(_SYSTEM_SHARED)]
     smem = max((section.size for section in shared), default=0)
-    return KernelFacts(_target(flags, abi), values[_REGISTERS], values.get(_FRAME_SIZE, 0), smem, length)
+    return KernelFacts(
+        entry=kernels[0],
+        target=_target(flags, abi),
+        registers=values[_REGISTERS],
+        frame_bytes=values.get(_FRAME_SIZE, 0),
+        static_smem_bytes=smem,
+        argument_bytes=values.get(_ARGUMENT_BYTES, 0),
+        image_bytes=length,
+    )
 
 
 def read_facts(data: bytes) -> tuple[KernelFacts, ...]:
-    """The facts of every cubin inside `data`, an object file or a cubin; raises ValueError when there is none."""
+    """The facts of every cubin inside `data`, a cubin or a library; raises ValueError when there is none."""
     found = []
     at = data.find(_ELF_MAGIC)
     while at >= 0:
@@ -116,5 +133,5 @@ def read_facts(data: bytes) -> tuple[KernelFacts, ...]:
             found.append(_read(data, at))
         at = data.find(_ELF_MAGIC, at + 4)
     if not found:
-        raise ValueError("no device code found: the object holds no uncompressed cubin")
+        raise ValueError("no device code found: there is no uncompressed cubin in it")
     return tuple(found)

@@ -14,7 +14,10 @@ from pathlib import Path
 
 from pa_ops.spec import InstanceSpec
 
+from .language import Language, language_of
 from .render import Renderer, template_name
+
+HEADERS = {Language.CUTE: ("*.py",), Language.CUDA: ("*.cuh",)}
 
 
 def sha256_of(path: Path) -> str:
@@ -28,28 +31,29 @@ def sha256_of(path: Path) -> str:
 
 @dataclass(frozen=True)
 class Digester:
-    """Digests for one set of templates, tools and flags; files are read once."""
+    """Digests for one set of templates and tools; files are read once."""
 
     renderer: Renderer
     compile_sources: tuple[Path, ...]
-    toolchain: Mapping[str, str]
-    flags: tuple[str, ...]
+    toolchain: Mapping[Language, Mapping[str, str]]
 
     @cached_property
-    def common(self) -> dict[str, object]:
-        """What every digest covers: files that workers read, tools, flags."""
+    def common(self) -> dict[Language, dict[str, object]]:
+        """What every digest of a language covers: files that workers read, and tools."""
+        return {language: self._common(language) for language in Language}
+
+    def _common(self, language: Language) -> dict[str, object]:
         device = self.renderer.folder / "device"
-        files = [*sorted(device.rglob("*.py")), *self.compile_sources]
+        headers = [path for pattern in HEADERS[language] for path in sorted(device.rglob(pattern))]
         return {
-            "files": {path.name: sha256_of(path) for path in files},
-            "toolchain": dict(self.toolchain),
-            "flags": list(self.flags),
+            "files": {path.name: sha256_of(path) for path in (*headers, *self.compile_sources)},
+            "toolchain": dict(self.toolchain[language]),
         }
 
     def digest(self, spec: InstanceSpec, target: str, source: str) -> str:
         """The digest of the object that `source`, rendered from `spec`, gives for `target`."""
         document = {
-            **self.common,
+            **self.common[language_of(spec)],
             "name": spec.name,
             "target": target,
             "template": template_name(spec),

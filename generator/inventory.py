@@ -46,7 +46,7 @@ def inputs(
     built = manifests(home)
     targets = tuple(dict.fromkeys((*DECLARED_TARGETS, *(manifest.target for manifest in built))))
     declared = [(spec, target) for target in targets for spec in matrix.declared("full", (target,))]
-    sources = {(spec.name, target) for spec, target in declared if Layout(home / target).source(spec.name).is_file()}
+    sources = {(spec.name, target) for spec, target in declared if Layout(home / target).source(spec).is_file()}
     return Inputs(
         declared=declared,
         refused=matrix.refusals("full", targets),

@@ -8,6 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from pa_ops.manifest import FILE_NAME
+from pa_ops.spec import InstanceSpec
+
+from .language import language_of
 
 LIBRARY = "libpa_ops.so"
 TEMPORARY = ".part"  # every unfinished file ends so; the next build removes it
@@ -41,7 +44,7 @@ class Layout:
 
     @property
     def link(self) -> Path:
-        """Inputs of the link that are not objects: support source, version script, response file."""
+        """Inputs of the link that are not objects: the table of kernels, the version script; and its output."""
         return self.root / "link"
 
     @property
@@ -49,13 +52,13 @@ class Layout:
         """Held by the one build that may write here."""
         return self.root / ".lock"
 
-    def source(self, name: str) -> Path:
+    def source(self, spec: InstanceSpec) -> Path:
         """The rendered source of an instance."""
-        return self.sources / f"{name}.py"
+        return self.sources / f"{spec.name}.{language_of(spec)}"
 
     def object(self, name: str) -> Path:
-        """The compiled object of an instance."""
-        return self.objects / f"{name}.o"
+        """The compiled code of an instance, for the device alone."""
+        return self.objects / f"{name}.cubin"
 
     def facts(self, name: str) -> Path:
         """The facts beside an object; they exist only when it is complete."""

@@ -1,20 +1,25 @@
-"""Turns objects into one library that needs nothing but libtvm_ffi and the C library.
+"""Turns cubins into one library that needs nothing but libtvm_ffi and the C library.
 
-The CUDA runtime and the DSL's host runtime are linked in statically (0.7 MB, once a library), so a product runs with
-any CUDA of its driver's generation, any torch and any Python. The kernels' own symbols are all that it exports.
+Each image lies in the library as it is, beside a call that launches it through the driver (launch.c), so a product
+runs with any CUDA of its driver's generation, any torch and any Python. The kernels' own symbols are all it exports.
 """
 
 from __future__ import annotations
 
+import json
+import os
+import subprocess
 from collections.abc import Sequence
 from pathlib import Path
 
+from pa_ops.errors import BuildError
+
 from .layout import TEMPORARY, Layout, write_if_changed
-from .ninja import Edge, shell
+from .ninja import shell
 from .toolchain import Toolchain
 
 SYMBOL_PREFIX = "__tvm_ffi_"
-SUPPORT = Path(__file__).with_name("support.c")
+LAUNCH = Path(__file__).with_name("launch.c")
 VERSION_SCRIPT = f"{{ global: {SYMBOL_PREFIX}*; local: *; }};\n"
 FLAGS = (
     "-shared",
@@ -26,7 +31,7 @@ FLAGS = (
     "-Wl,--build-id=none",
     "-Wl,--exclude-libs,ALL",
 )
-LIBRARIES = ("-ldl", "-lpthread", "-lrt")
+LIBRARIES = ("-ltvm_ffi", "-ldl", "-lpthread")
 
 
 def staged_library(layout: Layout) -> Path:
@@ -34,35 +39,39 @@ def staged_library(layout: Layout) -> Path:
     return layout.link / layout.library.name
 
 
-def link_edge(tools: Toolchain, layout: Layout, names: Sequence[str]) -> Edge:
-    """The edge that links and strips the objects of `names`; writes the version script it needs."""
-    script = layout.link / "exports.map"
+def _table(layout: Layout, names: Sequence[str]) -> str:
+    """The C source that binds every image to its launch."""
+    lines = ['#include "launch.h"']
+    for name in names:
+        kernel = json.loads(layout.facts(name).read_text(encoding="utf-8"))["launch"]
+        sizes = ", ".join(str(kernel[key]) for key in ("threads", "smem", "arguments"))
+        lines.append(f'PA_KERNEL({name}, "{layout.object(name)}", "{kernel["entry"]}", {sizes})')
+    return "\n".join(lines) + "\n"
+
+
+def link(tools: Toolchain, layout: Layout, names: Sequence[str]) -> Path:
+    """Link and strip the cubins of `names`; returns the library. Raises BuildError with the compiler's words."""
+    table, script = layout.link / "kernels.c", layout.link / "exports.map"
+    write_if_changed(table, _table(layout, sorted(names)))
     write_if_changed(script, VERSION_SCRIPT)
     output = staged_library(layout)
     draft = output.with_name(f"{output.name}{TEMPORARY}")
-    response = layout.link / "objects.rsp"
-    objects = tuple(layout.object(name) for name in sorted(names))
-    link: list[str | Path] = [
+    command: list[str | Path] = [
         tools.compiler,
         *FLAGS,
+        *(f"-I{folder}" for folder in (LAUNCH.parent, *tools.tvm_ffi_includes)),
         f"-Wl,--version-script={script}",
         "-o",
         draft,
-        SUPPORT,
-        f"@{response}",
-        tools.dialect_runtime,
-        tools.cuda_runtime,
+        LAUNCH,
+        table,
         f"-L{tools.tvm_ffi_library.parent}",
-        "-ltvm_ffi",
         *LIBRARIES,
     ]
-    steps: tuple[list[str | Path], ...] = (link, [tools.strip, "--strip-unneeded", draft], ["mv", "-f", draft, output])
-    return Edge(
-        rule="link",
-        command=" && ".join(shell(step) for step in steps),
-        description=f"link {len(objects)} kernels",
-        outputs=(output,),
-        inputs=objects,
-        implicit=(SUPPORT, script, tools.dialect_runtime, tools.cuda_runtime, tools.tvm_ffi_library),
-        response=(response, " ".join(f'"{path}"' for path in objects)),
-    )
+    strip: list[str | Path] = [tools.strip, "--strip-unneeded", draft]
+    for step in (command, strip):
+        done = subprocess.run(step, capture_output=True, text=True)
+        if done.returncode:
+            raise BuildError(layout.library.name, shell(step), done.stdout + done.stderr)
+    os.replace(draft, output)
+    return output

@@ -10,10 +10,10 @@ from pa_ops.capability import Capability, parse_target
 from pa_ops.errors import InvalidArgument
 from pa_ops.spec import DType, Family, InstanceSpec, KernelOp, Layout, Mask, Tile
 
+from .language import OLDEST_CUTE_SM, Language, language_of
 from .targets import DECLARED_TARGETS
 
 RUN_TIME = 0  # a head size or tile extent that the kernel takes as an argument
-HELPER_TILE = Tile(0, 0, 0, 4)
 
 # Tile of each head size, by how keys are found: the fastest on an H200 of those that neither spill nor, at 256, exceed
 # the 99 KiB that a block may have on SM 8.6, 8.9 and 12.x (docs/performance.md has the others). A page look-up serves
@@ -97,7 +97,7 @@ def _smem_limit(target: str) -> int:
     return min((c.smem_optin_bytes for c in loads), default=0)
 
 
-_KNOWN_SMS = (80, 86, 87, 89, 90, 100, 103, 110, 120, 121)
+_KNOWN_SMS = (53, 60, 61, 62, 70, 72, 75, 80, 86, 87, 89, 90, 100, 103, 110, 120, 121)
 RULES: tuple[Rule, ...] = (
     Rule(
         "kv-dtype",
@@ -106,8 +106,8 @@ RULES: tuple[Rule, ...] = (
     ),
     Rule(
         "before-sm80",
-        lambda _, target: parse_target(target) < 80,
-        "cp.async and mma.sync m16n8k16 begin at SM 8.0, and so does the DSL that compiles the templates",
+        lambda spec, target: language_of(spec) is Language.CUTE and parse_target(target) < OLDEST_CUTE_SM,
+        "cp.async and mma.sync m16n8k16 begin at SM 8.0, and so does the DSL that compiles this template",
     ),
     Rule(
         "shared-memory",
@@ -133,14 +133,14 @@ def _attention(cells: Sequence[Cell]) -> Iterator[InstanceSpec]:
 
 
 _HELPERS = (
-    (KernelOp.APPEND_KV, Family.APPEND, Layout.GATHER),
-    (KernelOp.MERGE_STATES, Family.MERGE, Layout.DENSE),
+    (KernelOp.APPEND_KV, Family.APPEND, Layout.GATHER, Tile(0, 0, 0, 8)),
+    (KernelOp.MERGE_STATES, Family.MERGE, Layout.DENSE, Tile(0, 0, 0, 4)),
 )
 
 
 def _helpers() -> Iterator[InstanceSpec]:
-    for (op, family, layout), dtype in product(_HELPERS, DTYPES):
-        yield InstanceSpec(op, family, dtype, dtype, RUN_TIME, RUN_TIME, layout, Mask.FULL, HELPER_TILE)
+    for (op, family, layout, tile), dtype in product(_HELPERS, DTYPES):
+        yield InstanceSpec(op, family, dtype, dtype, RUN_TIME, RUN_TIME, layout, Mask.FULL, tile)
 
 
 def preset_of(name: str) -> Preset:

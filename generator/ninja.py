@@ -1,4 +1,4 @@
-"""Turns shards of stale instances and a link into build.ninja, and runs it."""
+"""Turns shards of stale instances into build.ninja, and runs it."""
 
 from __future__ import annotations
 
@@ -17,15 +17,13 @@ POLL_SECONDS = 0.1
 
 @dataclass(frozen=True)
 class Edge:
-    """One command of the graph; `response` is a file that ninja writes before it and that the command may name."""
+    """One command of the graph."""
 
     rule: str
     command: str
     description: str
     outputs: tuple[Path, ...]
     inputs: tuple[Path, ...]
-    implicit: tuple[Path, ...] = ()
-    response: tuple[Path, str] | None = None
 
 
 def shell(words: Sequence[str | Path]) -> str:
@@ -43,13 +41,9 @@ def _value(text: str) -> str:
 
 def _lines(edge: Edge) -> list[str]:
     lines = [f"rule {edge.rule}", f"  command = {_value(edge.command)}", f"  description = {_value(edge.description)}"]
-    if edge.response is not None:
-        path, content = edge.response
-        lines += [f"  rspfile = {_path(path)}", f"  rspfile_content = {_value(content)}"]
     outputs = " ".join(map(_path, edge.outputs))
     inputs = " ".join(map(_path, edge.inputs))
-    implicit = f" | {' '.join(map(_path, edge.implicit))}" if edge.implicit else ""
-    return [*lines, f"build {outputs}: {edge.rule} {inputs}{implicit}", ""]
+    return [*lines, f"build {outputs}: {edge.rule} {inputs}", ""]
 
 
 def text_of(edges: Sequence[Edge], folder: Path) -> str:

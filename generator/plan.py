@@ -9,6 +9,7 @@ from fnmatch import fnmatchcase
 from functools import cached_property
 from pathlib import Path
 
+from pa_ops import arguments
 from pa_ops.errors import InvalidArgument
 from pa_ops.manifest import Entry, Manifest
 from pa_ops.spec import InstanceSpec
@@ -21,8 +22,8 @@ from .render import Renderer
 from .toolchain import Toolchain
 
 HERE = Path(__file__).parent
-COMPILE_SOURCES = (HERE / "worker.py", HERE / "cubin.py")
-LINK_SOURCES = (HERE / "support.c",)
+COMPILE_SOURCES = (HERE / "worker.py", HERE / "cubin.py", HERE / "nvrtc.py", Path(arguments.__file__))
+LINK_SOURCES = (HERE / "launch.c", HERE / "launch.h")
 
 
 def select(preset: str, target: str, pattern: str | None) -> tuple[InstanceSpec, ...]:
@@ -82,7 +83,8 @@ def entry_of(layout: Layout, name: str) -> Entry | None:
     try:
         facts = json.loads(layout.facts(name).read_text(encoding="utf-8"))
         size = layout.object(name).stat().st_size
-        entry = Entry(symbol=name, **{**facts, "code_targets": tuple(facts["code_targets"])})
+        row = facts["row"]
+        entry = Entry(symbol=name, **{**row, "code_targets": tuple(row["code_targets"])})
     except (OSError, ValueError, TypeError, KeyError):
         return None
     return entry if entry.name == name and entry.object_bytes == size else None
@@ -97,7 +99,7 @@ class Planner:
         self.digester = self._digester()
 
     def _digester(self) -> Digester:
-        return Digester(self.renderer, COMPILE_SOURCES, self.tools.compile_versions, ("--gpu-arch", "tvm-ffi"))
+        return Digester(self.renderer, COMPILE_SOURCES, self.tools.compile_versions)
 
     def inputs_changed(self) -> bool:
         """Whether a file that workers read was edited since this planner first read it."""

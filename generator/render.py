@@ -8,10 +8,13 @@ from pathlib import Path
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined, TemplateError, TemplateSyntaxError
 
+from pa_ops.arguments import ADDRESS, FLOAT32, INT32, INT64, RECORDS
 from pa_ops.errors import BuildError
 from pa_ops.spec import InstanceSpec
 
-LINE_STATEMENT = "# %"
+from .language import Language, language_of
+
+CUDA_TYPES = {ADDRESS: "unsigned long long", INT64: "long long", INT32: "int", FLOAT32: "float"}
 
 
 @lru_cache(maxsize=1)
@@ -25,7 +28,12 @@ def template_folder() -> Path:
 
 def template_name(spec: InstanceSpec) -> str:
     """The file that a spec is rendered from."""
-    return f"{spec.family}.py.j2"
+    return f"{spec.family}.{language_of(spec)}.j2"
+
+
+def members_of(spec: InstanceSpec) -> list[tuple[str, str]]:
+    """(C type, name) of each field of the kernel's argument record."""
+    return [(CUDA_TYPES[letter], name) for name, letter in RECORDS[spec.family].fields]
 
 
 class Renderer:
@@ -33,13 +41,16 @@ class Renderer:
 
     def __init__(self, folder: Path | None = None) -> None:
         self.folder = folder or template_folder()
-        self._environment = Environment(
-            loader=FileSystemLoader(self.folder),
-            line_statement_prefix=LINE_STATEMENT,
-            undefined=StrictUndefined,
-            keep_trailing_newline=True,
-            autoescape=False,
-        )
+        self._environments = {
+            language: Environment(
+                loader=FileSystemLoader(self.folder),
+                line_statement_prefix=language.statement,
+                undefined=StrictUndefined,
+                keep_trailing_newline=True,
+                autoescape=False,
+            )
+            for language in Language
+        }
 
     def template_text(self, spec: InstanceSpec) -> str:
         """The template as written."""
@@ -51,7 +62,8 @@ class Renderer:
     def render(self, spec: InstanceSpec) -> str:
         """The source of one instance; raises BuildError with the template's line where it cannot be rendered."""
         try:
-            return self._environment.get_template(template_name(spec)).render(spec=spec)
+            template = self._environments[language_of(spec)].get_template(template_name(spec))
+            return template.render(spec=spec, members=members_of(spec))
         except TemplateError as error:
             line = f", line {error.lineno}" if isinstance(error, TemplateSyntaxError) else ""
             raise BuildError(spec.name, f"render {template_name(spec)}{line}", f"{error}") from error

@@ -8,8 +8,16 @@ from collections.abc import Iterable
 from pa_ops.capability import Capability, parse_target
 from pa_ops.errors import InvalidArgument
 
-# Every target that the DSL compiles for and that some SM loads. "f" code serves later minors of its major too.
+# Every target that the compilers know and that some SM loads: before sm_80 CUDA C++ alone. "f" code serves later
+# minors of its major too.
 TARGETS: tuple[str, ...] = (
+    "sm_53",
+    "sm_60",
+    "sm_61",
+    "sm_62",
+    "sm_70",
+    "sm_72",
+    "sm_75",
     "sm_80",
     "sm_86",
     "sm_87",
@@ -26,7 +34,7 @@ TARGETS: tuple[str, ...] = (
 )
 # The fewest targets that together load on every SM that is served. SM 11.0 is not: the DSL's CUDA 12 libraries emit
 # the part's former number, sm_101, and the build refuses an image that is not what was asked for.
-DECLARED_TARGETS: tuple[str, ...] = ("sm_80", "sm_90a", "sm_100f", "sm_120f")
+DECLARED_TARGETS: tuple[str, ...] = ("sm_53", "sm_60", "sm_70", "sm_75", "sm_80", "sm_90a", "sm_100f", "sm_120f")
 DEFAULT_TARGETS: tuple[str, ...] = ("sm_80", "sm_90a")
 # A bare SM that has no plain target means the declared target that it loads.
 ALIASES: dict[str, str] = {
@@ -46,7 +54,7 @@ def resolve(word: str) -> str:
     target = ALIASES.get(word, word)
     if target not in TARGETS:
         accepted = ", ".join((*TARGETS, *ALIASES))
-        raise InvalidArgument("arch", f"must be one of {accepted} (kernels begin at SM 8.0)", repr(word))
+        raise InvalidArgument("arch", f"must be one of {accepted} (kernels begin at SM 5.3)", repr(word))
     return target
 
 

@@ -12,13 +12,15 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from importlib import metadata
+from itertools import product
 from pathlib import Path
 
 from pa_ops.errors import PaOpsError
 
+from . import nvrtc
+from .language import Language
+
 DSL_PACKAGE = "nvidia_cutlass_dsl"
-DIALECT_RUNTIME = "libcuda_dialect_runtime_static.a"
-CUDA_RUNTIME = "libcudart_static.a"
 CUDA_MAJORS = (12, 13)
 
 
@@ -39,8 +41,7 @@ class Missing:
 
 
 NO_DSL = Missing("the CuTe DSL", "pip install nvidia-cutlass-dsl==4.8.1")
-NO_DIALECT = Missing(DIALECT_RUNTIME, "it comes with nvidia-cutlass-dsl 4.8 or newer: pip install nvidia-cutlass-dsl")
-NO_RUNTIME = Missing(CUDA_RUNTIME, "pip install nvidia-cuda-runtime-cu12, or set CUDA_HOME to a CUDA toolkit")
+NO_NVRTC = Missing("NVRTC", "pip install nvidia-cuda-nvrtc-cu12, or set CUDA_HOME to a CUDA toolkit")
 NO_TVM_FFI = Missing("tvm-ffi", "pip install apache-tvm-ffi")
 NO_COMPILER = Missing("a C compiler", "install gcc or clang, or name one in CC")
 NO_STRIP = Missing("strip", "install binutils")
@@ -95,31 +96,41 @@ class Toolchain:
         return match[1] if match else _version_of("nvidia-cutlass-dsl")
 
     @cached_property
-    def dialect_runtime(self) -> Path:
-        """The DSL's host runtime as a static library."""
-        return _need(_first(self.dsl / f"cu{major}" / "lib" / DIALECT_RUNTIME for major in CUDA_MAJORS), NO_DIALECT)
+    def dsl_cuda(self) -> str:
+        """The folder of the CUDA generation whose compiler the DSL carries: cu12 or cu13."""
+        return next((f"cu{major}" for major in CUDA_MAJORS if (self.dsl / f"cu{major}").is_dir()), "unknown")
 
     @cached_property
-    def cuda_runtime(self) -> Path:
-        """CUDA's runtime as a static library, of the DSL runtime's own CUDA major where there is one."""
-        return _need(_first(self._cuda_runtimes()), NO_RUNTIME)
+    def nvrtc(self) -> Path:
+        """CUDA's run-time compiler; that of CUDA 12 where there is a choice, because it knows every SM."""
+        return _need(_first(self._nvrtcs()), NO_NVRTC)
 
-    def _cuda_runtimes(self) -> Iterator[Path]:
-        wheels = {12: "cuda_runtime", 13: "cu13"}
-        major = int(self.dialect_runtime.parent.parent.name.removeprefix("cu"))
-        for folder in (wheels[m] for m in sorted(CUDA_MAJORS, key=lambda m: m != major)):
+    def _nvrtcs(self) -> Iterator[Path]:
+        wheels = {12: "cuda_nvrtc", 13: "cu13"}
+        for major in CUDA_MAJORS:
             for nvidia in _package_folders("nvidia"):
-                yield nvidia / folder / "lib" / CUDA_RUNTIME
+                yield nvidia / wheels[major] / "lib" / f"libnvrtc.so.{major}"
         for home in (os.environ.get("CUDA_HOME"), "/usr/local/cuda"):
-            for lib in ("lib64", "targets/x86_64-linux/lib", "lib"):
+            for lib, major in product(("lib64", "targets/x86_64-linux/lib", "lib"), CUDA_MAJORS):
                 if home:
-                    yield Path(home) / lib / CUDA_RUNTIME
+                    yield Path(home) / lib / f"libnvrtc.so.{major}"
+
+    @cached_property
+    def nvrtc_version(self) -> str:
+        """NVRTC's version, as it tells it."""
+        return nvrtc.version(self.nvrtc)
 
     @cached_property
     def tvm_ffi_library(self) -> Path:
         """libtvm_ffi.so, which products link against and which import tvm_ffi loads."""
         folder = _need(_package_folder("tvm_ffi"), NO_TVM_FFI)
         return _need(_first((folder / "lib" / "libtvm_ffi.so", folder / "libtvm_ffi.so")), NO_TVM_FFI)
+
+    @cached_property
+    def tvm_ffi_includes(self) -> tuple[Path, ...]:
+        """The folders of tvm-ffi's and DLPack's C headers."""
+        folder = _need(_package_folder("tvm_ffi"), NO_TVM_FFI)
+        return tuple(path for path in (folder / "include", folder / "3rdparty" / "dlpack" / "include") if path.is_dir())
 
     @cached_property
     def compiler(self) -> Path:
@@ -144,15 +155,18 @@ class Toolchain:
         return _need(beside if beside.is_file() else _program(("ninja",)), NO_NINJA)
 
     @property
-    def compile_versions(self) -> dict[str, str]:
-        """What decides the bytes of an object."""
-        return {"cutlass_dsl": self.dsl_version, "cuda": self.dialect_runtime.parent.parent.name}
+    def compile_versions(self) -> dict[Language, dict[str, str]]:
+        """What decides the bytes of an object, by the language of its source."""
+        return {
+            Language.CUTE: {"cutlass_dsl": self.dsl_version, "cuda": self.dsl_cuda},
+            Language.CUDA: {"nvrtc": self.nvrtc_version},
+        }
 
     @property
     def versions(self) -> dict[str, str]:
         """What a manifest records: the compilers of objects and library."""
         return {
-            **self.compile_versions,
+            **{tool: version for tools in self.compile_versions.values() for tool, version in tools.items()},
             "cc": self.compiler_version,
             "tvm_ffi": _version_of("apache-tvm-ffi"),
         }
@@ -160,8 +174,7 @@ class Toolchain:
 
 PARTS: Mapping[str, Callable[[Toolchain], object]] = {
     "CuTe DSL": lambda tools: tools.dsl_version,
-    "DSL static runtime": lambda tools: tools.dialect_runtime,
-    "CUDA static runtime": lambda tools: tools.cuda_runtime,
+    "NVRTC": lambda tools: f"{tools.nvrtc} ({tools.nvrtc_version})",
     "tvm-ffi": lambda tools: tools.tvm_ffi_library,
     "C compiler": lambda tools: f"{tools.compiler} ({tools.compiler_version})",
     "strip": lambda tools: tools.strip,

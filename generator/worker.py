@@ -1,4 +1,4 @@
-"""Turns the rendered sources of one shard into objects and their facts, in one process that imports the DSL once.
+"""Turns the rendered sources of one shard into cubins and their facts, in one process that imports the DSL once.
 
 Run by path with a request file, so that it needs neither an installed package nor torch: the package pa_ops is
 entered bare, for its device modules alone. Importing the DSL and warming it up costs about 2.5 s of a core, an
@@ -22,6 +22,8 @@ from types import ModuleType
 from typing import Any
 
 _PR_SET_PDEATHSIG = 1
+
+Facts = dict[str, dict[str, Any]]
 
 
 def _die_with_parent() -> None:
@@ -66,34 +68,56 @@ def _output_to(path: Path) -> Iterator[None]:
                 os.close(original)
 
 
-def _compile(instance: Mapping[str, Any], target: str, temporary: Path, cubin: ModuleType) -> dict[str, Any]:
-    """Compile one instance into `temporary`; returns its facts."""
-    name = instance["name"]
-    began = time.perf_counter()
-    module = _load(name, Path(instance["source"]))
+def _from_dsl(name: str, source: Path, request: Mapping[str, Any]) -> bytes:
+    """The cubin of a CuTe DSL source."""
+    module = _load(name, source)
     if name != module.NAME:
         raise ValueError(f"the source is named {module.NAME}")
-    compiled = module.compile_instance(target)
-    compiled.export_to_c(object_file_path=str(temporary), function_name=name)
+    image: bytes = module.cubin(request["target"])
+    return image
+
+
+def _from_cuda(name: str, source: Path, request: Mapping[str, Any]) -> bytes:
+    """The cubin of a CUDA C++ source."""
+    nvrtc = _load("pa_ops_nvrtc", Path(__file__).with_name("nvrtc.py"))
+    image: bytes = nvrtc.compile_cubin(request["nvrtc"], source, request["target"], Path(request["include"]))
+    return image
+
+
+COMPILERS = {".py": _from_dsl, ".cu": _from_cuda}
+
+
+def _compile(instance: Mapping[str, Any], request: Mapping[str, Any], temporary: Path, cubin: ModuleType) -> Facts:
+    """Compile one instance into `temporary`; returns its manifest row, and what a launch of it has to know."""
+    name, target, source = instance["name"], request["target"], Path(instance["source"])
+    began = time.perf_counter()
+    image = COMPILERS[source.suffix](name, source, request)
     seconds = time.perf_counter() - began
-    data = temporary.read_bytes()
-    kernels = cubin.read_facts(data)
-    made = sorted({kernel.target for kernel in kernels})
-    if not all(cubin.is_code_for(image, target) for image in made):
-        raise ValueError(f"the compiler made code for {', '.join(made)}, not for {target}")
-    frame = max(kernel.frame_bytes for kernel in kernels)
-    return {
+    temporary.write_bytes(image)
+    (kernel,) = cubin.read_facts(image)
+    if not cubin.is_code_for(kernel.target, target):
+        raise ValueError(f"the compiler made code for {kernel.target}, not for {target}")
+    if kernel.argument_bytes != instance["arguments"]:
+        raise ValueError(f"the kernel takes {kernel.argument_bytes} B, its record has {instance['arguments']} B")
+    row = {
         "name": name,
         "digest": instance["digest"],
         "target": target,
         "code_targets": [target],
-        "smem_bytes": instance["smem_bytes"] + max(kernel.static_smem_bytes for kernel in kernels),
-        "registers": max(kernel.registers for kernel in kernels),
-        "spill_bytes": frame,
-        "stack_bytes": frame,
-        "object_bytes": len(data),
+        "smem_bytes": instance["smem_bytes"] + kernel.static_smem_bytes,
+        "registers": kernel.registers,
+        "spill_bytes": kernel.frame_bytes,
+        "stack_bytes": kernel.frame_bytes,
+        "object_bytes": len(image),
         "compile_seconds": round(seconds, 3),
     }
+    launch = {
+        "entry": kernel.entry,
+        "threads": instance["threads"],
+        "smem": instance["smem_bytes"],
+        "arguments": kernel.argument_bytes,
+    }
+    return {"row": row, "launch": launch}
 
 
 def _publish(instance: Mapping[str, Any], temporary: Path, facts: Mapping[str, Any]) -> None:
@@ -106,18 +130,18 @@ def _publish(instance: Mapping[str, Any], temporary: Path, facts: Mapping[str, A
     os.replace(draft, path)
 
 
-def _one(instance: Mapping[str, Any], target: str, request: str, cubin: ModuleType) -> bool:
+def _one(instance: Mapping[str, Any], request: Mapping[str, Any], path: str, cubin: ModuleType) -> bool:
     """Compile and publish one instance, or write down why not."""
     temporary = Path(f"{instance['object']}.{os.getpid()}.part")
     log = Path(instance["log"])
     failure = Path(instance["failure"])
     try:
         with _output_to(log):
-            facts = _compile(instance, target, temporary, cubin)
+            facts = _compile(instance, request, temporary, cubin)
         _publish(instance, temporary, facts)
     except Exception:
         words = log.read_text(encoding="utf-8", errors="replace") + traceback.format_exc()
-        command = f"{sys.executable} {__file__} {request} --only {instance['name']}"
+        command = f"{sys.executable} {__file__} {path} --only {instance['name']}"
         draft = failure.with_name(f"{failure.name}.{os.getpid()}.part")
         draft.write_text(json.dumps({"command": command, "output": words}), encoding="utf-8")
         os.replace(draft, failure)
@@ -139,7 +163,7 @@ def main(arguments: list[str]) -> int:
     _enter_bare(request["packages"])
     cubin = _load("pa_ops_cubin", here / "cubin.py")
     wanted = [instance for instance in request["instances"] if only is None or instance["name"] in only]
-    compiled = [_one(instance, request["target"], path, cubin) for instance in wanted]
+    compiled = [_one(instance, request, path, cubin) for instance in wanted]
     return 0 if all(compiled) else 1
 
 

@@ -13,11 +13,12 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from pa_ops import ops, reference, registry, trace
+from pa_ops import bench_serving, ops, reference, registry, trace
 from pa_ops.errors import InvalidArgument
 
 WARM_UP = 10
 REPEATS = 50
+SERVING = "serving"
 CHECKED_QUERIES = 64  # the last query rows of each sequence; their scores over 64 Ki keys still fit beside a cache
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16}
 TOLERANCE = {"fp16": 5e-3, "bf16": 2e-2}
@@ -197,7 +198,7 @@ def cases_of(
 ) -> list[Case]:
     """The cases that the command line means; raises InvalidArgument naming the option."""
     if name != "all" and name not in CASES:
-        raise InvalidArgument("case", f"must be one of {', '.join(CASES)}, all", repr(name))
+        raise InvalidArgument("case", f"must be one of {', '.join(CASES)}, {SERVING}, all", repr(name))
     if dtype not in DTYPES:
         raise InvalidArgument("dtype", f"must be one of {', '.join(DTYPES)}", repr(dtype))
     given = {"ctx": ctx, "window": window, "num_seqs": num_seqs}
@@ -224,10 +225,13 @@ def run(
     output: Path | None,
 ) -> int:
     """Time the cases, print them, write `output`; 1 where a result is wrong. Raises InvalidArgument without a GPU."""
-    cases = cases_of(case, ctx=ctx, window=window, num_seqs=num_seqs, dtype=dtype)
+    cases = [] if case == SERVING else cases_of(case, ctx=ctx, window=window, num_seqs=num_seqs, dtype=dtype)
     if not torch.cuda.is_available():
         raise InvalidArgument("device", "bench times kernels on an NVIDIA GPU that torch can use", "no such GPU here")
-    rows = [measure(chosen, torch.device("cuda", 0)) for chosen in cases]
+    device = torch.device("cuda", 0)
+    if case == SERVING:
+        return bench_serving.run(console, device, output)
+    rows = [measure(chosen, device) for chosen in cases]
     table = Table("case", "shape", "us", "TFLOP/s", "KV GB/s", "worst error", "instance")
     for row in rows:
         error = f"{row.worst_error:.1e}" + ("" if row.right else " WRONG")

@@ -58,7 +58,7 @@ GATES: dict[Family, Gates] = {
     ),
     Family.APPEND: Gates(
         op=KernelOp.APPEND_KV,
-        needs={DType.FP16: frozenset(), DType.BF16: frozenset()},
+        needs={dtype: frozenset({Feature.HALF2}) for dtype in (DType.FP16, DType.BF16)},
         layouts=frozenset({Layout.GATHER}),
         masks=_ANY_MASK,
         head_multiple=1,
@@ -71,7 +71,7 @@ GATES: dict[Family, Gates] = {
     ),
     Family.MERGE: Gates(
         op=KernelOp.MERGE_STATES,
-        needs={DType.FP16: frozenset(), DType.BF16: frozenset()},
+        needs={dtype: frozenset({Feature.CP_ASYNC}) for dtype in (DType.FP16, DType.BF16)},
         layouts=frozenset({Layout.DENSE}),
         masks=_ANY_MASK,
         head_multiple=1,
@@ -227,9 +227,16 @@ UNSUPPORTED: tuple[Unsupported, ...] = (
         "kernels read K and V in the query's type; the reference serves quantised caches on the CPU",
     ),
     Unsupported(
+        "before-sm53",
+        lambda _, capability: Feature.HALF2 not in capability.features,
+        "kernels begin at SM 5.3, where half-precision arithmetic does",
+    ),
+    Unsupported(
         "before-sm80",
-        lambda _, capability: Feature.CP_ASYNC not in capability.features,
-        "kernels begin at SM 8.0, where cp.async and mma.sync m16n8k16 do, and so does their compiler",
+        lambda problem, capability: (
+            problem.kernel_op is not KernelOp.APPEND_KV and Feature.CP_ASYNC not in capability.features
+        ),
+        "attention begins at SM 8.0, where cp.async and mma.sync m16n8k16 do, and so does its compiler",
     ),
     Unsupported(
         "sm-110",

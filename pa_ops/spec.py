@@ -142,6 +142,11 @@ class InstanceSpec:
             raise InvalidArgument("spec", f"its name must have at most {NAME_LIMIT} characters", self.name)
 
     @property
+    def threads(self) -> int:
+        """Threads of one block."""
+        return self.tile.warps * WARP_THREADS
+
+    @property
     def name(self) -> str:
         """File stem, symbol, build target, manifest key and test id in one."""
         return (
@@ -153,11 +158,6 @@ class InstanceSpec:
     def parse(cls, name: str) -> InstanceSpec:
         """The spec whose name is `name`; raises InvalidArgument when there is none."""
         return _parse(name)
-
-    @property
-    def threads(self) -> int:
-        """Threads of one block."""
-        return self.tile.warps * WARP_THREADS
 
     @property
     def smem_bytes(self) -> int:

@@ -52,25 +52,24 @@ class FlashSm80:
         self.blocks_an_sm = max(1, 65536 // (self.threads * min(255, accumulators + others)))
 
     @cute.jit
-    def __call__(self, q, args, grid_tiles: Int32, stream):
-        self.kernel(q.iterator.toint(), args).launch(
-            grid=[grid_tiles, args.heads, 1],
+    def __call__(self, args):
+        self.kernel(args).launch(
+            grid=[1, 1, 1],
             block=[self.threads, 1, 1],
             smem=self.smem_bytes,
-            stream=stream,
             min_blocks_per_mp=self.blocks_an_sm,
             preferred_smem_carveout=100,  # of the SM; left open, the DSL asks a driver for it while compiling
         )
 
     @cute.kernel
-    def kernel(self, q: Int64, args):
+    def kernel(self, args):
         rank, head, _ = cute.arch.block_idx()
         sequence, block = find_tile(args.cu_seqlens_q, args.sequences, self.rows, rank)
         if sequence >= 0:
-            self.run_tile(q, args, sequence, block, head)
+            self.run_tile(args, sequence, block, head)
 
     @cute.jit
-    def run_tile(self, q: Int64, args, sequence: Int32, block: Int32, head: Int32):
+    def run_tile(self, args, sequence: Int32, block: Int32, head: Int32):
         tid, _, _ = cute.arch.thread_idx()
         lane = cute.arch.lane_idx()
         warp = cute.arch.make_warp_uniform(cute.arch.warp_idx())
@@ -78,7 +77,8 @@ class FlashSm80:
         q_start, q_len = length_at(args.cu_seqlens_q, sequence)
         k_start = Int32(0)
         if cutlass.const_expr(self.paged):
-            k_len = cutlass.max(ld_global_i32(args.kv_lengths + Int64(sequence) * 4), 0)
+            stored = ld_global_i32(args.kv_lengths + Int64(sequence) * 4)
+            k_len = cutlass.max(stored + args.past_lengths * q_len, 0)
         else:
             k_start, k_len = length_at(args.kv_lengths, sequence)
         # The last blocks of a causal sequence see most keys: start them first.
@@ -105,7 +105,7 @@ class FlashSm80:
         s_v = s_k + self.kv_bytes
 
         kv_head = head // args.group
-        q_rows = q + Int64(q_start + row_first) * args.q_token_stride + Int64(head) * args.q_head_stride
+        q_rows = args.q + Int64(q_start + row_first) * args.q_token_stride + Int64(head) * args.q_head_stride
         k_base = args.k + Int64(kv_head) * args.k_head_stride
         v_base = args.v + Int64(kv_head) * args.v_head_stride
         if cutlass.const_expr(not self.paged):
@@ -294,7 +294,8 @@ class FlashSm80:
                     at = (mt * self.d_tiles + dt) * 4 + r * 2
                     pair = softmax.scaled_pair(self.dtype, acc_o[at], acc_o[at + 1], scale[mt * 2 + r])
                     st_shared_32(shape.address(s_q, row, dt) + (lane & 3) * 4, pair)
-                st_global_f32(lse_row + Int64(row) * 4, lse[mt * 2 + r] * LN_2, ((lane & 3) == 0) & (row < count))
+                first = ((lane & 3) == 0) & (row < count) & (args.lse != 0)
+                st_global_f32(lse_row + Int64(row) * 4, lse[mt * 2 + r] * LN_2, first)
         cute.arch.sync_warp()
         lanes = shape.lanes_a_row
         rows_a_pass = 32 // lanes

@@ -3,47 +3,14 @@
 An lse of -inf or +inf marks an empty side: it weighs nothing, whatever its out holds (NaN included), by select.
 """
 
-from typing import NamedTuple
-
 import cutlass
 import cutlass.cute as cute
 from cutlass import Float32, Int32, Int64
-from cutlass.cute.runtime import make_fake_stream, make_fake_tensor
 
 from pa_ops.templates.device.ptx import ex2, ld_global_f32, ld_global_half, lg2, st_global_f32, st_global_half
 
 LOG2_E = 1.4426950408889634
 LN_2 = 0.6931471805599453
-
-
-class MergeArguments(NamedTuple):
-    """Addresses and byte strides of one merge: outs [tokens, heads, width], lses [heads, tokens]."""
-
-    lse_a: Int64
-    out_b: Int64
-    lse_b: Int64
-    out: Int64
-    lse: Int64
-    a_token_stride: Int64
-    a_head_stride: Int64
-    b_token_stride: Int64
-    b_head_stride: Int64
-    out_token_stride: Int64
-    out_head_stride: Int64
-    lse_a_stride: Int64
-    lse_b_stride: Int64
-    lse_stride: Int64
-    tokens: Int32
-    heads: Int32
-    width: Int32
-
-
-def fake_arguments(dtype):
-    """Stand-ins of the right types for `cute.compile`: first out, arguments, grid, stream."""
-    tokens, heads, width = cute.sym_int(), cute.sym_int(), cute.sym_int()
-    out_a = make_fake_tensor(dtype, (tokens, heads, width), (cute.sym_int64(), cute.sym_int64(), 1))
-    values = MergeArguments(*(kind(0) for kind in MergeArguments.__annotations__.values()))
-    return out_a, values, Int32(1), make_fake_stream(use_tvm_ffi_env_stream=True)
 
 
 def base_two(address):
@@ -75,18 +42,16 @@ class Merge:
         self.dtype, self.warps = dtype, warps
 
     @cute.jit
-    def __call__(self, out_a, args, blocks: Int32, stream):
-        self.kernel(out_a.iterator.toint(), args, blocks).launch(
-            grid=[blocks, 1, 1], block=[self.warps * 32, 1, 1], stream=stream
-        )
+    def __call__(self, args):
+        self.kernel(args).launch(grid=[1, 1, 1], block=[self.warps * 32, 1, 1])
 
     @cute.kernel
-    def kernel(self, out_a: Int64, args, blocks: Int32):
+    def kernel(self, args):
         block, _, _ = cute.arch.block_idx()
         lane, warp = cute.arch.lane_idx(), cute.arch.warp_idx()
         rows = Int64(args.tokens) * Int64(args.heads)
         first = Int64(block * self.warps + warp)
-        step = Int64(blocks * self.warps)
+        step = Int64(args.blocks * self.warps)
         for turn in cutlass.range(Int32((rows - first + step - 1) // step), unroll=1):
             row = first + Int64(turn) * step
             token, head = row // Int64(args.heads), row % Int64(args.heads)
@@ -94,7 +59,7 @@ class Merge:
             b = base_two(args.lse_b + head * args.lse_b_stride + token * 4)
             weight_a, weight_b, merged = weights(a, b)
             st_global_f32(args.lse + head * args.lse_stride + token * 4, merged * LN_2, lane == 0)
-            row_a = out_a + token * args.a_token_stride + head * args.a_head_stride
+            row_a = args.out_a + token * args.a_token_stride + head * args.a_head_stride
             row_b = args.out_b + token * args.b_token_stride + head * args.b_head_stride
             row_out = args.out + token * args.out_token_stride + head * args.out_head_stride
             for i in cutlass.range(lane, args.width, 32, unroll=1):

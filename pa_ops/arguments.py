@@ -1,0 +1,185 @@
+"""Turns the run-time arguments of a kernel into one record: fields in a fixed order, and the bytes of a launch.
+
+Templates read the fields by these names and launches pack them, so that neither holds a list of its own. Addresses
+come first and change from call to call; what follows is decided by shapes and options.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+
+from pa_ops.spec import Family
+
+ADDRESS = "Q"
+INT64 = "q"
+INT32 = "i"
+FLOAT32 = "f"
+
+
+@dataclass(frozen=True)
+class Record:
+    """The fields of one kernel's argument, 8-byte ones first, so that no padding lies between them.
+
+    addresses: device pointers, 0 where an optional tensor is absent; strides: bytes and other 64-bit numbers; counts:
+    32-bit integers and flags; factors: fp32.
+    """
+
+    addresses: tuple[str, ...]
+    strides: tuple[str, ...] = ()
+    counts: tuple[str, ...] = ()
+    factors: tuple[str, ...] = ()
+
+    @property
+    def fields(self) -> Iterator[tuple[str, str]]:
+        """(name, letter of its type) in order; letters as in the struct module."""
+        for letter, names in (
+            (ADDRESS, self.addresses),
+            (INT64, self.strides),
+            (INT32, self.counts),
+            (FLOAT32, self.factors),
+        ):
+            yield from ((name, letter) for name in names)
+
+    @cached_property
+    def size(self) -> int:
+        """Bytes of the record, padding at its end not counted."""
+        return self.head.size + self._tail.size
+
+    @cached_property
+    def head(self) -> struct.Struct:
+        """Packs the addresses."""
+        return struct.Struct(f"<{len(self.addresses)}{ADDRESS}")
+
+    @cached_property
+    def _tail(self) -> struct.Struct:
+        counts = (len(self.strides), len(self.counts), len(self.factors))
+        return struct.Struct("<{}q{}i{}f".format(*counts))
+
+    def tail(self, values: Mapping[str, int | float]) -> bytes:
+        """The bytes after the addresses; raises KeyError for a field without a value, ValueError for one too many."""
+        names = (*self.strides, *self.counts, *self.factors)
+        if values.keys() - set(names):
+            raise ValueError(f"no such fields: {sorted(values.keys() - set(names))}")
+        return self._tail.pack(*(values[name] for name in names))
+
+
+ATTENTION = Record(
+    addresses=(
+        "q",
+        "k",
+        "v",
+        "out",
+        "lse",
+        "cu_seqlens_q",
+        "kv_lengths",  # seqlens_k [B] where paged, else cu_seqlens_k [B + 1]
+        "block_table",
+        "sinks",
+    ),
+    strides=(
+        "q_token_stride",
+        "q_head_stride",
+        "k_page_stride",
+        "k_token_stride",
+        "k_head_stride",
+        "v_page_stride",
+        "v_token_stride",
+        "v_head_stride",
+        "out_token_stride",
+        "out_head_stride",
+        "lse_head_stride",
+        "table_stride",
+    ),
+    counts=(
+        "sequences",
+        "heads",
+        "group",
+        "head_dim",
+        "page_size",
+        "num_pages",
+        "max_pages",
+        "window",
+        "sinks_fp32",
+        "past_lengths",  # 1 where kv_lengths are those before the new tokens
+    ),
+    factors=(
+        "softcap_in",  # scale / softcap, 0 = off: scores become tanh(score * softcap_in) ...
+        "log2_scale",  # ... and then times this: softcap * log2(e), or scale * log2(e)
+    ),
+)
+
+APPEND = Record(
+    addresses=(
+        "query",
+        "key",
+        "value",
+        "query_out",
+        "k_cache",
+        "v_cache",
+        "cos",
+        "sin",
+        "slots",  # 0: found through the block table
+        "cu_seqlens_q",
+        "past_lens",
+        "block_table",
+        "faults",
+    ),
+    strides=(
+        "query_token_stride",
+        "query_head_stride",
+        "key_token_stride",
+        "key_head_stride",
+        "value_token_stride",
+        "value_head_stride",
+        "out_token_stride",
+        "out_head_stride",
+        "k_page_stride",
+        "k_token_stride",
+        "k_head_stride",
+        "v_page_stride",
+        "v_token_stride",
+        "v_head_stride",
+        "rotary_stride",
+        "table_stride",
+    ),
+    counts=(
+        "tokens",
+        "sequences",
+        "query_heads",  # 0: there is no query to rotate
+        "kv_heads",
+        "head_dim",
+        "head_dim_v",
+        "rotary_dim",  # 0: nothing is rotated
+        "interleaved",
+        "rotary_fp32",
+        "positions",  # rows of cos and sin
+        "page_size",
+        "num_pages",
+        "max_pages",
+        "aligned",  # every address, stride and run of elements is a multiple of 16 bytes
+    ),
+)
+
+MERGE = Record(
+    addresses=("out_a", "lse_a", "out_b", "lse_b", "out", "lse"),
+    strides=(
+        "a_token_stride",
+        "a_head_stride",
+        "b_token_stride",
+        "b_head_stride",
+        "out_token_stride",
+        "out_head_stride",
+        "lse_a_stride",
+        "lse_b_stride",
+        "lse_stride",
+    ),
+    counts=("tokens", "heads", "width", "blocks"),
+)
+
+RECORDS: dict[Family, Record] = {
+    Family.FLASH_SM80: ATTENTION,
+    Family.APPEND: APPEND,
+    Family.MERGE: MERGE,
+}

@@ -1,0 +1,221 @@
+"""Turns the serving operator's cases into times beside two other ways to size its launches, as a table.
+
+The cases are those of onnxruntime's pull request 28409, on the inputs of its PagedAttention measurements: 32 query and
+8 KV heads of 128, fp16, pages of 256. It discusses two ways to size launches when only the device knows the lengths,
+and both are run here with this project's kernels. `heuristic`: no sequence has more than T - (B - 1) new tokens, so a
+grid has that many rows for each of B sequences; blocks without work leave at once. `host copy`: the lengths are
+copied to the host, which waits for them, and the grids are exact.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+
+from pa_ops import reference
+from pa_ops.calls import Step, find
+from pa_ops.cuda import serve
+from pa_ops.environment import settings
+from pa_ops.plan import attention_tiles, ceil_div
+from pa_ops.spec import InstanceSpec
+
+WARM_UP = 100
+REPEATS = 500
+HEADS, KV_HEADS, HEAD_DIM, PAGE_SIZE = 32, 8, 128, 256
+CACHED = 1024
+MAX_GRID = 2**31 - 1
+TOLERANCE = 5e-3
+OP = "paged_attention_"
+
+
+@dataclass(frozen=True)
+class ServingCase:
+    """New tokens of each sequence, tokens already cached of each, and whether Q and K are rotated."""
+
+    name: str
+    lengths: tuple[int, ...]
+    past: int = 0
+    rotary: bool = True
+
+    @property
+    def tokens(self) -> int:
+        """New tokens in all."""
+        return sum(self.lengths)
+
+    @property
+    def longest_by_heuristic(self) -> int:
+        """What remains for one sequence when every other has a token."""
+        return max(self.tokens - (len(self.lengths) - 1), 1)
+
+
+def _prefill(batch: int, rotary: bool) -> ServingCase:
+    return ServingCase(f"prefill {batch} x 1024{'' if rotary else ', no rotary'}", (1024,) * batch, rotary=rotary)
+
+
+CASES: tuple[ServingCase, ...] = (
+    *(_prefill(batch, rotary) for rotary in (True, False) for batch in (1, 4, 16, 64)),
+    *(ServingCase(f"decode {batch}", (1,) * batch, CACHED) for batch in (1, 4, 16, 64)),
+    ServingCase("mixed 1 x 1024 + 63 x 1", (1024, *(1,) * 63), CACHED),
+    ServingCase("zero mix 10 + 3 x 0", (10, *(0,) * 3)),
+    ServingCase("zero mix 10 + 63 x 0", (10, *(0,) * 63)),
+)
+
+
+@dataclass(frozen=True)
+class ServingRow:
+    """Times in microseconds of back-to-back calls: ours, attention alone, the two emulations; the largest error."""
+
+    case: str
+    ours: float
+    attention: float
+    heuristic: float
+    host_copy: float
+    worst_error: float
+
+    @property
+    def right(self) -> bool:
+        """Whether output and caches are those of the reference."""
+        return self.worst_error <= TOLERANCE
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """A call's tensors in order, and its options."""
+
+    tensors: tuple[Tensor | None, ...]
+    options: dict[str, object]
+
+    def clone(self) -> Inputs:
+        """The same with caches of their own."""
+        fresh = [t.clone() if t is not None and t.dim() == 4 else t for t in self.tensors]
+        return Inputs(tuple(fresh), self.options)
+
+
+def inputs_of(case: ServingCase, device: torch.device) -> Inputs:
+    """Random packed QKV, caches with shuffled pages, lengths, block table, cos and sin."""
+    random = torch.Generator(device=device).manual_seed(0)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=random, device=device, dtype=torch.float16)
+
+    batch, pages = len(case.lengths), ceil_div(case.past + max(case.lengths), PAGE_SIZE)
+    table = torch.randperm(batch * pages, generator=random, device=device).to(torch.int32).view(batch, pages)
+    ends = torch.tensor((0, *case.lengths), device=device).cumsum(0, dtype=torch.int32)
+    options: dict[str, object] = {"num_heads": HEADS, "num_kv_heads": KV_HEADS}
+    if case.rotary:
+        angles = torch.rand(case.past + max(case.lengths), HEAD_DIM // 2, generator=random, device=device) * 6.28
+        options.update(cos=angles.cos().half(), sin=angles.sin().half())
+    cache = (batch * pages, PAGE_SIZE, KV_HEADS, HEAD_DIM)
+    past = torch.full((batch,), case.past, dtype=torch.int32, device=device)
+    packed = normal(case.tokens, (HEADS + 2 * KV_HEADS) * HEAD_DIM)
+    return Inputs((packed, None, None, normal(*cache), normal(*cache), ends, past, table), options)
+
+
+def steps_of(inputs: Inputs) -> tuple[Step, ...]:
+    """The operator's launches for a call."""
+    return find(OP, inputs.tensors, inputs.options, settings()).steps
+
+
+def resized(steps: tuple[Step, ...], append_blocks: int, tiles: Callable[[int], int]) -> tuple[Step, ...]:
+    """The same launches with other grids; `tiles` tells the row blocks for a tile's rows."""
+    append, attend = steps
+    assert append.launch is not None and attend.launch is not None
+    rows = InstanceSpec.parse(attend.decision.instance).tile.m
+    return (
+        append._replace(launch=append.launch._replace(x=min(append_blocks, MAX_GRID))),
+        attend._replace(launch=attend.launch._replace(x=min(tiles(rows), MAX_GRID))),
+    )
+
+
+def heuristic_call(case: ServingCase, inputs: Inputs, out: Tensor) -> Callable[[], None]:
+    """Grids of B times the heuristic's length: a block a token and head for rotation, row tiles for attention."""
+    batch, longest = len(case.lengths), case.longest_by_heuristic
+    heads = HEADS + KV_HEADS if case.rotary else 1
+    steps = resized(steps_of(inputs), batch * longest * heads, lambda rows: batch * ceil_div(longest, rows))
+    return lambda: serve(steps, inputs.tensors, inputs.options, out, None)
+
+
+def host_copy_call(inputs: Inputs, out: Tensor) -> Callable[[], None]:
+    """Exact grids from lengths that the host waits for."""
+    ends = inputs.tensors[5]
+    assert ends is not None
+    steps = steps_of(inputs)
+
+    def call() -> None:
+        lengths = ends.cpu().diff()
+        longest, tokens = int(lengths.max()), int(lengths.sum())
+        exact = resized(steps, tokens, lambda rows: attention_tiles(tokens, len(lengths), rows, longest))
+        serve(exact, inputs.tensors, inputs.options, out, None)
+
+    return call
+
+
+def attention_call(inputs: Inputs, out: Tensor) -> Callable[[], None]:
+    """The second launch alone."""
+    attend = steps_of(inputs)[1].launch
+    assert attend is not None
+    query, _, _, k_cache, v_cache, *where = (0 if t is None else t.data_ptr() for t in inputs.tensors)
+    addresses = (query, k_cache, v_cache, out.data_ptr(), 0, *where, 0)
+    return lambda: attend(*addresses)
+
+
+def time_of(call: Callable[[], object]) -> float:
+    """Mean time of back-to-back calls in microseconds, by the GPU's clock."""
+    for _ in range(WARM_UP):
+        call()
+    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
+    torch.cuda.synchronize()
+    begin.record()
+    for _ in range(REPEATS):
+        call()
+    end.record()
+    torch.cuda.synchronize()
+    return 1e3 * float(begin.elapsed_time(end)) / REPEATS
+
+
+def error_of(inputs: Inputs, device: torch.device) -> float:
+    """The largest difference of output and caches from the reference's."""
+    got, want = inputs.clone(), inputs.clone()
+    out = torch.ops.pa_ops.paged_attention_(*got.tensors, **got.options)
+    expected = reference.paged_attention_(*want.tensors, **want.options)  # type: ignore[arg-type]
+    pairs = [(out, expected), *((got.tensors[i], want.tensors[i]) for i in (3, 4))]
+    return max(float((a.float() - b.float()).abs().max()) for a, b in pairs if a is not None and b is not None)
+
+
+def measure(case: ServingCase, device: torch.device) -> ServingRow:
+    """Check and time one case."""
+    inputs = inputs_of(case, device)
+    worst = error_of(inputs, device)
+    out = torch.empty(case.tokens, HEADS * HEAD_DIM, dtype=torch.float16, device=device)
+    ours = time_of(lambda: torch.ops.pa_ops.paged_attention_(*inputs.tensors, **inputs.options))
+    return ServingRow(
+        case.name,
+        ours,
+        time_of(attention_call(inputs, out)),
+        time_of(heuristic_call(case, inputs, out)),
+        time_of(host_copy_call(inputs, out)),
+        worst,
+    )
+
+
+def run(console: Console, device: torch.device, output: Path | None) -> int:
+    """Time every case, print the table, write the rows to `output`; 1 where a result is wrong."""
+    rows = [measure(case, device) for case in CASES]
+    title = f"paged_attention_, {HEADS}/{KV_HEADS} heads of {HEAD_DIM}, fp16, pages of {PAGE_SIZE}; us a call"
+    table = Table("case", "ours", "attention alone", "heuristic", "host copy", "worst error", title=title)
+    for row in rows:
+        error = f"{row.worst_error:.1e}" + ("" if row.right else " WRONG")
+        times = (row.ours, row.attention, row.heuristic, row.host_copy)
+        table.add_row(row.case, *(f"{time:.1f}" for time in times), error)
+    console.print(table)
+    if output is not None:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        output.write_text(json.dumps([asdict(row) for row in rows], indent=1) + "\n", encoding="utf-8")
+    return 0 if all(row.right for row in rows) else 1

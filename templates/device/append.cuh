@@ -1,0 +1,193 @@
+// Turns the new tokens of a batch into cache rows: splits packed QKV, rotates queries and keys, stores keys and values.
+//
+// One block a token, grid-stride, so that the grid follows from the number of tokens alone. A token finds its sequence
+// by a search of cu_seqlens_q, its position from past_lens, its slot in slot_mapping or through the block table.
+// Addresses and strides are bytes and 64 bits wide. Arithmetic is fp32, rounded once.
+#pragma once
+
+#include "half.cuh"
+
+namespace pa {
+
+enum Fault : unsigned { POSITION = 1, SLOT = 2 };
+
+constexpr int LANES = 32;
+constexpr int VECTOR = 8; // elements of 16 bytes
+
+using Address = unsigned long long;
+
+__device__ inline int load_int(Address base, long long index)
+{
+    return reinterpret_cast<const int *>(base)[index];
+}
+
+__device__ inline void raise(const Arguments &args, Fault fault)
+{
+    if (threadIdx.x == 0)
+        atomicOr(reinterpret_cast<unsigned *>(args.faults), fault);
+}
+
+// The sequence of `token`, the first whose end lies beyond it; -1 past the last end. Each warp asks 32 ends at a time:
+// 64 sequences are two steps. Prefix sums that decrease give a wrong answer, never one outside [-1, sequences).
+__device__ inline int find_sequence(const Arguments &args, int token)
+{
+    const int lane = threadIdx.x % LANES;
+    int low = 0, high = args.sequences;
+    while (low < high) {
+        const int step = (high - low + LANES - 1) / LANES;
+        const int probe = low + (lane + 1) * step - 1;
+        const bool before = probe < high && load_int(args.cu_seqlens_q, probe + 1) <= token;
+        low += __popc(__ballot_sync(0xFFFFFFFFu, before)) * step;
+        high = min(low + step - 1, high);
+    }
+    return low < args.sequences ? low : -1;
+}
+
+// Where a token goes: its row of cos and sin, its slot in the caches (-1: nowhere).
+struct Place {
+    int position;
+    long long page;
+    int offset;
+};
+
+__device__ inline Place slot_of(const Arguments &args, long long slot, int position)
+{
+    if (slot < 0 || slot >= static_cast<long long>(args.num_pages) * args.page_size) {
+        if (slot != -1)
+            raise(args, SLOT);
+        return {position, -1, 0};
+    }
+    const long long page = slot / args.page_size;
+    return {position, page, static_cast<int>(slot - page * args.page_size)};
+}
+
+__device__ inline Place page_of(const Arguments &args, int sequence, int position)
+{
+    const int index = position / args.page_size;
+    int page = -1;
+    if (position >= 0 && index < args.max_pages)
+        page = load_int(args.block_table + sequence * args.table_stride, index);
+    if (page < 0 || page >= args.num_pages) {
+        raise(args, SLOT);
+        return {position, -1, 0};
+    }
+    return {position, page, position - index * args.page_size};
+}
+
+__device__ inline int rotary_row(const Arguments &args, int position)
+{
+    const int row = min(max(position, 0), args.positions - 1);
+    if (row != position)
+        raise(args, POSITION);
+    return row;
+}
+
+template <int N> __device__ inline Run<Half, N> load(Address address)
+{
+    return *reinterpret_cast<const Run<Half, N> *>(address);
+}
+
+template <int N> __device__ inline void store(Address address, const Run<Half, N> &run)
+{
+    *reinterpret_cast<Run<Half, N> *>(address) = run;
+}
+
+// N factors of a row of cos or sin, from channel `first` on.
+template <int N> __device__ inline Run<float, N> factors(const Arguments &args, Address table, int row, int first)
+{
+    const Address address = table + row * args.rotary_stride;
+    if (args.rotary_fp32)
+        return *reinterpret_cast<const Run<float, N> *>(address + first * 4ll);
+    const Run<Half, N> narrow = load<N>(address + first * 2ll);
+    Run<float, N> wide;
+    for (int i = 0; i < N; i++)
+        wide.at[i] = to_float(narrow.at[i]);
+    return wide;
+}
+
+// Rotate N pairs of one head, from pair `first` on. Half-split pairs lie rotary_dim / 2 apart, interleaved ones adjoin.
+template <int N>
+__device__ inline void rotate(const Arguments &args, Address source, Address target, int row, int first)
+{
+    const long long left = (args.interleaved ? 2 * first : first) * 2ll;
+    const long long right = args.interleaved ? left + N * 2ll : left + args.rotary_dim;
+    const Run<Half, N> a = load<N>(source + left), b = load<N>(source + right);
+    const Run<float, N> cos = factors<N>(args, args.cos, row, first), sin = factors<N>(args, args.sin, row, first);
+    Half in[2 * N], out[2 * N];
+    for (int i = 0; i < N; i++) {
+        in[i] = a.at[i];
+        in[N + i] = b.at[i];
+    }
+    for (int i = 0; i < N; i++) {
+        const int x = args.interleaved ? 2 * i : i, y = args.interleaved ? 2 * i + 1 : N + i;
+        const float real = to_float(in[x]), imaginary = to_float(in[y]);
+        out[x] = to_half(real * cos.at[i] - imaginary * sin.at[i]);
+        out[y] = to_half(imaginary * cos.at[i] + real * sin.at[i]);
+    }
+    Run<Half, N> c, d;
+    for (int i = 0; i < N; i++) {
+        c.at[i] = out[i];
+        d.at[i] = out[N + i];
+    }
+    store<N>(target + left, c);
+    store<N>(target + right, d);
+}
+
+// All heads of one token, N elements an access: first the pairs to rotate, then channels and values to copy.
+template <int N> __device__ inline void store_token(const Arguments &args, int token, const Place &place)
+{
+    const Address query = args.query + token * args.query_token_stride;
+    const Address key = args.key + token * args.key_token_stride;
+    const Address value = args.value + token * args.value_token_stride;
+    const Address query_row = args.query_out + token * args.out_token_stride;
+    const Address key_row = args.k_cache + place.page * args.k_page_stride + place.offset * args.k_token_stride;
+    const Address value_row = args.v_cache + place.page * args.v_page_stride + place.offset * args.v_token_stride;
+    const int kv_heads = place.page < 0 ? 0 : args.kv_heads;
+    const int heads = args.query_heads + kv_heads;
+    const int pairs = args.rotary_dim / 2 / N;
+    const int copies = (args.head_dim - args.rotary_dim) / N;
+    const int values = args.head_dim_v / N;
+    const int rotations = heads * pairs, passed = rotations + heads * copies;
+    const int row = args.rotary_dim > 0 ? rotary_row(args, place.position) : 0;
+    for (int i = threadIdx.x; i < passed + kv_heads * values; i += blockDim.x) {
+        if (i >= passed) {
+            const int head = (i - passed) / values, at = (i - passed) % values * N * 2;
+            store<N>(value_row + head * args.v_head_stride + at,
+                     load<N>(value + head * args.value_head_stride + at));
+            continue;
+        }
+        const bool turn = i < rotations;
+        const int unit = turn ? i : i - rotations, width = turn ? pairs : copies;
+        const int head = unit / width, run = unit % width * N, kv_head = head - args.query_heads;
+        const Address source =
+            kv_head < 0 ? query + head * args.query_head_stride : key + kv_head * args.key_head_stride;
+        const Address target =
+            kv_head < 0 ? query_row + head * args.out_head_stride : key_row + kv_head * args.k_head_stride;
+        if (turn)
+            rotate<N>(args, source, target, row, run);
+        else
+            store<N>(target + (args.rotary_dim + run) * 2ll, load<N>(source + (args.rotary_dim + run) * 2ll));
+    }
+}
+
+} // namespace pa
+
+__device__ inline void append(const Arguments &args)
+{
+    for (int token = blockIdx.x; token < args.tokens; token += gridDim.x) {
+        int sequence = 0, position = 0;
+        if (args.cu_seqlens_q != 0) {
+            sequence = pa::find_sequence(args, token);
+            if (sequence < 0)
+                return;
+            position = pa::load_int(args.past_lens, sequence) + token - pa::load_int(args.cu_seqlens_q, sequence);
+        }
+        const pa::Place place =
+            args.slots != 0 ? pa::slot_of(args, reinterpret_cast<const long long *>(args.slots)[token], position)
+                            : pa::page_of(args, sequence, position);
+        if (args.aligned)
+            pa::store_token<pa::VECTOR>(args, token, place);
+        else
+            pa::store_token<1>(args, token, place);
+    }
+}
