@@ -93,6 +93,8 @@ ATTENTION = Record(
         "table_stride",
     ),
     counts=(
+        "tokens",
+        "keys",  # rows of k where dense, room of a row of the block table where paged
         "sequences",
         "heads",
         "group",

@@ -125,9 +125,7 @@ def _attend(
     record(step.decision)
 
 
-def _serve(
-    op: str, plan: Plan, tensors: tuple[Tensor, ...], options: Options, out: Tensor, lse: Tensor | None
-) -> None:
+def _serve(op: str, plan: Plan, tensors: tuple[Tensor, ...], options: Options, out: Tensor, lse: Tensor | None) -> None:
     """Launches the plan's kernels, or runs the reference."""
     if tensors[0].shape[0] == 0 or tensors[5].shape[0] == 1:
         return

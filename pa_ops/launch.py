@@ -19,6 +19,7 @@ from pa_ops.plan import attention_tiles
 from pa_ops.spec import InstanceSpec, Layout
 
 LOG2_E = math.log2(math.e)
+INT32_MAX = 2**31 - 1
 WINDOW_LIMIT = 1 << 30  # keeps pos - W inside an int32; no sequence is that long
 MAX_BLOCKS = 65535  # of helpers, which go on by grid-stride
 VECTOR_BYTES = 16
@@ -96,6 +97,8 @@ def attention_launch(
             "out_head_stride": out_strides[1] * 2,
             "lse_head_stride": (tokens if lse is None else lse.stride(0)) * 4,
             "table_stride": 0 if block_table is None else block_table.stride(0) * 4,
+            "tokens": tokens,
+            "keys": min(block_table.shape[1] * k.shape[1], INT32_MAX) if block_table is not None else k.shape[0],
             "sequences": sequences,
             "heads": heads,
             "group": heads // k.shape[-2],

@@ -64,7 +64,7 @@ class FlashSm80:
     @cute.kernel
     def kernel(self, args):
         rank, head, _ = cute.arch.block_idx()
-        sequence, block = find_tile(args.cu_seqlens_q, args.sequences, self.rows, rank)
+        sequence, block = find_tile(args.cu_seqlens_q, args.sequences, args.tokens, self.rows, rank)
         if sequence >= 0:
             self.run_tile(args, sequence, block, head)
 
@@ -74,13 +74,13 @@ class FlashSm80:
         lane = cute.arch.lane_idx()
         warp = cute.arch.make_warp_uniform(cute.arch.warp_idx())
 
-        q_start, q_len = length_at(args.cu_seqlens_q, sequence)
+        q_start, q_len = length_at(args.cu_seqlens_q, sequence, args.tokens)
         k_start = Int32(0)
         if cutlass.const_expr(self.paged):
             stored = ld_global_i32(args.kv_lengths + Int64(sequence) * 4)
-            k_len = cutlass.max(stored + args.past_lengths * q_len, 0)
+            k_len = cutlass.min(cutlass.max(stored + args.past_lengths * q_len, 0), args.keys)
         else:
-            k_start, k_len = length_at(args.kv_lengths, sequence)
+            k_start, k_len = length_at(args.kv_lengths, sequence, args.keys)
         # The last blocks of a causal sequence see most keys: start them first.
         block = (q_len + (self.rows - 1)) // self.rows - 1 - block
         row_first = block * self.rows

@@ -11,15 +11,19 @@ from pa_ops.templates.device.ptx import ld_global_i32
 
 
 @cute.jit
-def length_at(prefix_sums: Int64, index: Int32):
-    """(start, length) of sequence `index` in an int32 prefix sum; a decreasing pair has length 0."""
+def length_at(prefix_sums: Int64, index: Int32, total: Int32):
+    """(start, length) of sequence `index` in an int32 prefix sum of `total` rows.
+
+    A pair that decreases has length 0, one that leaves the rows there are is cut: sums that lie give wrong results,
+    and never reach memory that is not there.
+    """
     address = prefix_sums + Int64(index) * 4
-    start = ld_global_i32(address)
-    return start, cutlass.max(ld_global_i32(address + 4) - start, 0)
+    start = cutlass.max(ld_global_i32(address), 0)
+    return start, cutlass.max(cutlass.min(ld_global_i32(address + 4), total) - start, 0)
 
 
 @cute.jit
-def find_tile(cu_seqlens_q: Int64, sequences: Int32, rows: cutlass.Constexpr, rank: Int32):
+def find_tile(cu_seqlens_q: Int64, sequences: Int32, total: Int32, rows: cutlass.Constexpr, rank: Int32):
     """(sequence, row block) of the `rank`-th tile of `rows` query rows, or (-1, 0) beyond the last one.
 
     One warp reads 32 lengths a step and scans them: 64 sequences cost two steps, a single one costs one.
@@ -33,7 +37,7 @@ def find_tile(cu_seqlens_q: Int64, sequences: Int32, rows: cutlass.Constexpr, ra
         index = first + lane
         tiles = Int32(0)
         if index < sequences:
-            _, length = length_at(cu_seqlens_q, index)
+            _, length = length_at(cu_seqlens_q, index, total)
             tiles = (length + (rows - 1)) // rows
         scan = tiles
         for power in cutlass.range_constexpr(5):
