@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from pa_ops import ops, reference, registry, trace
+from pa_ops import functions, reference, registry, trace
 from pa_ops.errors import InvalidArgument
 
 WARM_UP = 10
@@ -127,7 +127,7 @@ def call_of(case: Case, inputs: Inputs) -> Call:
     """The operator's call for a case."""
 
     def call() -> tuple[Tensor, Tensor]:
-        result: tuple[Tensor, Tensor] = ops.paged_attention(
+        result: tuple[Tensor, Tensor] = functions.paged_attention(
             *vars(inputs).values(), sliding_window=case.window, max_seqlen_q=case.new, max_seqlen_k=case.ctx
         )
         return result

@@ -42,6 +42,7 @@ LAUNCHES: dict[str, Callable[..., None]] = {
 }
 REFERENCES: dict[str, Callable[..., Any]] = {
     "paged_attention": reference.paged_attention,
+    "paged_attention_": reference.paged_attention_,
     "varlen_attention": reference.varlen_attention,
     "append_kv": reference.append_kv,
     "merge_states": reference.merge_states,

@@ -12,6 +12,7 @@ from torch import Tensor
 from pa_ops.calls import Plan, find
 from pa_ops.checked import check_values
 from pa_ops.environment import settings
+from pa_ops.errors import NoInstance  # placeholder
 from pa_ops.schema import signature
 from pa_ops.trace import record
 
@@ -67,9 +68,16 @@ def merge_states(*tensors: Tensor) -> Results:
     return out, lse
 
 
+def paged_attention_(*tensors: Tensor | None, **options: Any) -> None:  # placeholder
+    """torch.ops.pa_ops.paged_attention_ on CUDA tensors."""  # placeholder
+    raise NoInstance("not built yet")  # placeholder
+
+
 IMPLEMENTATIONS: dict[str, Callable[..., Any]] = {
     "paged_attention": _attention("paged_attention"),
     "paged_attention.out": _attention_out("paged_attention.out"),
+    "paged_attention_": paged_attention_,  # placeholder
+    "paged_attention_.out": paged_attention_,  # placeholder
     "varlen_attention": _attention("varlen_attention"),
     "varlen_attention.out": _attention_out("varlen_attention.out"),
     "append_kv": append_kv,
