@@ -8,7 +8,7 @@ from __future__ import annotations
 from pa_ops import reference, trace
 from pa_ops.capability import Capability, Feature
 from pa_ops.errors import BuildError, InvalidArgument, NoInstance, PaOpsError
-from pa_ops.ops import append_kv, merge_states, paged_attention, varlen_attention
+from pa_ops.functions import append_kv, merge_states, paged_attention, paged_attention_, varlen_attention
 from pa_ops.overrides import backend, batch_invariant
 from pa_ops.problem import Problem
 from pa_ops.selecting import explain, families, select
@@ -30,6 +30,7 @@ __all__ = [
     "families",
     "merge_states",
     "paged_attention",
+    "paged_attention_",
     "reference",
     "select",
     "trace",

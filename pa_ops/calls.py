@@ -37,8 +37,8 @@ WORD = {
 
 REFERENCES: dict[str, Callable[..., Any]] = {
     "paged_attention": reference.paged_attention,
-    "varlen_attention": reference.varlen_attention,
     "paged_attention_": reference.paged_attention_,
+    "varlen_attention": reference.varlen_attention,
     "append_kv": reference.append_kv,
     "merge_states": reference.merge_states,
 }

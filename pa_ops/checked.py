@@ -19,13 +19,15 @@ def check_values(op: str, arguments: Arguments) -> None:
     name, _, overload = op.partition(".")
     if name == "append_kv":
         _check_slots(arguments["slot_mapping"], arguments["k_cache"])
+    elif name == "paged_attention_":
+        _check_serving(arguments, padded=overload == "out")
     elif name in ("paged_attention", "varlen_attention"):
         tokens = arguments["q"].shape[0]
         new = _lengths("cu_seqlens_q", arguments["cu_seqlens_q"], tokens, "q", padded=overload == "out")
         _check_bound("max_seqlen_q", arguments["max_seqlen_q"], new, "new tokens")
         if name == "paged_attention":
             visible: list[int] = arguments["seqlens_k"].tolist()
-            _check_pages(arguments, new, visible)
+            _check_pages("seqlens_k", visible, arguments, new, visible)
         else:
             visible = _lengths("cu_seqlens_k", arguments["cu_seqlens_k"], arguments["k"].shape[0], "k", padded=False)
         _check_bound("max_seqlen_k", arguments["max_seqlen_k"], visible, "visible tokens")
@@ -55,19 +57,39 @@ def _check_bound(argument: str, bound: int | None, lengths: list[int], what: str
     raise InvalidArgument(argument, rule, bound)
 
 
-def _check_pages(arguments: Arguments, new: list[int], visible: list[int]) -> None:
-    """Every visible token has room in its block_table row, and every page that a query reads exists."""
+def _check_serving(arguments: Arguments, *, padded: bool) -> None:
+    """The values of `paged_attention_`: lengths, then pages, then positions, then slots."""
+    new = _lengths("cu_seqlens_q", arguments["cu_seqlens_q"], arguments["query"].shape[0], "query", padded=padded)
+    _check_bound("max_seqlen_q", arguments["max_seqlen_q"], new, "new tokens")
+    past: list[int] = arguments["past_lens"].tolist()
+    visible = [before + fresh for before, fresh in zip(past, new, strict=True)]
+    _check_pages("past_lens", past, arguments, new, visible)
+    _check_bound("max_seqlen_k", arguments["max_seqlen_k"], visible, "visible tokens")
+    if arguments["cos"] is not None:
+        _check_positions(arguments["cos"].shape[0], past, new)
+    if arguments["slot_mapping"] is not None:
+        _check_slots(arguments["slot_mapping"][: sum(new)], arguments["k_cache"])
+    else:
+        _check_owners(arguments["block_table"].tolist(), arguments["k_cache"].shape[1], past, new)
+
+
+def _check_pages(argument: str, given: list[int], arguments: Arguments, new: list[int], visible: list[int]) -> None:
+    """Every visible token has room in its block_table row, and every page that a query reads exists.
+
+    `argument`, whose values are `given`, is what the lengths come from. The window of a sequence's first query
+    includes that query's own key, so pages that new tokens are stored to are among those read.
+    """
     pages, page_size = arguments["k_cache"].shape[:2]
     window: int = arguments["sliding_window"]
     table = arguments["block_table"].cpu()
     capacity = table.shape[1] * page_size
-    for sequence, (fresh, length) in enumerate(zip(new, visible, strict=True)):
-        got = f"seqlens_k[{sequence}] = {length}"
-        if length < 0:
-            raise InvalidArgument("seqlens_k", f"must be >= 0, as it is not in sequence {sequence}", got)
+    for sequence, (value, fresh, length) in enumerate(zip(given, new, visible, strict=True)):
+        got = f"{argument}[{sequence}] = {value}"
+        if value < 0:
+            raise InvalidArgument(argument, f"must be >= 0, as it is not in sequence {sequence}", got)
         if length > capacity:
             rule = f"sequence {sequence} must fit its {table.shape[1]} pages of {page_size} tokens = {capacity}"
-            raise InvalidArgument("seqlens_k", rule, got)
+            raise InvalidArgument(argument, rule, got if value == length else f"{got}, with {fresh} new = {length}")
         if fresh == 0:
             continue
         first = max(0, length - fresh - window + 1) // page_size if window > 0 else 0
@@ -77,6 +99,29 @@ def _check_pages(arguments: Arguments, new: list[int], visible: list[int]) -> No
             place = first + wrong[0]
             rule = f"sequence {sequence} reads page {place} of its row, whose id must be in [0, {pages})"
             raise InvalidArgument("block_table", rule, f"block_table[{sequence}, {place}] = {int(live[wrong[0]])}")
+
+
+def _check_positions(rows: int, past: list[int], new: list[int]) -> None:
+    """Every new token has a row of cos and sin."""
+    for sequence, (before, fresh) in enumerate(zip(past, new, strict=True)):
+        if fresh and before + fresh > rows:
+            last = before + fresh - 1
+            rule = f"must have a row for each position, the last of sequence {sequence} being {last}"
+            raise InvalidArgument("cos", rule, f"{rows} rows")
+
+
+def _check_owners(table: list[list[int]], page_size: int, past: list[int], new: list[int]) -> None:
+    """No two new tokens share a slot where block_table says where they go; the pages are known to exist."""
+    owner: dict[tuple[int, int], str] = {}
+    for sequence, (before, fresh) in enumerate(zip(past, new, strict=True)):
+        for position in range(before, before + fresh):
+            place = position // page_size
+            page = table[sequence][place]
+            token = f"position {position} of sequence {sequence}"
+            other = owner.setdefault((page, position % page_size), token)
+            if other != token:
+                rule = f"no two new tokens may share a slot, as {other} and {token} do"
+                raise InvalidArgument("block_table", rule, f"block_table[{sequence}, {place}] = {page}")
 
 
 def _check_slots(slot_mapping: Tensor, k_cache: Tensor) -> None:

@@ -15,7 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pa_ops import serving_checks
 from pa_ops.errors import InvalidArgument
+from pa_ops.schema import base_of
 
 HALF = (torch.float16, torch.bfloat16)
 QUANTISED = (torch.float8_e4m3fn, torch.float8_e5m2, torch.int8)
@@ -30,7 +32,8 @@ class Rule:
     """What one tensor must be.
 
     dims: a name per dimension; the first tensor to use a name fixes its size. "B+1" is one more than B, "T.." at
-    least T, "Hkv|1" either. dtypes: what is accepted; a string stands for the dtype of that argument.
+    least T, "Hkv|1" either, "Hkv*D" the product of sizes fixed before. dtypes: what is accepted; a string stands for
+    the dtype of that argument.
     """
 
     argument: str
@@ -47,15 +50,13 @@ class Rule:
 
 _QUERY = Rule("q", "T Hq D", HALF)
 _CU_SEQLENS_Q = Rule("cu_seqlens_q", "B+1", (torch.int32,))
-_OPTIONS = (
-    Rule("sinks", "Hq", (torch.float32, "q"), optional=True),
+_SCALES = (
     Rule("k_scale", "Hkv|1", (torch.float32,), optional=True),
     Rule("v_scale", "Hkv|1", (torch.float32,), optional=True),
 )
-_BUFFERS = (
-    Rule("out", "T Hq Dv", ("q",), written=True),
-    Rule("lse", "Hq T", (torch.float32,), optional=True, written=True),
-)
+_OPTIONS = (Rule("sinks", "Hq", (torch.float32, "q"), optional=True), *_SCALES)
+_LSE = Rule("lse", "Hq T", (torch.float32,), optional=True, written=True)
+_BUFFERS = (Rule("out", "T Hq Dv", ("q",), written=True), _LSE)
 _PAGED = (
     _QUERY,
     Rule("k_cache", "pages page_size Hkv D", ("q", *QUANTISED)),
@@ -64,6 +65,21 @@ _PAGED = (
     Rule("seqlens_k", "B", (torch.int32,)),
     Rule("block_table", "B max_pages", (torch.int32,)),
     *_OPTIONS,
+)
+_SERVING = (
+    Rule("query", "T width", HALF),
+    Rule("k_cache", "pages page_size Hkv D", ("query", *QUANTISED), written=True),
+    Rule("v_cache", "pages page_size Hkv D", ("k_cache",), written=True),
+    Rule("key", "T Hkv*D", ("query",), optional=True),
+    Rule("value", "T Hkv*D", ("query",), optional=True),
+    _CU_SEQLENS_Q,
+    Rule("past_lens", "B", (torch.int32,)),
+    Rule("block_table", "B max_pages", (torch.int32,)),
+    Rule("cos", "max_position rotary_dim/2", (torch.float32, "query"), optional=True),
+    Rule("sin", "max_position rotary_dim/2", ("cos",), optional=True),
+    Rule("slot_mapping", "T", (torch.int64,), optional=True),
+    Rule("sinks", "Hq", (torch.float32, "query"), optional=True),
+    *_SCALES,
 )
 _VARLEN = (
     _QUERY,
@@ -77,6 +93,8 @@ _VARLEN = (
 RULES: dict[str, tuple[Rule, ...]] = {
     "paged_attention": _PAGED,
     "paged_attention.out": (*_PAGED, *_BUFFERS),
+    "paged_attention_": _SERVING,
+    "paged_attention_.out": (*_SERVING, Rule("out", "T Hq*D", ("query",), written=True), _LSE),
     "varlen_attention": _VARLEN,
     "varlen_attention.out": (*_VARLEN, *_BUFFERS),
     "append_kv": (
@@ -85,8 +103,7 @@ RULES: dict[str, tuple[Rule, ...]] = {
         Rule("value", "T.. Hkv Dv", ("key",)),
         Rule("k_cache", "pages page_size Hkv D", ("key", *QUANTISED), written=True),
         Rule("v_cache", "pages page_size Hkv Dv", ("k_cache",), written=True),
-        Rule("k_scale", "Hkv|1", (torch.float32,), optional=True),
-        Rule("v_scale", "Hkv|1", (torch.float32,), optional=True),
+        *_SCALES,
     ),
     "merge_states": (
         Rule("out_a", "T Hq Dv", HALF),
@@ -97,14 +114,15 @@ RULES: dict[str, tuple[Rule, ...]] = {
 }
 """Operator and overload -> its tensors, in the order in which sizes are fixed."""
 
-_AT_LEAST_ONE = ("Hq", "Hkv", "D", "Dv", "page_size")
+_AT_LEAST_ONE = ("Hq", "Hkv", "D", "Dv", "page_size", "max_position", "rotary_dim/2")
 
 
 def validate(op: str, arguments: Arguments) -> Sizes:
     """The named sizes of a call of `op` (T, B, Hq, Hkv, D, Dv, page_size, ...); raises InvalidArgument."""
     rules = RULES[op]
     device = arguments[rules[0].argument].device
-    fixed: dict[str, tuple[int, str]] = {}
+    serving = base_of(op) == "paged_attention_"
+    fixed: dict[str, tuple[int, str]] = serving_checks.fixed_sizes(arguments) if serving else {}
     for rule in rules:
         tensor = arguments[rule.argument]
         if tensor is None and rule.optional:
@@ -122,7 +140,10 @@ def validate(op: str, arguments: Arguments) -> Sizes:
             raise InvalidArgument(rule.argument, rule_text, "requires_grad=True")
     _check_heads(fixed)
     _check_scalars(arguments)
-    return {name: size for name, (size, _) in fixed.items()}
+    sizes = {name: size for name, (size, _) in fixed.items()}
+    if serving:
+        serving_checks.check_widths(arguments, sizes)
+    return sizes
 
 
 def _check_shape(rule: Rule, tensor: Tensor, fixed: dict[str, tuple[int, str]]) -> None:
@@ -135,6 +156,8 @@ def _check_shape(rule: Rule, tensor: Tensor, fixed: dict[str, tuple[int, str]]) 
         least = 1 if form == "+1" or name in _AT_LEAST_ONE else 0
         if size < least:
             raise InvalidArgument(rule.argument, f"must be {rule.shape} with {dim} >= 1 in dimension {place}", got)
+        if "*" in name:
+            fixed[name] = _product(name, fixed)
         if name not in fixed:
             fixed[name] = (size - 1 if form == "+1" else size, rule.argument)
             continue
@@ -144,6 +167,12 @@ def _check_shape(rule: Rule, tensor: Tensor, fixed: dict[str, tuple[int, str]]) 
             need = need.format(name=name, want=want, more=want + 1)
             whence = f"in dimension {place} ({name} comes from {origin})"
             raise InvalidArgument(rule.argument, f"must be {rule.shape} with {need} {whence}", got)
+
+
+def _product(name: str, fixed: dict[str, tuple[int, str]]) -> tuple[int, str]:
+    """The size of a flattened dimension such as "Hkv*D", and where its factors come from."""
+    sizes, origins = zip(*(fixed[factor] for factor in name.split("*")), strict=True)
+    return math.prod(sizes), " and ".join(origins)
 
 
 _FORMS: dict[str, tuple[Callable[[int, int], bool], str]] = {

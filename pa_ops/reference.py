@@ -9,9 +9,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
+
+from pa_ops.reference_serving import locate, rotate, slots_of, split
 
 SCORES_PER_CHUNK = 1 << 25  # 128 MiB of fp32 scores at a time
 INFINITY = float("inf")
@@ -87,6 +90,51 @@ def paged_attention(
         keys = _gather(k_cache, v_cache, block_table[sequence], lengths[sequence], k_scale, v_scale)
         _attend(q, keys, rows, lengths[sequence], scores, out, lse)
     return out, lse
+
+
+def paged_attention_(
+    query: Tensor,
+    key: Tensor | None,
+    value: Tensor | None,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    cu_seqlens_q: Tensor,
+    past_lens: Tensor,
+    block_table: Tensor,
+    *,
+    num_heads: int,
+    num_kv_heads: int,
+    cos: Tensor | None = None,
+    sin: Tensor | None = None,
+    rotary_interleaved: bool = False,
+    slot_mapping: Tensor | None = None,
+    k_scale: Tensor | None = None,
+    v_scale: Tensor | None = None,
+    out: Tensor | None = None,
+    **options: Any,
+) -> Tensor:
+    """Splits packed QKV, rotates Q and K, stores K and V, attends: -> out [T, Hq * D] in query's dtype.
+
+    Arguments as in `pa_ops.paged_attention_`; `options`, and rows past cu_seqlens_q[-1], as in `paged_attention`.
+    """
+    pages, page_size, _, head_dim = k_cache.shape
+    q, k, v = split(query, key, value, num_heads, num_kv_heads, head_dim)
+    sequences, positions = locate(cu_seqlens_q, past_lens, query.shape[0])
+    real = positions.shape[0]
+    q, k = q[:real], k[:real]
+    if cos is not None and sin is not None:
+        q, k = (rotate(x, positions, cos, sin, rotary_interleaved) for x in (q, k))
+    if slot_mapping is None:
+        slots = slots_of(sequences, positions, block_table, pages, page_size)
+    else:
+        slots = slot_mapping[:real]
+    append_kv(k, v, k_cache, v_cache, slots, k_scale=k_scale, v_scale=v_scale)
+    if out is None:
+        out = query.new_zeros(query.shape[0], num_heads * head_dim)
+    lengths = past_lens.long() + cu_seqlens_q.long().diff()
+    options.update(k_scale=k_scale, v_scale=v_scale, out=out.view(out.shape[0], num_heads, head_dim))
+    paged_attention(q, k_cache, v_cache, cu_seqlens_q, lengths, block_table, **options)
+    return out
 
 
 def varlen_attention(

@@ -18,11 +18,18 @@ _OPTIONS = (
 )
 _PAGED = "Tensor q, Tensor k_cache, Tensor v_cache, Tensor cu_seqlens_q, Tensor seqlens_k, Tensor block_table"
 _VARLEN = "Tensor q, Tensor k, Tensor v, Tensor cu_seqlens_q, Tensor cu_seqlens_k"
+_SERVING = (
+    "Tensor query, Tensor? key, Tensor? value, Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor cu_seqlens_q, "
+    "Tensor past_lens, Tensor block_table, *, int num_heads, int num_kv_heads, Tensor? cos=None, Tensor? sin=None, "
+    f"bool rotary_interleaved=False, Tensor? slot_mapping=None, {_OPTIONS}"
+)
 _BUFFERS = "Tensor(a!) out, Tensor(b!)? lse=None"
 
 SCHEMAS: dict[str, str] = {
     "paged_attention": f"({_PAGED}, *, {_OPTIONS}) -> (Tensor out, Tensor lse)",
     "paged_attention.out": f"({_PAGED}, *, {_OPTIONS}, {_BUFFERS}) -> ()",
+    "paged_attention_": f"({_SERVING}) -> Tensor out",
+    "paged_attention_.out": f"({_SERVING}, Tensor(c!) out, Tensor(d!)? lse=None) -> ()",
     "varlen_attention": f"({_VARLEN}, *, {_OPTIONS}) -> (Tensor out, Tensor lse)",
     "varlen_attention.out": f"({_VARLEN}, *, {_OPTIONS}, {_BUFFERS}) -> ()",
     "append_kv": (

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 import pa_ops
+from helpers.serving import serving
 from pa_ops import InvalidArgument
 from pa_ops.checks import RULES, validate
 from pa_ops.schema import SCHEMAS, signature
@@ -38,9 +39,12 @@ def valid(op: str) -> Arguments:
         "block_table": int32(0, 1, 2, 3).reshape(2, 2),
     }
     varlen = {**attention, "k": half(8, 2, 8), "v": half(8, 2, 8), "cu_seqlens_k": int32(0, 6, 8)}
+    rotary = serving([3, 2], [3, 0], rotary_dim=8, slot_mapping=torch.tensor([3, 4, -1, 8, 9]))
     cases: dict[str, Arguments] = {
         "paged_attention": paged,
         "paged_attention.out": {**paged, **buffers},
+        "paged_attention_": rotary,
+        "paged_attention_.out": {**rotary, "out": half(5, 32), "lse": buffers["lse"]},
         "varlen_attention": varlen,
         "varlen_attention.out": {**varlen, **buffers},
         "append_kv": {
@@ -192,6 +196,8 @@ def test_the_valid_calls_are_valid(op: str) -> None:
         out, lse = results
         assert out.shape == (5, 4, 8) and out.dtype == torch.float16 and out.is_meta
         assert lse.shape == (4, 5) and lse.dtype == torch.float32 and lse.is_meta
+    elif op == "paged_attention_":
+        assert results.shape == (5, 32) and results.dtype == torch.float16 and results.is_meta
     else:
         assert results is None
 

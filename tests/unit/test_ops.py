@@ -11,6 +11,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import pa_ops
+from helpers.serving import serving
 from pa_ops import InvalidArgument, reference
 from pa_ops.schema import SCHEMAS, signature
 
@@ -24,8 +25,29 @@ def overload(op: str) -> Any:
     return getattr(getattr(torch.ops.pa_ops, name), suffix or "default")
 
 
-def samples(op: str) -> list[tuple[tuple[Tensor, ...], dict[str, Any]]]:
+Sample = tuple[tuple[Tensor | None, ...], dict[str, Any]]
+
+
+def serving_samples(op: str) -> list[Sample]:
+    """Calls of paged_attention_: split and bare, then packed with rotary; one token is not stored."""
+    calls = []
+    for arguments in (
+        serving([3, 0, 2], [2, 5, 0]),
+        serving([3, 0, 2], [2, 5, 0], packed=True, rotary_dim=6, rotary_interleaved=True, sliding_window=3)
+        | {"slot_mapping": torch.tensor([0, 9, -1, 4, 7]), "sinks": torch.randn(4), "k_scale": torch.ones(2)},
+    ):
+        tensors = tuple(arguments.pop(name) for name in list(arguments)[:8])
+        for cache in tensors[3:5]:
+            cache.nan_to_num_()
+        buffers = {"out": torch.zeros(5, 32).half(), "lse": torch.zeros(4, 5)} if op.endswith(".out") else {}
+        calls.append((tensors, {**arguments, **buffers}))
+    return calls
+
+
+def samples(op: str) -> list[Sample]:
     """Calls of an operator, options absent and present."""
+    if op.startswith("paged_attention_"):
+        return serving_samples(op)
     q = torch.randn(5, 4, 8).half()
     k_cache, v_cache = torch.randn(2, 4, 4, 2, 8).half()
     cu_seqlens_q = int32(0, 3, 5)
@@ -69,16 +91,17 @@ def test_each_backend_answers_the_operator(op: str) -> None:
         assert torch._C._dispatch_has_kernel_for_dispatch_key(name, key), key
 
 
-@pytest.mark.parametrize("op", ["paged_attention", "varlen_attention", "merge_states"])
+@pytest.mark.parametrize("op", ["paged_attention", "paged_attention_", "varlen_attention", "merge_states"])
 def test_B29_fake_tensors_have_the_shapes_of_the_real_ones(op: str) -> None:
     for tensors, options in samples(op):
         real = overload(op)(*tensors, **options)
         with FakeTensorMode() as mode:
             fake = overload(op)(
-                *map(mode.from_tensor, tensors),
+                *(mode.from_tensor(t) if isinstance(t, Tensor) else t for t in tensors),
                 **{n: mode.from_tensor(v) if isinstance(v, Tensor) else v for n, v in options.items()},
             )
-        for r, f in zip(real, fake, strict=True):
+        pairs = [(real, fake)] if isinstance(real, Tensor) else zip(real, fake, strict=True)
+        for r, f in pairs:
             assert (r.shape, r.dtype, r.stride(), r.device) == (f.shape, f.dtype, f.stride(), f.device)
 
 
@@ -107,6 +130,30 @@ def test_G7_torch_compile_keeps_results_and_mutation(dynamic: bool) -> None:
         assert all(map(torch.equal, want, got)) and torch.equal(caches, twin) and caches.any()
 
 
+def layer(query: Tensor, caches: Tensor, *rest: Any) -> tuple[Tensor, ...]:
+    """Two layers of the serving operator over the same tokens: split into a buffer, then packed."""
+    past, table, ends, cos, sin = rest
+    where = (caches[0], caches[1], ends, past, table)
+    options = {"num_heads": 4, "num_kv_heads": 2, "cos": cos, "sin": sin, "sliding_window": 5}
+    out, lse = query.new_zeros(query.shape[0], 32), torch.zeros(4, query.shape[0])
+    split = query.split((32, 16, 16), 1)
+    torch.ops.pa_ops.paged_attention_.out(*split, *where, **options, out=out, lse=lse)
+    return pa_ops.paged_attention_(query * 2, None, None, *where, **options) + out, lse
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_G7_torch_compile_keeps_the_serving_operator_s_results_and_caches(dynamic: bool) -> None:
+    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager", dynamic=dynamic)
+    for new in ((3, 2), (1, 1)) if dynamic else ((3, 2),):
+        a = serving(new, [2, 5], packed=True, rotary_dim=6)
+        caches = torch.stack((a["k_cache"], a["v_cache"])).nan_to_num()
+        twin = caches.clone()
+        rest = (a["past_lens"], a["block_table"], a["cu_seqlens_q"], a["cos"], a["sin"])
+        want, got = layer(a["query"], caches, *rest), compiled(a["query"], twin, *rest)
+        assert all(map(torch.equal, want, got)) and torch.equal(caches, twin)
+        assert want[0].isfinite().all() and not torch.equal(caches[0].nan_to_num(), a["k_cache"].nan_to_num())
+
+
 @pytest.mark.parametrize("name", ["q", "k_cache", "v_cache"])
 def test_G7_a_tensor_that_requires_grad_raises_and_says_so(name: str) -> None:
     tensors, _ = samples("paged_attention")[0]
@@ -123,8 +170,8 @@ def test_G7_a_tensor_that_requires_grad_raises_and_says_so(name: str) -> None:
 @pytest.mark.parametrize("op", SCHEMAS)
 def test_B28_the_schema_marks_what_is_written(op: str) -> None:
     written = [a.name for a in overload(op)._schema.arguments if a.alias_info is not None and a.alias_info.is_write]
-    expected = ["k_cache", "v_cache"] if op == "append_kv" else ["out", "lse"] if op.endswith(".out") else []
-    assert written == expected
+    caches = ["k_cache", "v_cache"] if op.startswith(("append_kv", "paged_attention_")) else []
+    assert written == caches + (["out", "lse"] if op.endswith(".out") else [])
 
 
 def test_B28_append_works_in_place_on_the_slots_alone() -> None:
@@ -196,7 +243,9 @@ def test_empty_input_returns_empty_results(sequences: int) -> None:
         pa_ops.paged_attention(q, k_cache, v_cache, cu_seqlens, lengths, table.long())
 
 
-@pytest.mark.parametrize("function", [pa_ops.paged_attention, pa_ops.varlen_attention, pa_ops.append_kv])
+@pytest.mark.parametrize(
+    "function", [pa_ops.paged_attention, pa_ops.paged_attention_, pa_ops.varlen_attention, pa_ops.append_kv]
+)
 def test_python_functions_are_the_operators(function: Callable[..., Any]) -> None:
     import inspect
 
