@@ -65,6 +65,11 @@ class Record:
             raise ValueError(f"no such fields: {sorted(values.keys() - set(names))}")
         return self._tail.pack(*(values[name] for name in names))
 
+    def unpack(self, data: bytes) -> dict[str, int | float]:
+        """The fields of a packed record by name."""
+        values = (*self.head.unpack_from(data), *self._tail.unpack_from(data, self.head.size))
+        return dict(zip((name for name, _ in self.fields), values, strict=True))
+
 
 ATTENTION = Record(
     addresses=(

@@ -16,7 +16,7 @@ import pa_ops
 from helpers.parity import Evidence, check, error_of, expected
 from helpers.problems import Call, Shape, paged, randn, varlen
 from helpers.profile import traced
-from pa_ops import launch, registry
+from pa_ops import registry
 from pa_ops.selection import verdicts
 
 pytestmark = pytest.mark.gpu
@@ -156,24 +156,7 @@ def test_D5_eligible_instances_agree(dtype: torch.dtype, device: torch.device) -
         want, _ = expected(call)
         for entry in able:
             out, lse = call.poisoned_results()
-            q, k, v, *_ = call.tensors.values()
-            where = {name: call.tensors[name] for name in list(call.tensors)[3:]}
-            launch.run_attention(
-                here.kernel(entry),
-                entry,
-                q=q,
-                k=k,
-                v=v,
-                **where,
-                out=out,
-                lse=lse,
-                softmax_scale=shape.head_dim**-0.5,
-                softcap=0.0,
-                sinks=None,
-                max_seqlen_q=None,
-                max_seqlen_k=None,
-                **options,
-            )
+            call.with_options(backend=entry.name).run_into(out, lse)
             error_of(out[: call.rows], want[: call.rows], dtype, f"problem {number} on {entry.name}")
     assert several > 100, "most problems must have more than one eligible instance"
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ from torch import Tensor
 
 import pa_ops
 from pa_ops import Capability, InvalidArgument, NoInstance, calls, cuda, registry, trace
+from pa_ops.arguments import APPEND, ATTENTION, RECORDS
 from pa_ops.manifest import FILE_NAME, Manifest
 from pa_ops.selecting import declared_entries
 
@@ -53,7 +53,7 @@ def launches(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Launches:
     monkeypatch.setenv("PA_OPS_HOME", str(tmp_path))
     monkeypatch.setattr("tvm_ffi.load_module", lambda path: made)
     monkeypatch.setattr(registry, "capability_of", lambda index: SM90)
-    monkeypatch.setattr(cuda, "_on", lambda device: nullcontext())
+    monkeypatch.setattr(cuda, "mask_of", lambda device: torch.zeros(1, dtype=torch.int32))
     monkeypatch.setattr(cuda, "_capturing", lambda: False)
     calls._plans.clear()
     return made
@@ -74,9 +74,11 @@ def test_one_call_is_one_launch_and_one_record(launches: Launches) -> None:
         out, lse = call("paged_attention", *paged())
     assert out.shape == (3, 8, 64) and out.dtype == torch.float16
     assert lse.shape == (8, 3) and lse.dtype == torch.float32
-    [(symbol, (q, arguments, *_))] = launches
+    [(symbol, (data, tiles, heads, device, stream))] = launches
     assert symbol.startswith("pa_attn_flash_sm80_fp16_kvfp16_d64v64_gather_causal_m")
-    assert q.shape == (3, 8, 64) and out.data_ptr() in arguments and lse.data_ptr() in arguments
+    fields = ATTENTION.unpack(data)
+    assert (fields["out"], fields["lse"]) == (out.data_ptr(), lse.data_ptr())
+    assert (tiles, heads, device, stream) == (1, 8, 0, 0) and fields["tokens"] == 3 and fields["group"] == 4
     [decision] = decisions
     assert (decision.op, decision.family, decision.instance) == ("paged_attention", "flash_sm80", symbol)
     assert any("row mask" in reason for reason in decision.reasons) and trace.last() == decision
@@ -146,20 +148,10 @@ def test_a_hit_is_checked_as_a_miss_is(launches: Launches) -> None:
 def test_the_out_variant_writes_into_the_callers_buffers(launches: Launches) -> None:
     out, lse = torch.zeros(3, 8, 64).half(), torch.zeros(8, 3)
     assert call("paged_attention.out", *paged(), out=out, lse=lse) is None
-    _, (_, arguments, *_) = launches[0]
-    assert out.data_ptr() in arguments and lse.data_ptr() in arguments
-
-
-def test_an_lse_that_nobody_reads_goes_to_one_reused_buffer(launches: Launches) -> None:
-    cuda._unread.clear()
-    out = torch.zeros(3, 8, 64).half()
-    for _ in range(3):
-        call("paged_attention.out", *paged(), out=out)
-    [[buffer]] = cuda._unread.values()
-    assert all(buffer.data_ptr() in arguments for _, (_, arguments, *_) in launches)
-    assert cuda._unread_lse(2**10, 2**10, torch.device("cpu")).shape == (2**10, 2**10)
-    [kept] = cuda._unread.values()
-    assert kept[0] is buffer and len(kept) == 2  # a captured graph may hold the first
+    call("paged_attention.out", *paged(), out=out)
+    with_lse, without = (ATTENTION.unpack(data) for _, (data, *_) in launches)
+    assert with_lse["out"] == without["out"] == out.data_ptr()
+    assert with_lse["lse"] == lse.data_ptr() and without["lse"] == 0
 
 
 def test_varlen_append_and_merge_reach_their_kernels(launches: Launches) -> None:
@@ -172,6 +164,53 @@ def test_varlen_append_and_merge_reach_their_kernels(launches: Launches) -> None
     symbols = [symbol for symbol, _ in launches]
     assert "dense_causal" in symbols[0] and "dense_full" in symbols[1]
     assert symbols[2].startswith("pa_append_kv_append_fp16") and symbols[3].startswith("pa_merge_states_merge_fp16")
+
+
+def serving_call(*, rotary: bool, packed: bool = True, **options: Any) -> tuple[dict[str, Any], Tensor]:
+    """One call of the serving operator: 3 tokens, 8 / 2 heads of 64; its arguments and its output."""
+    _, k_cache, v_cache, cu_seqlens, _, table = paged()
+    rows = torch.zeros(3, 12 * 64).half()
+    query, key, value = (rows, None, None) if packed else rows.split((8 * 64, 2 * 64, 2 * 64), 1)
+    if rotary:
+        options.update(cos=torch.zeros(32, 16), sin=torch.zeros(32, 16))
+    tensors = (query, key, value, k_cache, v_cache, cu_seqlens, int32(17), table)
+    out = call("paged_attention_", *tensors, num_heads=8, num_kv_heads=2, **options)
+    names = ("query", "key", "value", "k_cache", "v_cache", "cu_seqlens_q", "past_lens", "block_table")
+    return dict(zip(names, tensors, strict=True)), out
+
+
+@pytest.mark.parametrize("packed", [True, False])
+@pytest.mark.parametrize("rotary", [True, False])
+def test_A12_a_serving_call_is_two_launches_on_one_set_of_buffers(
+    launches: Launches, rotary: bool, packed: bool
+) -> None:
+    tensors, out = serving_call(rotary=rotary, packed=packed)
+    (_, (stored, blocks, *_)), (name, (attended, *_)) = launches
+    append, attend = APPEND.unpack(stored), ATTENTION.unpack(attended)
+    start = tensors["query"].data_ptr()
+    assert append["key"] == start + 8 * 64 * 2 and append["value"] == start + 10 * 64 * 2 and blocks == 3
+    assert append["query"] == (start if rotary else 0) and append["query_out"] == (out.data_ptr() if rotary else 0)
+    assert attend["q"] == (out.data_ptr() if rotary else start) and attend["out"] == out.data_ptr()
+    assert attend["q_token_stride"] == (8 if rotary else 12) * 64 * 2
+    assert attend["kv_lengths"] == append["past_lens"] == tensors["past_lens"].data_ptr()
+    assert attend["past_lengths"] == 1 and attend["lse"] == 0 and append["rotary_dim"] == (32 if rotary else 0)
+    assert "gather_causal" in name and append["aligned"] == 1
+
+
+def test_X3_slots_replace_the_block_table(launches: Launches) -> None:
+    slots = torch.arange(3)
+    serving_call(rotary=False, slot_mapping=slots)
+    assert APPEND.unpack(launches[0][1][0])["slots"] == slots.data_ptr()
+
+
+def test_records_have_no_padding_and_pack_what_they_unpack() -> None:
+    for family, record in RECORDS.items():
+        values = {name: number for number, (name, _) in enumerate(record.fields)}
+        tail = {name: values[name] for name in values if name not in record.addresses}
+        data = record.head.pack(*range(len(record.addresses))) + record.tail(tail)
+        assert len(data) == record.size and record.unpack(data) == values, family
+        with pytest.raises(ValueError, match="no such fields"):
+            record.tail({**tail, "surplus": 1})
 
 
 @pytest.mark.parametrize("sequences", [0, 1])

@@ -12,6 +12,7 @@ from core_rows import ROOT
 
 CORE = (
     "spec",
+    "arguments",
     "problem",
     "capability",
     "manifest",
