@@ -110,12 +110,13 @@ static int launch(struct pa_kernel *kernel, void *bytes, size_t size, unsigned x
 int pa_launch(struct pa_kernel *kernel, const TVMFFIAny *args, int32_t count, TVMFFIAny *result)
 {
     result->type_index = kTVMFFINone;
-    if (count != 5 || args[0].type_index != kTVMFFIByteArrayPtr)
+    int fits = count == 5 && args[0].type_index == kTVMFFIBytes;
+    for (int i = 1; fits && i < 5; i++)
+        fits = args[i].type_index == kTVMFFIInt;
+    if (!fits)
         return fail("TypeError", kernel->entry, NULL, "takes (bytes, grid x, grid y, device, stream)");
-    for (int i = 1; i < 5; i++)
-        if (args[i].type_index != kTVMFFIInt)
-            return fail("TypeError", kernel->entry, NULL, "takes (bytes, grid x, grid y, device, stream)");
-    const TVMFFIByteArray *bytes = args[0].v_ptr;
+    /* A bytes object keeps its array behind its header. */
+    const TVMFFIByteArray *bytes = (const void *)((const char *)args[0].v_ptr + sizeof(TVMFFIObject));
     int64_t device = args[3].v_int64;
     if (bytes->size != kernel->arguments)
         return fail("ValueError", kernel->entry, NULL, "the argument bytes are not as long as its record");

@@ -1,0 +1,42 @@
+/* A stand-in libcuda.so.1 that prints what a launch asks for; FAKE_CUDA_ERROR makes the named call fail with 700. */
+#include <stdint.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+
+static void *current;
+static int code(const char *call)
+{
+    const char *bad = getenv("FAKE_CUDA_ERROR");
+    return bad != NULL && strcmp(bad, call) == 0 ? 700 : 0;
+}
+
+int cuGetErrorName(int error, const char **text) { return *text = error == 700 ? "CUDA_ERROR_FAKE" : "?", 0; }
+int cuGetErrorString(int error, const char **text) { return *text = error == 700 ? "as asked" : "?", 0; }
+int cuDevicePrimaryCtxRetain(void **context, int device) { return *context = (void *)(intptr_t)(device + 1), 0; }
+int cuCtxGetCurrent(void **context) { return *context = current, 0; }
+int cuCtxSetCurrent(void *context) { return printf("context %d\n", (int)(intptr_t)context), current = context, 0; }
+int cuLibraryLoadData(void **library, const void *image, void *a, void *b, unsigned c, void *d, void *e, unsigned f)
+{
+    printf("load %.3s\n", (const char *)image + 1);
+    return *library = (void *)image, code("cuLibraryLoadData");
+}
+int cuLibraryGetKernel(void **kernel, void *library, const char *name)
+{
+    printf("kernel %s\n", name);
+    return *kernel = library, code("cuLibraryGetKernel");
+}
+int cuKernelSetAttribute(int attribute, int value, void *kernel, int device)
+{
+    return printf("attribute %d = %d on %d\n", attribute, value, device), 0;
+}
+int cuLaunchKernel(void *kernel, unsigned x, unsigned y, unsigned z, unsigned threads, unsigned b, unsigned c,
+                   unsigned smem, void *stream, void **parameters, void **extra)
+{
+    size_t size = *(size_t *)extra[3];
+    printf("launch %u %u %u x %u, %u B shared, stream %d, %zu B:", x, y, z, threads, smem, (int)(intptr_t)stream, size);
+    for (size_t i = 0; i < size; i += 8)
+        printf(" %d", *(const int *)((const char *)extra[1] + i));
+    printf("\n");
+    return code("cuLaunchKernel");
+}
