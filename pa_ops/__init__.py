@@ -8,6 +8,7 @@ from __future__ import annotations
 from pa_ops import reference, trace
 from pa_ops.capability import Capability, Feature
 from pa_ops.errors import BuildError, InvalidArgument, NoInstance, PaOpsError
+from pa_ops.faults import Fault, take_faults
 from pa_ops.functions import append_kv, merge_states, paged_attention, paged_attention_, varlen_attention
 from pa_ops.overrides import backend, batch_invariant
 from pa_ops.problem import Problem
@@ -17,6 +18,7 @@ from pa_ops.selection import Selection
 __all__ = [
     "BuildError",
     "Capability",
+    "Fault",
     "Feature",
     "InvalidArgument",
     "NoInstance",
@@ -33,6 +35,7 @@ __all__ = [
     "paged_attention_",
     "reference",
     "select",
+    "take_faults",
     "trace",
     "varlen_attention",
 ]

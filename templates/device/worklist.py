@@ -23,7 +23,7 @@ def length_at(prefix_sums: Int64, index: Int32, total: Int32):
 
 
 @cute.jit
-def find_tile(cu_seqlens_q: Int64, sequences: Int32, total: Int32, rows: cutlass.Constexpr, rank: Int32):
+def find_tile(cu_seqlens_q: Int64, sequences: Int32, tokens: Int32, rows: cutlass.Constexpr, rank: Int32):
     """(sequence, row block) of the `rank`-th tile of `rows` query rows, or (-1, 0) beyond the last one.
 
     One warp reads 32 lengths a step and scans them: 64 sequences cost two steps, a single one costs one.
@@ -37,7 +37,7 @@ def find_tile(cu_seqlens_q: Int64, sequences: Int32, total: Int32, rows: cutlass
         index = first + lane
         tiles = Int32(0)
         if index < sequences:
-            _, length = length_at(cu_seqlens_q, index, total)
+            _, length = length_at(cu_seqlens_q, index, tokens)
             tiles = (length + (rows - 1)) // rows
         scan = tiles
         for power in cutlass.range_constexpr(5):
