@@ -28,7 +28,7 @@ from .plan import Item, Plan, Planner, entry_of, select
 from .targets import default_targets, resolve_all
 from .toolchain import Toolchain
 
-SHARD_SIZE = 6  # instances a process: enough to pay for 2.5 s of import and warm-up, few enough to balance
+SHARD_SIZE = 6  # instances a process: enough to pay for the import of the DSL, few enough to balance
 WORKER_BYTES = 600 << 20  # a worker's peak is 0.5 GB
 LOCK_SECONDS = 3600.0
 
@@ -116,17 +116,17 @@ def _locked(layout: Layout, seconds: float, listener: Listener) -> Iterator[None
 
 
 def _sweep(plan: Plan) -> None:
-    """Remove what an interrupted build left, and everything of instances that are no longer part of the product."""
+    """Remove what an interrupted build left, and every file that is no instance's of the product."""
     layout = plan.layout
     for folder in (layout.root, layout.sources, layout.objects, layout.link):
         folder.mkdir(parents=True, exist_ok=True)
         for pattern in (f"*{TEMPORARY}", "*.error", "*.log", "*.request"):
             for path in folder.glob(pattern):
                 path.unlink(missing_ok=True)
-    product = {item.name for item in plan.product}
+    product = {path for item in plan.product for path in layout.files(item.spec)}
     for folder in (layout.objects, layout.sources):
         for path in folder.glob("pa_*"):
-            if path.is_file() and path.stem not in product:
+            if path.is_file() and path not in product:
                 path.unlink()
 
 

@@ -64,6 +64,10 @@ class Layout:
         """The facts beside an object; they exist only when it is complete."""
         return self.objects / f"{name}.json"
 
+    def files(self, spec: InstanceSpec) -> tuple[Path, Path, Path]:
+        """Everything of an instance that a whole build leaves."""
+        return self.source(spec), self.object(spec.name), self.facts(spec.name)
+
     def failure(self, name: str) -> Path:
         """Why an instance did not compile."""
         return self.objects / f"{name}.error"

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import product
 
-from pa_ops.capability import Capability, parse_target
+from pa_ops.capability import MODELS, Capability, parse_target
 from pa_ops.errors import InvalidArgument
 from pa_ops.spec import DType, Family, InstanceSpec, KernelOp, Layout, Mask, Tile
 
@@ -15,9 +15,10 @@ from .targets import DECLARED_TARGETS
 
 RUN_TIME = 0  # a head size or tile extent that the kernel takes as an argument
 
-# Tile of each head size, by how keys are found: the fastest on an H200 of those that neither spill nor, at 256, exceed
-# the 99 KiB that a block may have on SM 8.6, 8.9 and 12.x (docs/performance.md has the others). A page look-up serves
-# 32 keys a word, so gather tiles have a multiple of 32 keys.
+# Tile of each head size, by how keys are found: the fastest on an H200 of those that neither spill for sm_80 and sm_90a
+# (for sm_100f and sm_120f, 128 spills 16 to 80 B a thread) nor, at 256, exceed the 99 KiB that a block may have on SM
+# 8.6, 8.9 and 12.x (docs/performance.md has the others). A page look-up serves 32 keys a word, so gather tiles have a
+# multiple of 32 keys.
 FLASH_SM80_TILES: dict[int, dict[Layout, Tile]] = {
     64: {Layout.DENSE: Tile(128, 64, 1, 4), Layout.GATHER: Tile(128, 64, 1, 4)},
     96: {Layout.DENSE: Tile(128, 32, 1, 4), Layout.GATHER: Tile(128, 32, 1, 4)},
@@ -93,11 +94,10 @@ class Refusal:
 
 def _smem_limit(target: str) -> int:
     """The least opt-in shared memory, in bytes, of the devices that `target` code loads on."""
-    loads = [c for sm in _KNOWN_SMS if target in (c := Capability.of_sm(sm)).targets]
+    loads = [c for sm in MODELS if target in (c := Capability.of_sm(sm)).targets]
     return min((c.smem_optin_bytes for c in loads), default=0)
 
 
-_KNOWN_SMS = (53, 60, 61, 62, 70, 72, 75, 80, 86, 87, 89, 90, 100, 103, 110, 120, 121)
 RULES: tuple[Rule, ...] = (
     Rule(
         "kv-dtype",

@@ -134,8 +134,8 @@ class Toolchain:
 
     @cached_property
     def compiler(self) -> Path:
-        """The C compiler that links the product."""
-        return _need(_program((os.environ.get("CC", ""), "gcc", "g++", "clang", "cc")), NO_COMPILER)
+        """The C compiler that makes the product of launch.c and the cubins (as C++, launch.c is no valid source)."""
+        return _need(_program((os.environ.get("CC", ""), "gcc", "clang", "cc")), NO_COMPILER)
 
     @cached_property
     def compiler_version(self) -> str:

@@ -152,13 +152,13 @@ def survey(entries: Iterable[Entry], sms: Iterable[int] = tuple(MODELS)) -> tupl
 
     A hole is told once, for the oldest SM that shows it; problems that are declared unsupported are no holes.
     """
-    rows = tuple(entries)
+    rows, problems = tuple(entries), tuple(domain())
     reached: set[Key] = set()
     holes: dict[Problem, Hole] = {}
     for sm in sorted(sms):
         capability = Capability.of_sm(sm)
         loadable = [row for row in rows if not set(row.code_targets).isdisjoint(capability.targets)]
-        for problem in domain():
+        for problem in problems:
             if unsupported(problem, capability) is not None:
                 continue
             try:

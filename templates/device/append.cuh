@@ -116,29 +116,30 @@ template <int N> __device__ inline Run<float, N> factors(const Arguments &args, 
     return wide;
 }
 
-// Rotate N pairs of one head, from pair `first` on. Half-split pairs lie rotary_dim / 2 apart, interleaved ones adjoin.
-template <int N>
+// Rotate N pairs of one head, from pair `first` on. Half-split pairs lie rotary_dim / 2 apart, interleaved ones adjoin:
+// a template argument, because an array that is indexed by a run-time choice would lie in local memory.
+template <int N, bool Interleaved>
 __device__ inline void rotate(const Arguments &args, Address source, Address target, int row, int first)
 {
-    const long long left = (args.interleaved ? 2 * first : first) * 2ll;
-    const long long right = args.interleaved ? left + N * 2ll : left + args.rotary_dim;
+    const long long left = (Interleaved ? 2 * first : first) * 2ll;
+    const long long right = Interleaved ? left + N * 2ll : left + args.rotary_dim;
     const Run<Half, N> a = load<N>(source + left), b = load<N>(source + right);
     const Run<float, N> cos = factors<N>(args, args.cos, row, first), sin = factors<N>(args, args.sin, row, first);
-    Half in[2 * N], out[2 * N];
+    Half pairs[2 * N];
     for (int i = 0; i < N; i++) {
-        in[i] = a.at[i];
-        in[N + i] = b.at[i];
+        pairs[i] = a.at[i];
+        pairs[N + i] = b.at[i];
     }
     for (int i = 0; i < N; i++) {
-        const int x = args.interleaved ? 2 * i : i, y = args.interleaved ? 2 * i + 1 : N + i;
-        const float real = to_float(in[x]), imaginary = to_float(in[y]);
-        out[x] = to_half(real * cos.at[i] - imaginary * sin.at[i]);
-        out[y] = to_half(imaginary * cos.at[i] + real * sin.at[i]);
+        Half &x = pairs[Interleaved ? 2 * i : i], &y = pairs[Interleaved ? 2 * i + 1 : N + i];
+        const float real = to_float(x), imaginary = to_float(y);
+        x = to_half(real * cos.at[i] - imaginary * sin.at[i]);
+        y = to_half(imaginary * cos.at[i] + real * sin.at[i]);
     }
     Run<Half, N> c, d;
     for (int i = 0; i < N; i++) {
-        c.at[i] = out[i];
-        d.at[i] = out[N + i];
+        c.at[i] = pairs[i];
+        d.at[i] = pairs[N + i];
     }
     store<N>(target + left, c);
     store<N>(target + right, d);
@@ -174,8 +175,10 @@ template <int N> __device__ inline void store_token(const Arguments &args, int t
             kv_head < 0 ? query + head * args.query_head_stride : key + kv_head * args.key_head_stride;
         const Address target =
             kv_head < 0 ? query_row + head * args.out_head_stride : key_row + kv_head * args.k_head_stride;
-        if (turn)
-            rotate<N>(args, source, target, row, run);
+        if (turn && args.interleaved)
+            rotate<N, true>(args, source, target, row, run);
+        else if (turn)
+            rotate<N, false>(args, source, target, row, run);
         else
             store<N>(target + (args.rotary_dim + run) * 2ll, load<N>(source + (args.rotary_dim + run) * 2ll));
     }

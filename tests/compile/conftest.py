@@ -9,14 +9,17 @@ import pytest
 
 from pa_ops.generator.build import Request, build
 from pa_ops.generator.layout import Layout
+from pa_ops.generator.render import template_folder
 
 TOY = Path(__file__).parent / "toy"
 
 
 @pytest.fixture
 def toy(tmp_path: Path) -> Path:
-    """A copy of the toy templates that a test may edit."""
-    return Path(shutil.copytree(TOY, tmp_path / "templates"))
+    """A copy of the toy templates, with the real module that compiles them, that a test may edit."""
+    folder = Path(shutil.copytree(TOY, tmp_path / "templates"))
+    shutil.copy(template_folder() / "device" / "compiling.py", folder / "device")
+    return folder
 
 
 @pytest.fixture(scope="session")

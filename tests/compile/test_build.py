@@ -14,16 +14,20 @@ import pytest
 import tvm_ffi
 from filelock import FileLock
 
+from pa_ops.arguments import RECORDS
 from pa_ops.errors import BuildError, InvalidArgument
-from pa_ops.generator import matrix
+from pa_ops.generator import matrix, nvrtc
 from pa_ops.generator.build import BuildBusy, Listener, Outcome, Request, build, plans, shards_of
 from pa_ops.generator.layout import Layout
 from pa_ops.generator.plan import Plan
+from pa_ops.generator.toolchain import Toolchain
 from pa_ops.manifest import Manifest
+from pa_ops.spec import Family
 
 pytestmark = pytest.mark.compile
 TARGET = "sm_80"
 FEW = "*_fp16_*"  # 8 instances of the smoke preset: 6 of attention, append, merge
+QUICK = "*append*"  # 2 instances that no worker needs the DSL for
 RUN = """
 import sys
 from pathlib import Path
@@ -64,7 +68,7 @@ def check_whole(layout: Layout) -> list[str]:
     for entry in manifest.entries:
         assert module[entry.symbol] is not None
         assert layout.object(entry.name).stat().st_size == entry.object_bytes
-        assert json.loads(layout.facts(entry.name).read_text())["digest"] == entry.digest
+        assert json.loads(layout.facts(entry.name).read_text())["row"]["digest"] == entry.digest
     assert not list(layout.root.rglob("*.part"))
     return [entry.name for entry in manifest.entries]
 
@@ -84,16 +88,20 @@ def test_G1_second_build_rebuilds_nothing_and_an_edit_rebuilds_what_it_touches(t
     assert stamps(home) == before
 
     append = [name for name in everything if "_append_" in name]
-    with (toy / "append.py.j2").open("a") as template:
-        template.write("LATER = True\n")
+    with (toy / "append.cu.j2").open("a") as template:
+        template.write("// later\n")
     assert stale(home, toy) == append
     assert list(run(home, toy).compiled) == append
     after = stamps(home)
-    untouched = [path for path in before if path.suffix == ".o" and "_append_" not in path.name]
+    untouched = [path for path in before if path.suffix == ".cubin" and "_append_" not in path.name]
     assert len(untouched) == 7 and all(after[path] == before[path] for path in untouched)
 
+    edit(toy / "device" / "scale.cuh", "THREADS = 128", "THREADS = 64")
+    assert stale(home, toy) == append
     edit(toy / "device" / "scale.py", "THREADS = 128", "THREADS = 64")
     assert stale(home, toy) == everything
+    edit(toy / "device" / "scale.cuh", "THREADS = 64", "THREADS = 128")
+    assert stale(home, toy) == [name for name in everything if name not in append]
 
 
 def test_G1_filtered_builds_merge_and_stale_rows_leave(tmp_path: Path, toy: Path) -> None:
@@ -101,24 +109,27 @@ def test_G1_filtered_builds_merge_and_stale_rows_leave(tmp_path: Path, toy: Path
     run(home, toy, "*append*fp16*")
     run(home, toy, "*append*bf16*")
     assert len(check_whole(Layout(home / TARGET))) == 2
-    edit(toy / "flash_sm80.py.j2", "+ 1)", "+ 2)")  # append includes it
+    edit(toy / "append.cu.j2", "FACTOR = ", "FACTOR = 1 + ")
     outcome = run(home, toy, "*append*bf16*")
     assert [name for name in outcome.dropped if "_fp16_" in name] and len(outcome.compiled) == 1
     layout = Layout(home / TARGET)
     (left,) = check_whole(layout)
-    assert "_bf16_" in left and [path.stem for path in layout.objects.glob("*.o")] == [left]
+    assert "_bf16_" in left and [path.stem for path in layout.objects.glob("*.cubin")] == [left]
 
 
-def test_G1_a_damaged_product_is_made_again(tmp_path: Path, toy: Path) -> None:
+def test_G1_a_damaged_product_is_made_again_and_strays_leave(tmp_path: Path, toy: Path) -> None:
     home = tmp_path / "home"
-    run(home, toy, "*append*")
+    run(home, toy, QUICK)
     layout = Layout(home / TARGET)
     layout.library.write_bytes(b"damaged")
-    outcome = run(home, toy, "*append*")
+    outcome = run(home, toy, QUICK)
     assert outcome.compiled == () and len(check_whole(layout)) == 2
     name = outcome.fresh[0]
-    layout.object(name).write_bytes(b"damaged")
-    assert run(home, toy, "*append*").compiled == (name,)
+    strays = [layout.objects / f"{name}.o", layout.sources / f"{name}.py"]
+    for path in (layout.object(name), *strays):
+        path.write_bytes(b"damaged")
+    assert run(home, toy, QUICK).compiled == (name,)
+    assert not [path for path in strays if path.exists()]
     check_whole(layout)
 
 
@@ -142,7 +153,7 @@ def wait_until(reached, seconds: float, what: str) -> None:  # type: ignore[no-u
 
 def test_G1_killed_build_leaves_no_writer_and_the_next_one_completes(tmp_path: Path, toy: Path) -> None:
     home = tmp_path / "home"
-    edit(toy / "flash_sm80.py.j2", '    """Compile for', '    __import__("time").sleep(0.5)\n    """Compile for')
+    edit(toy / "flash_sm80.py.j2", "    return compile", '    __import__("time").sleep(0.2)\n    return compile')
     child = start(home, toy)
     objects = Layout(home / TARGET).objects
     wait_until(lambda: len(list(objects.glob("*.json"))) >= 2, 60, "two instances compiled")
@@ -181,7 +192,7 @@ def test_G1_a_build_that_waits_too_long_says_for_whom(tmp_path: Path, toy: Path)
     assert heard == ["process 7 on elsewhere"]
 
 
-BROKEN = """def compile_instance(arch):
+BROKEN = """def cubin(arch):
     # % if spec.layout == "gather" and spec.mask == "window"
     {statement}
     # % endif
@@ -189,7 +200,7 @@ BROKEN = """def compile_instance(arch):
 
 
 def break_windows(toy: Path, statement: str) -> None:
-    edit(toy / "flash_sm80.py.j2", "def compile_instance(arch):\n", BROKEN.format(statement=statement))
+    edit(toy / "flash_sm80.py.j2", "def cubin(arch):\n", BROKEN.format(statement=statement))
 
 
 def test_G1_compile_error_names_the_instance_and_the_rest_compiles(tmp_path: Path, toy: Path) -> None:
@@ -210,6 +221,23 @@ def test_G1_compile_error_names_the_instance_and_the_rest_compiles(tmp_path: Pat
     assert len(check_whole(layout)) == 8 and not layout.failure(error.instance).exists()
 
 
+def test_G1_an_error_of_nvrtc_names_the_instance_and_carries_its_log(tmp_path: Path, toy: Path) -> None:
+    edit(toy / "device" / "scale.cuh", "*= FACTOR", "*= NOBODY")
+    with pytest.raises(BuildError, match=r"^pa_append_kv_append_bf16_\w+: the build failed") as caught:
+        run(tmp_path / "home", toy, QUICK)
+    error = caught.value
+    assert "NVRTC status 6 for sm_80" in error.output and f"--only {error.instance}" in error.command
+    assert 'scale.cuh(10): error: identifier "NOBODY" is undefined' in error.output
+    assert "and pa_append_kv_append_fp16_" in error.output
+
+
+def test_G5_nvrtc_says_why_it_refuses_a_target(tmp_path: Path) -> None:
+    source = tmp_path / "empty.cu"
+    source.write_text("")
+    with pytest.raises(nvrtc.NvrtcError, match=r"for sm_20\n.*gpu-architecture"):
+        nvrtc.compile_cubin(Toolchain().nvrtc, source, "sm_20", tmp_path)
+
+
 def test_G1_crash_of_the_compiler_costs_its_instance_only(tmp_path: Path, toy: Path) -> None:
     break_windows(toy, '__import__("os").abort()')
     with pytest.raises(BuildError, match=r"^pa_attn_\w+_gather_window_\w+: the build failed") as caught:
@@ -221,19 +249,39 @@ def test_G1_crash_of_the_compiler_costs_its_instance_only(tmp_path: Path, toy: P
 def test_G1_templates_edited_during_a_build_are_not_mixed(tmp_path: Path, toy: Path) -> None:
     class Editor(Listener):
         def planned(self, plan: Plan) -> None:
-            edit(toy / "device" / "scale.py", "THREADS = 128", "THREADS = 64")
+            edit(toy / "device" / "scale.cuh", "THREADS = 128", "THREADS = 64")
 
     home = tmp_path / "home"
     with pytest.raises(BuildError, match="templates changed"):
-        build(request(home, toy, "*append*"), Editor())
+        build(request(home, toy, QUICK), Editor())
     assert not Layout(home / TARGET).manifest.exists()
-    assert len(run(home, toy, "*append*").compiled) == 2
+    assert len(run(home, toy, QUICK).compiled) == 2
 
 
 def test_G6_an_image_for_another_target_is_refused(tmp_path: Path, toy: Path) -> None:
-    edit(toy / "flash_sm80.py.j2", "--gpu-arch {arch}", "--gpu-arch sm_89")
+    edit(toy / "device" / "compiling.py", "--gpu-arch {arch}", "--gpu-arch sm_89")
     with pytest.raises(BuildError, match="made code for sm_89, not for sm_80"):
-        run(tmp_path / "home", toy, "*append*fp16*")
+        run(tmp_path / "home", toy, "*merge*fp16*")
+
+
+ANOTHER_RECORD = {  # edits after which a kernel takes other arguments than its family's record says, and how many bytes
+    Family.APPEND: (
+        "append.cu.j2",
+        "// % endfor\n",
+        "// % endfor\n    long long more;\n",
+        RECORDS[Family.APPEND].size + 8,
+    ),
+    Family.MERGE: ("flash_sm80.py.j2", "{{ spec.family }}", "flash_sm80", RECORDS[Family.FLASH_SM80].size),
+}
+
+
+@pytest.mark.parametrize("family", ANOTHER_RECORD)
+def test_G6_an_image_with_other_arguments_than_its_record_is_refused(family: Family, tmp_path: Path, toy: Path) -> None:
+    file, old, new, takes = ANOTHER_RECORD[family]
+    edit(toy / file, old, new)
+    with pytest.raises(BuildError, match=f"takes {takes} B, its record has {RECORDS[family].size} B") as caught:
+        run(tmp_path / "home", toy, f"*_{family}_fp16_*")
+    assert caught.value.instance.startswith("pa_")
 
 
 def test_G1_an_undefined_name_in_a_template_is_an_error(tmp_path: Path, toy: Path) -> None:

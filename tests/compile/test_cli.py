@@ -41,7 +41,7 @@ def test_list_filters_and_tells_axes_as_json(capsys: Capture) -> None:
     ("command", "words"),
     [
         (["build", "--filter", "*nothing*"], "filter: must match one of 52 instances"),
-        (["build", "--arch", "sm_75"], "arch: must be one of sm_80"),
+        (["build", "--arch", "sm_52"], "arch: must be one of sm_53"),
         (["build", "--preset", "huge"], "preset: must be one of smoke, serving, full"),
         (["build", "--jobs", "-1"], "jobs: must be an integer >= 0"),
         (["explain", "paged_attention"], "head_dim: explain needs it"),
@@ -103,6 +103,14 @@ def test_G4_report_forms_tell_the_same(coverage: Coverage) -> None:
     assert f"| `{tested[0]['name']}` | sm_90a | tested | 255 | 24 |" in text
     assert "0 undeclared holes, 0 unreachable kernels" in text
     assert "quantised caches are served by the reference only" in text
+    assert "begin at SM 8.0" in text
+
+
+def test_the_heat_map_of_every_declared_target_fits_the_demo_s_130_columns(coverage: Coverage) -> None:
+    head, rows = report.heat_map(coverage)
+    assert head[4:] == matrix.DECLARED_TARGETS
+    widths = [max(len(str(row[i])) for row in (head, *rows)) for i in range(len(head))]
+    assert sum(widths) + 3 * len(widths) + 1 <= 130
 
 
 def test_report_writes_the_files_that_were_asked_for(tmp_path: Path, capsys: Capture) -> None:

@@ -8,17 +8,19 @@ from pathlib import Path
 
 import pytest
 
-from pa_ops.capability import MODELS, Capability
+from pa_ops.arguments import RECORDS
+from pa_ops.capability import MODELS, Capability, parse_target
 from pa_ops.errors import BuildError, InvalidArgument
 from pa_ops.generator import matrix, ninja, targets
 from pa_ops.generator.cubin import read_facts
 from pa_ops.generator.digest import Digester
+from pa_ops.generator.language import OLDEST_CUTE_SM, Language, language_of
 from pa_ops.generator.matrix import FLASH_SM80_TILES, RULES, declared, refusals
-from pa_ops.generator.render import Renderer
+from pa_ops.generator.render import CUDA_TYPES, Renderer
 from pa_ops.manifest import Entry
 from pa_ops.problem import Problem
 from pa_ops.selection import select_entry
-from pa_ops.spec import DType, InstanceSpec, KernelOp, Layout, Mask
+from pa_ops.spec import DType, Family, InstanceSpec, KernelOp, Layout, Mask
 
 TOY = Path(__file__).parent / "toy"
 
@@ -45,8 +47,22 @@ def test_G4_every_candidate_is_declared_or_refused_with_a_reason() -> None:
         built = set(declared("full", (target,)))
         assert refused.isdisjoint(built)
         assert refused | built == set(matrix.candidates("full"))
-    assert {refusal.rule for refusal in refusals()} == {"kv-dtype"}
+    assert {refusal.rule for refusal in refusals()} == {"kv-dtype", "before-sm80"}
+    assert {refusal.rule for refusal in refusals("full", ("sm_80", "sm_90a"))} == {"kv-dtype"}
+    assert all(refusal.reason for refusal in refusals())
     assert all(rule.reason for rule in RULES)
+
+
+def test_G5_targets_before_sm_80_get_append_and_the_reason_for_each_refusal() -> None:
+    older = [target for target in targets.DECLARED_TARGETS if parse_target(target) < OLDEST_CUTE_SM]
+    assert older == ["sm_53", "sm_60", "sm_70", "sm_75"]
+    for target in older:
+        specs = declared("full", (target,))
+        assert [spec.family for spec in specs] == [Family.APPEND] * 2
+        reasons = {refusal.spec: refusal.rule for refusal in refusals("full", (target,))}
+        assert set(reasons) == {*matrix.candidates("full")} - {*specs}
+        same = {rule for spec, rule in reasons.items() if spec.kv_dtype is spec.dtype}
+        assert same == {"before-sm80"}
 
 
 def test_G4_rules_refuse_what_they_name() -> None:
@@ -54,7 +70,8 @@ def test_G4_rules_refuse_what_they_name() -> None:
     big = replace(spec, tile=replace(spec.tile, n=512), head_dim=256, head_dim_v=256)
     found = matrix.refusal(big, "sm_80")
     assert found is not None and found.rule == "shared-memory"
-    assert matrix.refusal(spec, "sm_75") is not None
+    older = matrix.refusal(spec, "sm_75")
+    assert older is not None and older.rule == "before-sm80"
     quantised = matrix.refusal(replace(spec, kv_dtype=DType.INT8), "sm_80")
     assert quantised is not None and quantised.rule == "kv-dtype"
 
@@ -70,72 +87,126 @@ def test_declared_targets_serve_every_sm_from_80_on(sm: int, dtype: str, head_di
     assert entry.target == targets.target_of_sm(sm)
 
 
+@pytest.mark.parametrize("sm", [53, 60, 61, 62, 70, 72, 75, 80, 86, 89, 90, 103, 120, 121])
+@pytest.mark.parametrize("dtype", ["fp16", "bf16"])
+def test_declared_targets_append_on_every_sm_from_53_on(sm: int, dtype: str) -> None:
+    entries = [Entry.declared(spec, t) for t in targets.DECLARED_TARGETS for spec in declared("full", (t,))]
+    entry = select_entry(entries, Problem(op="append_kv", dtype=dtype, head_dim=128), Capability.of_sm(sm)).entry
+    assert entry.spec.family is Family.APPEND and entry.target == targets.target_of_sm(sm)
+
+
 @pytest.mark.parametrize(
     ("word", "target"),
-    [("sm_90", "sm_90a"), ("sm_90a", "sm_90a"), ("sm_80", "sm_80"), ("sm_103", "sm_100f"), ("sm_121", "sm_120f")],
+    [
+        ("sm_53", "sm_53"),
+        ("sm_75", "sm_75"),
+        ("sm_90", "sm_90a"),
+        ("sm_90a", "sm_90a"),
+        ("sm_80", "sm_80"),
+        ("sm_103", "sm_100f"),
+        ("sm_121", "sm_120f"),
+    ],
 )
 def test_architecture_words(word: str, target: str) -> None:
     assert targets.resolve(word) == target
 
 
-@pytest.mark.parametrize("word", ["sm_75", "90", "sm_90b", ""])
+@pytest.mark.parametrize("word", ["sm_52", "90", "sm_90b", ""])
 def test_unknown_architecture_words_name_the_known_ones(word: str) -> None:
-    with pytest.raises(InvalidArgument, match=r"arch: must be one of sm_80, .*sm_90a"):
+    with pytest.raises(InvalidArgument, match=r"arch: must be one of sm_53, .*sm_90a.* \(kernels begin at SM 5.3\)"):
         targets.resolve(word)
 
 
-def test_no_sm_before_80_has_a_target() -> None:
-    assert [sm for sm in MODELS if targets.target_of_sm(sm) is None] == [sm for sm in MODELS if sm < 80] + [110]
+def test_every_sm_from_53_on_but_110_has_a_target() -> None:
+    assert [sm for sm in MODELS if targets.target_of_sm(sm) is None] == [50, 52, 110]
 
 
 def test_targets_resolve_once_and_in_order() -> None:
-    assert targets.resolve_all(["sm_120", "sm_90", "sm_80", "sm_90a"]) == ("sm_80", "sm_90a", "sm_120f")
+    assert targets.resolve_all(["sm_120", "sm_90", "sm_80", "sm_53", "sm_90a"]) == (
+        "sm_53",
+        "sm_80",
+        "sm_90a",
+        "sm_120f",
+    )
+
+
+TOOLS = {Language.CUTE: {"dsl": "4.8.1"}, Language.CUDA: {"nvrtc": "12.9"}}
 
 
 def digester(**changes: object) -> Digester:
     fields: dict[str, object] = {
         "renderer": Renderer(TOY),
         "compile_sources": (Path(__file__),),
-        "toolchain": {"dsl": "4.8.1"},
-        "flags": ("-a",),
+        "toolchain": TOOLS,
     }
     return Digester(**{**fields, **changes})  # type: ignore[arg-type]
 
 
 def test_digest_changes_with_every_input_and_with_nothing_else() -> None:
-    spec, other = declared("smoke")[:2]
+    spec, other = (spec for spec in declared("smoke") if spec.op is KernelOp.MERGE_STATES)
     base = digester().digest(spec, "sm_80", "source")
     assert base == digester().digest(spec, "sm_80", "source")
     changed = [
         digester().digest(other, "sm_80", "source"),
         digester().digest(spec, "sm_90a", "source"),
         digester().digest(spec, "sm_80", "another source"),
-        digester(toolchain={"dsl": "4.8.2"}).digest(spec, "sm_80", "source"),
-        digester(flags=("-b",)).digest(spec, "sm_80", "source"),
+        digester(toolchain={**TOOLS, Language.CUTE: {"dsl": "4.8.2"}}).digest(spec, "sm_80", "source"),
         digester(compile_sources=(TOY / "device" / "scale.py",)).digest(spec, "sm_80", "source"),
     ]
-    assert len({base, *changed}) == 7
+    assert len({base, *changed}) == 6
+
+
+@pytest.mark.parametrize(
+    ("language", "tool", "file"),
+    [(Language.CUTE, "dsl", "scale.py"), (Language.CUDA, "nvrtc", "scale.cuh")],
+)
+def test_a_digest_covers_the_tools_and_device_files_of_its_own_language(
+    toy: Path, language: Language, tool: str, file: str
+) -> None:
+    def digests(**changes: object) -> dict[Language, set[str]]:
+        found: dict[Language, set[str]] = {each: set() for each in Language}
+        for spec in declared("smoke"):
+            found[language_of(spec)].add(digester(renderer=Renderer(toy), **changes).digest(spec, "sm_80", ""))
+        return found
+
+    (other,) = set(Language) - {language}
+    before, tools = digests(), digests(toolchain={**TOOLS, language: {tool: "another"}})
+    with (toy / "device" / file).open("a") as device:
+        device.write("\n")
+    for after in (tools, digests()):
+        assert after[language].isdisjoint(before[language]) and after[other] == before[other]
 
 
 def test_rendering_binds_the_spec_and_hides_its_statements() -> None:
     for spec in declared("smoke"):
         source = Renderer(TOY).render(spec)
-        assert f'NAME = "{spec.name}"' in source and "# %" not in source
+        assert language_of(spec).statement not in source and "{{" not in source
+        if language_of(spec) is Language.CUDA:
+            assert f" {spec.name}(const Arguments args)" in source
+            continue
+        assert f'NAME = "{spec.name}"' in source
         assert ("BFloat16" in source) == (spec.dtype is DType.BF16)
         compile(source, spec.name, "exec")
 
 
+def test_cuda_sources_declare_the_fields_of_their_record_in_order() -> None:
+    spec = declared("smoke", ("sm_53",))[0]
+    members = [f"    {CUDA_TYPES[letter]} {name};\n" for name, letter in RECORDS[spec.family].fields]
+    assert "struct Arguments {\n" + "".join(members) + "};" in Renderer().render(spec)
+
+
 def test_a_missing_template_names_instance_and_file(tmp_path: Path) -> None:
     spec = declared("smoke")[0]
-    with pytest.raises(BuildError, match=r"append\.py\.j2") as caught:
+    with pytest.raises(BuildError, match=r"append\.cu\.j2") as caught:
         Renderer(tmp_path).template_text(spec)
     assert caught.value.instance == spec.name
 
 
 def test_ninja_text_escapes_what_ninja_would_read() -> None:
-    edge = ninja.Edge("link", "a $b", "c", (Path("/x y"),), (Path("/p:q"),), (Path("/r"),), (Path("/s t"), "u"))
+    edge = ninja.Edge("compile", "a $b", "c", (Path("/x y"),), (Path("/p:q"), Path("/r$")))
     text = ninja.text_of([edge], Path("/log dir"))
-    assert "command = a $$b\n" in text and "build /x$ y: link /p$:q | /r\n" in text and "rspfile = /s$ t\n" in text
+    assert "command = a $$b\n" in text and "build /x$ y: compile /p$:q /r$$\n" in text
+    assert "builddir = /log$ dir\n" in text
 
 
 def test_the_dsl_sees_no_stray_settings() -> None:
@@ -149,23 +220,29 @@ def test_an_object_without_device_code_is_an_error(data: bytes) -> None:
         read_facts(data)
 
 
-def image(flags: int, abi: int, info: bytes) -> bytes:
-    """A cubin of two sections: names, and `info` as .nv.info."""
-    names = b"\0.shstrtab\0.nv.info\0"
-    table = 64 + len(names) + len(info)
+def image(flags: int, abi: int, sections: dict[str, bytes]) -> bytes:
+    """A cubin of `sections` after the one of names."""
+    names = b"\0" + b"".join(name.encode() + b"\0" for name in (".shstrtab", *sections))
+    bodies = [names, *sections.values()]
+    table = 64 + sum(map(len, bodies))
     head = b"\x7fELF\x02\x01\x01\x41" + bytes([abi]) + bytes(7)
-    head += struct.pack("<HHIQQQIHHHHHH", 2, 190, 1, 0, 0, table, flags, 64, 0, 0, 64, 2, 0)
-    first = struct.pack("<IIQQQQIIQQ", 1, 3, 0, 0, 64, len(names), 0, 0, 1, 0)
-    second = struct.pack("<IIQQQQIIQQ", 11, 0x70000000, 0, 0, 64 + len(names), len(info), 0, 0, 4, 0)
-    return head + names + info + first + second
+    head += struct.pack("<HHIQQQIHHHHHH", 2, 190, 1, 0, 0, table, flags, 64, 0, 0, 64, len(bodies), 0)
+    rows, at = b"", 64
+    for name, body in zip((".shstrtab", *sections), bodies, strict=True):
+        kind = 0x70000000 if body is not names else 3
+        start = names.index(name.encode() + b"\0")
+        rows += struct.pack("<IIQQQQIIQQ", start, kind, 0, 0, at, len(body), 0, 0, 4, 0)
+        at += len(body)
+    return head + b"".join(bodies) + rows
 
 
-INFO = (
+COMMON = (
     struct.pack("<BBH", 3, 0x37, 130)  # a value in place of a size: nothing follows it
     + struct.pack("<BBHII", 4, 0x2F, 8, 1, 168)
     + struct.pack("<BBHII", 4, 0x2F, 8, 2, 96)
     + struct.pack("<BBHII", 4, 0x11, 8, 1, 24)
 )
+OWN = struct.pack("<BBH", 3, 0x19, 160)
 
 
 @pytest.mark.parametrize(
@@ -179,8 +256,21 @@ INFO = (
         (0x6005004, 8, "sm_80"),
     ],
 )
-def test_facts_of_an_image_inside_an_object(flags: int, abi: int, target: str) -> None:
-    cubin = image(flags, abi, INFO)
+def test_facts_of_an_image_inside_a_library(flags: int, abi: int, target: str) -> None:
+    cubin = image(flags, abi, {".nv.info": COMMON, ".nv.info.kernel": OWN})
     (facts,) = read_facts(b"\x7fELF" + bytes(60) + cubin + b"after")
     assert (facts.target, facts.registers, facts.frame_bytes) == (target, 168, 24)
-    assert facts.image_bytes == len(cubin)
+    assert (facts.entry, facts.argument_bytes, facts.image_bytes) == ("kernel", 160, len(cubin))
+
+
+@pytest.mark.parametrize(
+    "sections",
+    [
+        {".nv.info": COMMON},
+        {".nv.info": COMMON, ".nv.info.one": OWN, ".nv.info.two": OWN},
+        {".nv.info": b"", ".nv.info.one": OWN},
+    ],
+)
+def test_an_image_of_other_than_one_kernel_is_an_error(sections: dict[str, bytes]) -> None:
+    with pytest.raises(ValueError, match="must hold one kernel and its register count"):
+        read_facts(image(0x500550, 7, sections))

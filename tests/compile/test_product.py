@@ -3,23 +3,30 @@
 from __future__ import annotations
 
 import subprocess
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 import tvm_ffi
 
+from pa_ops.arguments import RECORDS
+from pa_ops.capability import parse_target
 from pa_ops.generator import matrix
 from pa_ops.generator.build import Request, build
-from pa_ops.generator.cubin import read_facts
+from pa_ops.generator.cubin import is_code_for, read_facts
+from pa_ops.generator.language import OLDEST_CUTE_SM, Language, language_of
 from pa_ops.generator.layout import Layout
 from pa_ops.generator.link import SYMBOL_PREFIX
 from pa_ops.generator.plan import Planner
 from pa_ops.generator.toolchain import Toolchain
 from pa_ops.manifest import Entry, Manifest
-from pa_ops.spec import InstanceSpec, KernelOp
+from pa_ops.spec import Family, InstanceSpec
 
 pytestmark = pytest.mark.compile
 REGISTERS = 255  # what an instruction can name; more means the parser read something else
+BLOCK_REGISTERS = 32768  # of one block on SM 5.3 and 6.2, which have the fewest
+Everywhere = dict[tuple[Family, str], tuple[Entry, ...]]  # rows by family and target
+BINDS = {Language.CUTE: 'NAME = "{name}"\n', Language.CUDA: " {name}(const Arguments args)\n"}
 
 
 def rows(product: Layout) -> tuple[Entry, ...]:
@@ -46,21 +53,24 @@ def test_G3_sources_are_named_after_their_instance_and_rendered_alike_every_time
     planner = Planner(Toolchain())
     for entry in rows(product):
         item = planner.item(entry.spec, "sm_90a")
-        assert product.source(entry.name).read_text() == item.source
-        assert f'NAME = "{entry.name}"\n' in item.source
-        assert "{{" not in item.source and "# %" not in item.source
+        assert product.source(entry.spec).read_text() == item.source
+        assert BINDS[language_of(entry.spec)].format(name=entry.name) in item.source
+        assert "{{" not in item.source and language_of(entry.spec).statement not in item.source
         assert entry.digest == item.digest != planner.item(entry.spec, "sm_80").digest
     assert len({entry.digest for entry in rows(product)}) == len(rows(product))
 
 
 def test_G2_facts_are_those_of_the_image_that_ships(product: Layout) -> None:
-    library = {facts.image_bytes for facts in read_facts(product.library.read_bytes())}
+    library = product.library.read_bytes()
     for entry in rows(product):
-        (facts,) = read_facts(product.object(entry.name).read_bytes())
-        assert entry.code_targets == (facts.target,) == ("sm_90a",)
+        cubin = product.object(entry.name).read_bytes()
+        (facts,) = read_facts(cubin)
+        assert entry.code_targets == ("sm_90a",) and is_code_for(facts.target, "sm_90a")
         assert 16 <= entry.registers == facts.registers <= REGISTERS
         assert entry.smem_bytes == entry.spec.smem_bytes + facts.static_smem_bytes
-        assert facts.image_bytes in library
+        assert facts.argument_bytes == RECORDS[entry.spec.family].size
+        assert facts.image_bytes == len(cubin) and library.count(cubin) == 1
+    assert len(read_facts(library)) == len(rows(product))
 
 
 def test_product_needs_tvm_ffi_and_the_c_library_only_and_tells_no_paths(product: Layout) -> None:
@@ -79,15 +89,41 @@ def test_product_needs_tvm_ffi_and_the_c_library_only_and_tells_no_paths(product
     assert str(product.root).encode() not in product.library.read_bytes()
 
 
-def test_attention_keeps_its_registers(product: Layout) -> None:
-    attention = [entry for entry in rows(product) if entry.spec.op is KernelOp.ATTN]
-    assert attention
-    assert [entry.name for entry in attention if entry.spill_bytes] == []
+def test_no_kernel_spills(product: Layout) -> None:
+    assert [(entry.name, entry.spill_bytes) for entry in rows(product) if entry.spill_bytes] == []
 
 
-@pytest.mark.parametrize("target", [*matrix.DECLARED_TARGETS, "sm_100a", "sm_120a"])
-def test_G5_attention_compiles_for_every_target_without_a_gpu(target: str, tmp_path: Path) -> None:
-    (outcome,) = build(Request(tmp_path, "smoke", (target,), "*flash*_fp16_*_d64*_gather_causal_*"))
-    (entry,) = Manifest.load(outcome.manifest).entries
+PATTERNS = {Family.FLASH_SM80: "*flash*_fp16_*_d64*_gather_causal_*", Family.APPEND: "*append*"}
+CUTE_TARGETS = [target for target in matrix.DECLARED_TARGETS if parse_target(target) >= OLDEST_CUTE_SM]
+TARGETS = {Family.FLASH_SM80: (*CUTE_TARGETS, "sm_100a", "sm_120a"), Family.APPEND: matrix.DECLARED_TARGETS}
+
+
+@pytest.fixture(scope="module")
+def everywhere(tmp_path_factory: pytest.TempPathFactory) -> Everywhere:
+    """Both families for their targets; two builds at a time, because most of one is a single process."""
+    home = tmp_path_factory.mktemp("everywhere")
+
+    def entries(key: tuple[Family, str]) -> tuple[Entry, ...]:
+        family, target = key
+        (outcome,) = build(Request(home / family, "smoke", (target,), PATTERNS[family]))
+        return Manifest.load(outcome.manifest).entries
+
+    keys = [(family, target) for family, targets in TARGETS.items() for target in targets]
+    with ThreadPoolExecutor(2) as pool:
+        return dict(zip(keys, pool.map(entries, keys), strict=True))
+
+
+@pytest.mark.parametrize("target", TARGETS[Family.FLASH_SM80])
+def test_G5_attention_compiles_for_every_target_without_a_gpu(target: str, everywhere: Everywhere) -> None:
+    (entry,) = everywhere[Family.FLASH_SM80, target]
     assert entry.code_targets == (target,)
     assert entry.registers <= REGISTERS
+
+
+@pytest.mark.parametrize("target", TARGETS[Family.APPEND])
+def test_G5_append_compiles_for_every_declared_target_and_never_spills(target: str, everywhere: Everywhere) -> None:
+    entries = everywhere[Family.APPEND, target]
+    assert [entry.spec.family for entry in entries] == [Family.APPEND] * 2
+    assert {entry.code_targets for entry in entries} == {(target,)}
+    assert [entry.spill_bytes for entry in entries] == [0, 0]
+    assert all(entry.registers * entry.spec.threads <= BLOCK_REGISTERS for entry in entries)

@@ -1,4 +1,4 @@
-"""Turns a vector into its multiple: the smallest kernel with everything that a real one has."""
+"""Turns the first elements of `out` into their multiples: the smallest kernel with everything that a real one has."""
 
 import cutlass
 import cutlass.cute as cute
@@ -7,20 +7,21 @@ THREADS = 128
 
 
 class Scale:
-    """y = factor * x over a vector whose length is known at run time."""
+    """out[i] *= factor for i < tokens, of any argument record that holds both."""
 
-    def __init__(self, factor):
-        self.factor = factor
+    def __init__(self, dtype, factor):
+        self.dtype, self.factor = dtype, factor
+
+    @cute.jit
+    def __call__(self, args):
+        self.kernel(args).launch(grid=[1, 1, 1], block=[THREADS, 1, 1])
 
     @cute.kernel
-    def kernel(self, x: cute.Tensor, y: cute.Tensor, length: cutlass.Int32):
+    def kernel(self, args):
         thread, _, _ = cute.arch.thread_idx()
         block, _, _ = cute.arch.block_idx()
         at = block * THREADS + thread
-        if at < length:
-            y[at] = (x[at].to(cutlass.Float32) * self.factor).to(y.element_type)
-
-    @cute.jit
-    def __call__(self, x: cute.Tensor, y: cute.Tensor, length: cutlass.Int32, stream):
-        blocks = (length + THREADS - 1) // THREADS
-        self.kernel(x, y, length).launch(grid=[blocks, 1, 1], block=[THREADS, 1, 1], stream=stream)
+        if at < args.tokens:
+            pointer = cute.make_ptr(self.dtype, args.out, cute.AddressSpace.gmem, assumed_align=2)
+            out = cute.make_tensor(pointer, cute.make_layout(args.tokens))
+            out[at] = (out[at].to(cutlass.Float32) * self.factor).to(self.dtype)
