@@ -1,8 +1,8 @@
 // Turns the new tokens of a batch into cache rows: splits packed QKV, rotates queries and keys, stores keys and values.
 //
-// One block a token, grid-stride, so that the grid follows from the number of tokens alone. A token finds its sequence
-// by a search of cu_seqlens_q, its position from past_lens, its slot in slot_mapping or through the block table.
-// Addresses and strides are bytes and 64 bits wide. Arithmetic is fp32, rounded once.
+// One block a token, grid-stride, so that the grid follows from the number of tokens alone; few tokens are cut into
+// slices of a block each. A token finds its sequence by a search of cu_seqlens_q, its position from past_lens, its
+// slot in slot_mapping or through the block table. Addresses and strides are bytes and 64 bits wide. Arithmetic is fp32, rounded once.
 #pragma once
 
 #include "half.cuh"
@@ -160,7 +160,8 @@ template <int N> __device__ inline void store_token(const Arguments &args, int t
     const int values = args.head_dim_v / N;
     const int rotations = heads * pairs, passed = rotations + heads * copies;
     const int row = args.rotary_dim > 0 ? rotary_row(args, place.position) : 0;
-    for (int i = threadIdx.x; i < passed + kv_heads * values; i += blockDim.x) {
+    const int first = blockIdx.y * blockDim.x + threadIdx.x, step = gridDim.y * blockDim.x;
+    for (int i = first; i < passed + kv_heads * values; i += step) {
         if (i >= passed) {
             const int head = (i - passed) / values, at = (i - passed) % values * N * 2;
             store<N>(value_row + head * args.v_head_stride + at,
