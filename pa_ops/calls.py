@@ -81,14 +81,16 @@ NUMBERS: dict[str, tuple[str, ...]] = {
 }
 """Operator -> the options that are no tensors, bounds left out: they enter a kind by their power of two."""
 
-SIZED: dict[str, tuple[int, ...]] = {
+SIZED: dict[str, tuple[int, int]] = {
     "paged_attention": (0, 3),
     "varlen_attention": (0, 3),
     "paged_attention_": (0, 5),
-    "append_kv": (4,),
-    "merge_states": (0,),
+    "append_kv": (4, 4),
+    "merge_states": (0, 0),
 }
 """Operator -> the places of the tensors whose sizes, tokens and sequences, may rank kernels."""
+
+_KINDS = {op: (NUMBERS[base_of(op)], *SIZED[base_of(op)]) for op in SCHEMAS}
 
 Key = tuple[object, ...]
 
@@ -110,11 +112,17 @@ _plans: dict[Key, list[Plan]] = {}
 
 def kind_of(op: str, tensors: tuple[Tensor, ...], options: dict[str, Any], now: Settings) -> Key:
     """The kind of a call: positional `tensors` and keyword `options` as the dispatcher hands them over."""
-    base = base_of(op)
-    sizes = (tensors[place].numel().bit_length() for place in SIZED[base])
-    bounds = (_size_class(options.get(name)) for name in ("max_seqlen_q", "max_seqlen_k"))
-    numbers = map(options.get, NUMBERS[base])
-    return (op, *sizes, *bounds, *numbers, *token(options.get("backend", AUTO), now))
+    get = options.get
+    numbers, tokens, sequences = _KINDS[op]
+    return (
+        op,
+        tensors[tokens].numel().bit_length(),
+        tensors[sequences].numel().bit_length(),
+        _size_class(get("max_seqlen_q")),
+        _size_class(get("max_seqlen_k")),
+        *map(get, numbers),
+        *token(now),
+    )
 
 
 def _size_class(bound: int | None) -> int | None:

@@ -99,10 +99,11 @@ def _run(op: str, tensors: tuple[Tensor, ...], options: Options, given: Given, *
     now = settings()
     kind = kind_of(op, tensors, options, now)
     plans = known(kind)
-    if not now.checked and not (torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in given)):
+    if not now.checked and not _wants_grad(given):
         try:
-            if any(_launched(plan, given) for plan in plans):
-                return
+            for plan in plans:
+                if _launched(plan, given):
+                    return
         except (BufferError, RuntimeError):
             validate(op, signature(op).bind(tensors, options))  # says more of a tensor that cannot be handed over
             raise
@@ -122,12 +123,20 @@ def _run(op: str, tensors: tuple[Tensor, ...], options: Options, given: Given, *
         raise AssertionError(f"{op}: a program does not fit the call that it was made for")
 
 
+def _wants_grad(given: Given) -> bool:
+    """Whether a backward would be expected; a plain loop, for it runs in every call."""
+    if torch.is_grad_enabled():
+        for tensor in given:
+            if tensor is not None and tensor.requires_grad:
+                return True
+    return False
+
+
 def _launched(plan: Plan, given: Given) -> bool:
     """Whether the plan's program fits and its kernels are on their way, or there are no rows to do."""
     done = 0 if plan.program is None else plan.run(plan.program.address, *given)
     if done == 1:
-        for decision in plan.decisions:
-            record(decision)
+        record(*plan.decisions)
     return bool(done)
 
 

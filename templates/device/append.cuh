@@ -111,9 +111,21 @@ template <int N> __device__ inline Run<float, N> factors(const Arguments &args, 
         return *reinterpret_cast<const Run<float, N> *>(address + first * 4ll);
     const Run<Half, N> narrow = load<N>(address + first * 2ll);
     Run<float, N> wide;
+#pragma unroll
     for (int i = 0; i < N; i++)
         wide.at[i] = to_float(narrow.at[i]);
     return wide;
+}
+
+// Real parts `a` and imaginary parts `b` become neighbours: the first N elements in `a`, the others in `b`.
+template <int N> __device__ inline void interleave(Run<Half, N> &a, Run<Half, N> &b)
+{
+    const Run<Half, N> real = a, imaginary = b;
+#pragma unroll
+    for (int i = 0; i < 2 * N; i++) {
+        const Half value = i % 2 ? imaginary.at[i / 2] : real.at[i / 2];
+        (i < N ? a.at[i % N] : b.at[i % N]) = value;
+    }
 }
 
 // Rotate N pairs of one head, from pair `first` on. Half-split pairs lie rotary_dim / 2 apart, interleaved ones adjoin.
@@ -124,22 +136,21 @@ __device__ inline void rotate(const Arguments &args, Address source, Address tar
     const long long right = args.interleaved ? left + N * 2ll : left + args.rotary_dim;
     const Run<Half, N> a = load<N>(source + left), b = load<N>(source + right);
     const Run<float, N> cos = factors<N>(args, args.cos, row, first), sin = factors<N>(args, args.sin, row, first);
-    Half in[2 * N], out[2 * N];
-    for (int i = 0; i < N; i++) {
-        in[i] = a.at[i];
-        in[N + i] = b.at[i];
-    }
-    for (int i = 0; i < N; i++) {
-        const int x = args.interleaved ? 2 * i : i, y = args.interleaved ? 2 * i + 1 : N + i;
-        const float real = to_float(in[x]), imaginary = to_float(in[y]);
-        out[x] = to_half(real * cos.at[i] - imaginary * sin.at[i]);
-        out[y] = to_half(imaginary * cos.at[i] + real * sin.at[i]);
-    }
     Run<Half, N> c, d;
+#pragma unroll
     for (int i = 0; i < N; i++) {
-        c.at[i] = out[i];
-        d.at[i] = out[N + i];
+        // Where pair i of an interleaved run lies: 2N elements, of which `a` holds the first N.
+        const int at = 2 * i % N;
+        const bool first_half = 2 * i < N;
+        const Half next = N == 1 ? b.at[0] : first_half ? a.at[(at + 1) % N] : b.at[(at + 1) % N];
+        const Half x = args.interleaved ? (first_half ? a.at[at] : b.at[at]) : a.at[i];
+        const Half y = args.interleaved ? next : b.at[i];
+        const float real = to_float(x), imaginary = to_float(y);
+        c.at[i] = to_half(real * cos.at[i] - imaginary * sin.at[i]);
+        d.at[i] = to_half(imaginary * cos.at[i] + real * sin.at[i]);
     }
+    if (args.interleaved)
+        interleave(c, d);
     store<N>(target + left, c);
     store<N>(target + right, d);
 }
