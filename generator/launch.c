@@ -1,5 +1,5 @@
-/* Turns (argument bytes, grid x, grid y, device, stream) into a kernel launch through the driver, which is opened at
- * the first call: a product needs no CUDA library to be loaded, and runs with any CUDA of its driver's generation.
+/* Turns a kernel, its argument record and a grid into a launch through the driver, which is opened at the first one:
+ * a product needs no CUDA library to be loaded, and runs with any CUDA of its driver's generation.
  *
  * An image is loaded once a process and prepared once a device. Nothing synchronises and nothing is copied. */
 #include "launch.h"
@@ -33,10 +33,10 @@ static handle contexts[DEVICES];
 static pthread_mutex_t lock = PTHREAD_MUTEX_INITIALIZER;
 static int opened;
 
-static int fail(const char *kind, const char *what, const char *entry, const char *why)
+int pa_fail(const char *kind, const char *what, const char *why)
 {
-    char text[512];
-    snprintf(text, sizeof text, "%s%s%s: %s", what, entry ? " " : "", entry ? entry : "", why);
+    char text[1024];
+    snprintf(text, sizeof text, "%s: %s", what, why);
     TVMFFIErrorSetRaisedFromCStr(kind, text);
     return -1;
 }
@@ -46,11 +46,12 @@ static int check(int code, const char *call, const char *entry)
     if (code == 0)
         return 0;
     const char *name = "unknown", *text = "";
-    char why[256];
+    char what[256], why[256];
     driver.cuGetErrorName(code, &name);
     driver.cuGetErrorString(code, &text);
+    snprintf(what, sizeof what, "%.*s of %s", (int)strcspn(call, "("), call, entry);
     snprintf(why, sizeof why, "CUDA error %d, %s: %s", code, name, text);
-    return fail("RuntimeError", call, entry, why);
+    return pa_fail("RuntimeError", what, why);
 }
 
 #define CHECK(CALL, ENTRY)                                                                                             \
@@ -66,11 +67,11 @@ static int open_driver(void)
         "cuLibraryLoadData", "cuLibraryGetKernel", "cuKernelSetAttribute",     "cuLaunchKernel"};
     void *library = dlopen("libcuda.so.1", RTLD_NOW);
     if (library == NULL)
-        return fail("RuntimeError", "no NVIDIA driver", NULL, dlerror());
+        return pa_fail("RuntimeError", "no NVIDIA driver", dlerror());
     for (size_t i = 0; i < sizeof names / sizeof *names; i++) {
         void *symbol = dlsym(library, names[i]);
         if (symbol == NULL)
-            return fail("RuntimeError", "the driver is too old (CUDA 12 is needed), it lacks", names[i], "not found");
+            return pa_fail("RuntimeError", "the driver is too old, CUDA 12 is needed; it lacks", names[i]);
         memcpy((char *)&driver + i * sizeof symbol, &symbol, sizeof symbol);
     }
     opened = 1;
@@ -97,45 +98,35 @@ static int prepare(struct pa_kernel *kernel, int device)
     return 0;
 }
 
-static int launch(struct pa_kernel *kernel, void *bytes, size_t size, unsigned x, unsigned y, handle stream)
+static int launch(struct pa_kernel *kernel, void *stream, const void *record, unsigned x, unsigned y)
 {
-    void *extra[] = {BUFFER, bytes, BUFFER_SIZE, &size, BUFFER_END};
-    if (x == 0 || y == 0)
-        return 0;
+    size_t size = kernel->arguments;
+    void *extra[] = {BUFFER, (void *)record, BUFFER_SIZE, &size, BUFFER_END};
     CHECK(cuLaunchKernel(kernel->handle, x, y, 1, kernel->threads, 1, 1, kernel->smem, stream, NULL, extra),
           kernel->entry);
     return 0;
 }
 
-int pa_launch(struct pa_kernel *kernel, const TVMFFIAny *args, int32_t count, TVMFFIAny *result)
+int pa_launch(struct pa_kernel *kernel, int device, void *stream, const void *record, unsigned x, unsigned y)
 {
-    result->type_index = kTVMFFINone;
-    int fits = count == 5 && args[0].type_index == kTVMFFIBytes;
-    for (int i = 1; fits && i < 5; i++)
-        fits = args[i].type_index == kTVMFFIInt;
-    if (!fits)
-        return fail("TypeError", kernel->entry, NULL, "takes (bytes, grid x, grid y, device, stream)");
-    /* A bytes object keeps its array behind its header. */
-    const TVMFFIByteArray *bytes = (const void *)((const char *)args[0].v_ptr + sizeof(TVMFFIObject));
-    int64_t device = args[3].v_int64;
-    if (bytes->size != kernel->arguments)
-        return fail("ValueError", kernel->entry, NULL, "the argument bytes are not as long as its record");
     if (device < 0 || device >= DEVICES)
-        return fail("ValueError", kernel->entry, NULL, "the device must be in [0, 64)");
-    if (!(atomic_load(&kernel->prepared) >> device & 1)) {
+        return pa_fail("ValueError", kernel->entry, "the device must be in [0, 64)");
+    if (x == 0 || y == 0)
+        return 0;
+    if (!(atomic_load(&kernel->prepared) >> device & 1) || contexts[device] == NULL) {
         pthread_mutex_lock(&lock);
-        int status = prepare(kernel, (int)device);
+        int status = prepare(kernel, device);
         pthread_mutex_unlock(&lock);
         if (status)
             return status;
     }
     handle current;
     CHECK(cuCtxGetCurrent(&current), kernel->entry);
-    if (current != contexts[device])
-        CHECK(cuCtxSetCurrent(contexts[device]), kernel->entry);
-    int status = launch(kernel, (void *)bytes->data, bytes->size, (unsigned)args[1].v_int64, (unsigned)args[2].v_int64,
-                        (handle)args[4].v_int64);
-    if (current != contexts[device] && current != NULL)
+    if (current == contexts[device])
+        return launch(kernel, stream, record, x, y);
+    CHECK(cuCtxSetCurrent(contexts[device]), kernel->entry);
+    int status = launch(kernel, stream, record, x, y);
+    if (current != NULL)
         CHECK(cuCtxSetCurrent(current), kernel->entry);
     return status;
 }

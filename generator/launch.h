@@ -1,7 +1,8 @@
-/* One built kernel, and the call that tvm-ffi makes to launch it. */
+/* A built kernel, and its launch on a device. */
 #pragma once
 
 #include <stdatomic.h>
+#include <stddef.h>
 #include <stdint.h>
 #include <tvm/ffi/c_api.h>
 
@@ -14,16 +15,24 @@ struct pa_kernel {
     _Atomic uint64_t prepared;
 };
 
-int pa_launch(struct pa_kernel *kernel, const TVMFFIAny *args, int32_t count, TVMFFIAny *result);
+/* 0, or -1 with a raised error: the kernel on a grid of x * y blocks, its argument record given as bytes. */
+int pa_launch(struct pa_kernel *kernel, int device, void *stream, const void *record, unsigned x, unsigned y);
 
+/* Raise an error of a Python kind; returns -1. */
+int pa_fail(const char *kind, const char *what, const char *why);
+
+#define PA_EXPORT __attribute__((visibility("default")))
+
+/* __tvm_ffi_NAME() returns the kernel's address, which programs name it by. */
 #define PA_KERNEL(NAME, FILE, ENTRY, THREADS, SMEM, ARGUMENTS)                                                         \
     __asm__(".section .rodata.pa_images,\"a\"\n.balign 64\npa_image_" #NAME ":\n.incbin \"" FILE                       \
             "\"\n.byte 0\n.previous\n");                                                                               \
     extern const unsigned char pa_image_##NAME[] __attribute__((visibility("hidden")));                                \
     static struct pa_kernel pa_kernel_##NAME = {pa_image_##NAME, ENTRY, THREADS, SMEM, ARGUMENTS, 0, 0};               \
-    __attribute__((visibility("default"))) int __tvm_ffi_##NAME(void *self, const TVMFFIAny *args, int32_t count,      \
-                                                                TVMFFIAny *result)                                     \
+    PA_EXPORT int __tvm_ffi_##NAME(void *self, const TVMFFIAny *args, int32_t count, TVMFFIAny *result)                \
     {                                                                                                                  \
-        (void)self;                                                                                                    \
-        return pa_launch(&pa_kernel_##NAME, args, count, result);                                                      \
+        (void)self, (void)args, (void)count;                                                                           \
+        result->type_index = kTVMFFIInt;                                                                               \
+        result->v_int64 = (int64_t)(intptr_t)&pa_kernel_##NAME;                                                        \
+        return 0;                                                                                                      \
     }

@@ -19,7 +19,7 @@ from .ninja import shell
 from .toolchain import Toolchain
 
 SYMBOL_PREFIX = "__tvm_ffi_"
-LAUNCH = Path(__file__).with_name("launch.c")
+SOURCES = (Path(__file__).with_name("launch.c"), Path(__file__).with_name("program.c"))
 VERSION_SCRIPT = f"{{ global: {SYMBOL_PREFIX}*; local: *; }};\n"
 FLAGS = (
     "-shared",
@@ -59,11 +59,11 @@ def link(tools: Toolchain, layout: Layout, names: Sequence[str]) -> Path:
     command: list[str | Path] = [
         tools.compiler,
         *FLAGS,
-        *(f"-I{folder}" for folder in (LAUNCH.parent, *tools.tvm_ffi_includes)),
+        *(f"-I{folder}" for folder in (SOURCES[0].parent, *tools.tvm_ffi_includes)),
         f"-Wl,--version-script={script}",
         "-o",
         draft,
-        LAUNCH,
+        *SOURCES,
         table,
         f"-L{tools.tvm_ffi_library.parent}",
         *LIBRARIES,

@@ -133,7 +133,7 @@ def _attention(cells: Sequence[Cell]) -> Iterator[InstanceSpec]:
 
 
 _HELPERS = (
-    (KernelOp.APPEND_KV, Family.APPEND, Layout.GATHER, Tile(0, 0, 0, 16)),
+    (KernelOp.APPEND_KV, Family.APPEND, Layout.GATHER, Tile(0, 0, 0, 4)),
     (KernelOp.MERGE_STATES, Family.MERGE, Layout.DENSE, Tile(0, 0, 0, 4)),
 )
 

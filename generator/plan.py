@@ -23,7 +23,7 @@ from .toolchain import Toolchain
 
 HERE = Path(__file__).parent
 COMPILE_SOURCES = (HERE / "worker.py", HERE / "cubin.py", HERE / "nvrtc.py", Path(arguments.__file__))
-LINK_SOURCES = (HERE / "launch.c", HERE / "launch.h")
+LINK_SOURCES = (HERE / "launch.c", HERE / "launch.h", HERE / "program.c")
 
 
 def select(preset: str, target: str, pattern: str | None) -> tuple[InstanceSpec, ...]:

@@ -182,7 +182,7 @@ MERGE = Record(
         "lse_b_stride",
         "lse_stride",
     ),
-    counts=("tokens", "heads", "width", "blocks"),
+    counts=("tokens", "heads", "width"),
 )
 
 RECORDS: dict[Family, Record] = {

@@ -10,9 +10,10 @@ copied to the host, which waits for them, and the grids are exact.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from rich.console import Console
@@ -20,10 +21,12 @@ from rich.table import Table
 from torch import Tensor
 
 from pa_ops import reference
-from pa_ops.calls import Step, find
-from pa_ops.cuda import serve
-from pa_ops.environment import settings
+from pa_ops.calls import MAKERS, TENSORS, Step, program_of
+from pa_ops.checks import validate
 from pa_ops.plan import attention_tiles, ceil_div
+from pa_ops.program import Grid, GridRule
+from pa_ops.registry import for_device
+from pa_ops.schema import signature
 from pa_ops.spec import InstanceSpec
 
 WARM_UP = 100
@@ -90,7 +93,7 @@ class Inputs:
     """A call's tensors in order, and its options."""
 
     tensors: tuple[Tensor | None, ...]
-    options: dict[str, object]
+    options: dict[str, Any]
 
     def clone(self) -> Inputs:
         """The same with caches of their own."""
@@ -108,7 +111,7 @@ def inputs_of(case: ServingCase, device: torch.device) -> Inputs:
     batch, pages = len(case.lengths), ceil_div(case.past + max(case.lengths), PAGE_SIZE)
     table = torch.randperm(batch * pages, generator=random, device=device).to(torch.int32).view(batch, pages)
     ends = torch.tensor((0, *case.lengths), device=device).cumsum(0, dtype=torch.int32)
-    options: dict[str, object] = {"num_heads": HEADS, "num_kv_heads": KV_HEADS}
+    options: dict[str, Any] = {"num_heads": HEADS, "num_kv_heads": KV_HEADS}
     if case.rotary:
         angles = torch.rand(case.past + max(case.lengths), HEAD_DIM // 2, generator=random, device=device) * 6.28
         options.update(cos=angles.cos().half(), sin=angles.sin().half())
@@ -118,52 +121,58 @@ def inputs_of(case: ServingCase, device: torch.device) -> Inputs:
     return Inputs((packed, None, None, normal(*cache), normal(*cache), ends, past, table), options)
 
 
-def steps_of(inputs: Inputs) -> tuple[Step, ...]:
-    """The operator's launches for a call."""
-    return find(OP, inputs.tensors, inputs.options, settings()).steps
+@dataclass(frozen=True)
+class Prepared:
+    """A call's arguments by name, its steps, and the function that runs programs."""
+
+    arguments: dict[str, Any]
+    steps: tuple[Step, ...]
+    run: Callable[..., int]
+
+    def call(self, steps: Sequence[Step]) -> Callable[[], int]:
+        """A call that makes the launches `steps`."""
+        program = program_of(OP, self.arguments, steps)
+        given = tuple(self.arguments.get(name) for name in TENSORS[OP])
+        return lambda: self.run(program.address, *given)
 
 
-def resized(steps: tuple[Step, ...], append_blocks: int, tiles: Callable[[int], int]) -> tuple[Step, ...]:
+def prepare(inputs: Inputs, out: Tensor) -> Prepared:
+    """What the operator would do for a call, taken apart."""
+    arguments = {**signature(OP).bind(inputs.tensors, inputs.options), "out": out, "lse": None}
+    registry = for_device(out.device.index)
+    steps = tuple(MAKERS[OP](OP, arguments, validate(OP, arguments), registry))
+    return Prepared(arguments, steps, registry.caller())
+
+
+def resized(steps: Sequence[Step], append_blocks: int, tiles: Callable[[int], int]) -> tuple[Step, ...]:
     """The same launches with other grids; `tiles` tells the row blocks for a tile's rows."""
     append, attend = steps
-    assert append.launch is not None and attend.launch is not None
     rows = InstanceSpec.parse(attend.decision.instance).tile.m
-    return (
-        append._replace(launch=append.launch._replace(x=min(append_blocks, MAX_GRID))),
-        attend._replace(launch=attend.launch._replace(x=min(tiles(rows), MAX_GRID))),
+    grids = (append_blocks, 1), (tiles(rows), HEADS)
+    return tuple(
+        step._replace(launch=replace(step.launch, grid=Grid(GridRule.FIXED, min(x, MAX_GRID), y)))
+        for step, (x, y) in zip((append, attend), grids, strict=True)
     )
 
 
-def heuristic_call(case: ServingCase, inputs: Inputs, out: Tensor) -> Callable[[], None]:
+def heuristic_call(case: ServingCase, made: Prepared) -> Callable[[], int]:
     """Grids of B times the heuristic's length: a block a token and head for rotation, row tiles for attention."""
     batch, longest = len(case.lengths), case.longest_by_heuristic
     heads = HEADS + KV_HEADS if case.rotary else 1
-    steps = resized(steps_of(inputs), batch * longest * heads, lambda rows: batch * ceil_div(longest, rows))
-    return lambda: serve(steps, inputs.tensors, inputs.options, out, None)
+    return made.call(resized(made.steps, batch * longest * heads, lambda rows: batch * ceil_div(longest, rows)))
 
 
-def host_copy_call(inputs: Inputs, out: Tensor) -> Callable[[], None]:
+def host_copy_call(made: Prepared) -> Callable[[], int]:
     """Exact grids from lengths that the host waits for."""
-    ends = inputs.tensors[5]
-    assert ends is not None
-    steps = steps_of(inputs)
+    ends = made.arguments["cu_seqlens_q"]
 
-    def call() -> None:
+    def call() -> int:
         lengths = ends.cpu().diff()
         longest, tokens = int(lengths.max()), int(lengths.sum())
-        exact = resized(steps, tokens, lambda rows: attention_tiles(tokens, len(lengths), rows, longest))
-        serve(exact, inputs.tensors, inputs.options, out, None)
+        exact = resized(made.steps, tokens, lambda rows: attention_tiles(tokens, len(lengths), rows, longest))
+        return made.call(exact)()
 
     return call
-
-
-def attention_call(inputs: Inputs, out: Tensor) -> Callable[[], None]:
-    """The second launch alone."""
-    attend = steps_of(inputs)[1].launch
-    assert attend is not None
-    query, _, _, k_cache, v_cache, *where = (0 if t is None else t.data_ptr() for t in inputs.tensors)
-    addresses = (query, k_cache, v_cache, out.data_ptr(), 0, *where, 0)
-    return lambda: attend(*addresses)
 
 
 def time_of(call: Callable[[], object]) -> float:
@@ -194,13 +203,13 @@ def measure(case: ServingCase, device: torch.device) -> ServingRow:
     inputs = inputs_of(case, device)
     worst = error_of(inputs, device)
     out = torch.empty(case.tokens, HEADS * HEAD_DIM, dtype=torch.float16, device=device)
-    ours = time_of(lambda: torch.ops.pa_ops.paged_attention_(*inputs.tensors, **inputs.options))
+    made = prepare(inputs, out)
     return ServingRow(
         case.name,
-        ours,
-        time_of(attention_call(inputs, out)),
-        time_of(heuristic_call(case, inputs, out)),
-        time_of(host_copy_call(inputs, out)),
+        time_of(lambda: torch.ops.pa_ops.paged_attention_(*inputs.tensors, **inputs.options)),
+        time_of(made.call(made.steps[1:])),
+        time_of(heuristic_call(case, made)),
+        time_of(host_copy_call(made)),
         worst,
     )
 

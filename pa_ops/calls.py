@@ -1,31 +1,33 @@
-"""Turns a call on CUDA tensors into a plan, checked and selected once for each key of shapes, strides and overrides.
+"""Turns a call on CUDA tensors into a program, made once for each kind of call and then matched in C.
 
-Upper bounds enter a key by their power of two, so that a decode loop, whose bound grows, keeps hitting.
+A kind is what options, overrides and the powers of two of the sizes say; within it a few programs differ in dtypes,
+head sizes and layouts. A decode loop, whose lengths and batches change from step to step, keeps hitting one.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from pa_ops import reference
-from pa_ops.checks import RULES, Arguments, Sizes, validate
+from pa_ops.checks import RULES, Arguments, Rule, Sizes
 from pa_ops.environment import Settings
 from pa_ops.errors import NoInstance
-from pa_ops.launch import Launch, append_launch, attention_launch, merge_launch
+from pa_ops.faults import mask_of
+from pa_ops.launch import Keys, Rotary, Rows, Scores, append_launch, attention_launch, merge_launch
 from pa_ops.manifest import Entry
 from pa_ops.overrides import REFERENCE, policy, token
 from pa_ops.problem import Problem
-from pa_ops.reference_serving import split
-from pa_ops.registry import Kernel, for_device
-from pa_ops.schema import SCHEMAS, base_of, signature
+from pa_ops.program import Guard, Launch, Program
+from pa_ops.registry import Registry, for_device
+from pa_ops.schema import SCHEMAS, base_of
 from pa_ops.selection import AUTO
 from pa_ops.trace import Decision
 
-KEPT = 8192  # the table is emptied at this size; a serving process needs some dozens
+KEPT = 8192  # kinds; the table is emptied at this size, a serving process needs some dozens
 ALIGNMENT = 16  # bytes; what `Problem.aligned` promises
 WORD = {
     torch.float16: "fp16",
@@ -45,183 +47,257 @@ REFERENCES: dict[str, Callable[..., Any]] = {
 ATTENTION = ("paged_attention", "paged_attention_", "varlen_attention")
 REFERENCE_DECISIONS = {op: Decision(op, REFERENCE, REFERENCE, ()) for op in SCHEMAS}
 
+_OPTIONS = ("sinks", "k_scale", "v_scale", "out", "lse")
+TENSORS: dict[str, tuple[str, ...]] = {
+    "paged_attention": ("q", "k_cache", "v_cache", "cu_seqlens_q", "seqlens_k", "block_table", *_OPTIONS),
+    "varlen_attention": ("q", "k", "v", "cu_seqlens_q", "cu_seqlens_k", *_OPTIONS),
+    "paged_attention_": (
+        "query",
+        "key",
+        "value",
+        "k_cache",
+        "v_cache",
+        "cu_seqlens_q",
+        "past_lens",
+        "block_table",
+        "cos",
+        "sin",
+        "slot_mapping",
+        *_OPTIONS,
+    ),
+    "append_kv": ("slot_mapping", "key", "value", "k_cache", "v_cache", "k_scale", "v_scale"),
+    "merge_states": ("out_a", "lse_a", "out_b", "lse_b", "out", "lse"),
+}
+"""Operator -> the tensors that a program is called with, results among them; the first fixes the number of tokens."""
+
+_MERGED = (Rule("out", "T Hq Dv", ("out_a",), written=True), Rule("lse", "Hq T", (torch.float32,), written=True))
+_NUMBERS = ("softmax_scale", "causal", "sliding_window", "softcap", "backend")
+NUMBERS: dict[str, tuple[str, ...]] = {
+    "paged_attention": _NUMBERS,
+    "varlen_attention": _NUMBERS,
+    "paged_attention_": (*_NUMBERS, "num_heads", "num_kv_heads", "rotary_interleaved"),
+    "append_kv": (),
+    "merge_states": (),
+}
+"""Operator -> the options that are no tensors, bounds left out: they enter a kind by their power of two."""
+
+SIZED: dict[str, tuple[int, int]] = {
+    "paged_attention": (0, 3),
+    "varlen_attention": (0, 3),
+    "paged_attention_": (0, 5),
+    "append_kv": (4, 4),
+    "merge_states": (0, 0),
+}
+"""Operator -> the places of the tensors whose sizes, tokens and sequences, may rank kernels."""
+
+_KINDS = {op: (NUMBERS[base_of(op)], *SIZED[base_of(op)]) for op in SCHEMAS}
+
 Key = tuple[object, ...]
-_BOUNDS = ("max_seqlen_q", "max_seqlen_k")
-
-
-class Step(NamedTuple):
-    """One launch of a plan (none where the torch reference answers), and the record of why it is this one."""
-
-    launch: Launch | None
-    decision: Decision
 
 
 class Plan(NamedTuple):
-    """What serves a key: its steps in order, and the settings that were obeyed, held because the key has their id."""
+    """What serves a kind of call: a program and the function that runs it, none where the reference answers.
 
-    steps: tuple[Step, ...]
+    decisions: why, one a launch. settings: those that were obeyed, held because the kind has their id.
+    """
+
+    program: Program | None
+    run: Callable[..., int]
+    decisions: tuple[Decision, ...]
     settings: Settings
 
-    @property
-    def on_reference(self) -> bool:
-        """Whether the torch reference answers."""
-        return self.steps[0].launch is None
+
+_plans: dict[Key, list[Plan]] = {}
 
 
-_plans: dict[Key, Plan] = {}
-
-
-def find(op: str, tensors: tuple[Tensor | None, ...], options: dict[str, Any], now: Settings) -> Plan:
-    """The plan of a call: positional `tensors` and keyword `options` as the dispatcher hands them over.
-
-    Raises InvalidArgument for a call that breaks a rule, NoInstance where no kernel serves it.
-    """
-    key = _key(op, tensors, options, now)
-    plan = _plans.get(key)
-    if plan is None:
-        plan = _make(op, signature(op).bind(tensors, options), now)
-        if len(_plans) >= KEPT:
-            _plans.clear()
-        _plans[key] = plan
-    return plan
-
-
-def _facts(tensor: Tensor) -> Key:
-    """What checks and selection look at, and whether the base pointer is 16-byte aligned."""
+def kind_of(op: str, tensors: tuple[Tensor, ...], options: dict[str, Any], now: Settings) -> Key:
+    """The kind of a call: positional `tensors` and keyword `options` as the dispatcher hands them over."""
+    get = options.get
+    numbers, tokens, sequences = _KINDS[op]
     return (
-        tensor.shape,
-        tensor.stride(),
-        tensor.dtype,
-        tensor.device,
-        tensor.data_ptr() % ALIGNMENT,
-        tensor.requires_grad,
+        op,
+        tensors[tokens].numel().bit_length(),
+        tensors[sequences].numel().bit_length(),
+        _size_class(get("max_seqlen_q")),
+        _size_class(get("max_seqlen_k")),
+        *map(get, numbers),
+        *token(now),
     )
 
 
-def _key(op: str, tensors: tuple[Tensor | None, ...], options: dict[str, Any], now: Settings) -> Key:
-    parts: list[object] = [op, torch.is_grad_enabled(), *token(options.get("backend", AUTO), now)]
-    parts += [None if tensor is None else _facts(tensor) for tensor in tensors]
-    for name, value in options.items():
-        if isinstance(value, Tensor):
-            value = _facts(value)
-        elif name in _BOUNDS and value is not None and value >= 0:
-            value = value.bit_length()
-        parts += (name, value)
-    return tuple(parts)
+def _size_class(bound: int | None) -> int | None:
+    """The power of two of a bound; one that is not allowed stands for itself."""
+    return bound if bound is None or bound < 0 else bound.bit_length()
 
 
-def _make(op: str, arguments: Arguments, now: Settings) -> Plan:
-    sizes = validate(op, arguments)
-    if base_of(op) in ATTENTION and policy(arguments["backend"]).backend == REFERENCE:
-        return Plan((Step(None, REFERENCE_DECISIONS[op]),), now)
+def known(kind: Key) -> list[Plan]:
+    """The plans of a kind so far."""
+    return _plans.get(kind, [])
+
+
+def plan_of(kind: Key, op: str, arguments: Arguments, sizes: Sizes, now: Settings) -> Plan:
+    """A plan for a call that was checked, kept for others of its kind; raises NoInstance where no kernel serves it."""
+    plan = _make(op, arguments, sizes, now)
+    if plan.program is not None:
+        if len(_plans) >= KEPT:
+            _plans.clear()
+        _plans.setdefault(kind, []).append(plan)
+    return plan
+
+
+def _make(op: str, arguments: Arguments, sizes: Sizes, now: Settings) -> Plan:
+    base = base_of(op)
+    if base in ATTENTION and policy(arguments["backend"]).backend == REFERENCE:
+        return Plan(None, _nothing, (REFERENCE_DECISIONS[op],), now)
     scales = [name for name in ("k_scale", "v_scale") if arguments.get(name) is not None]
     if scales:
         raise NoInstance(f"{op}: no kernel takes {' or '.join(scales)}; CPU tensors, and backend='reference', do")
-    return Plan(tuple(MAKERS[base_of(op)](op, arguments, sizes)), now)
+    registry = for_device(arguments[TENSORS[base][0]].device.index or 0)
+    steps = tuple(MAKERS[base](op, arguments, sizes, registry))
+    program = program_of(op, arguments, steps)
+    return Plan(program, registry.caller(), tuple(step.decision for step in steps), now)
 
 
-def _select(op: str, problem: Problem, arguments: Arguments) -> tuple[Kernel, Entry, Decision]:
+def program_of(op: str, arguments: Arguments, steps: Sequence[Step]) -> Program:
+    """The program that launches `steps` for calls like the one with these arguments."""
+    base = base_of(op)
+    aligned = {name for step in steps for name in step.aligned}
+    rules = {rule.argument: rule for rule in (*_MERGED, *RULES.get(f"{base}.out", RULES[base]))}
+    guards = [Guard(rules[name], arguments.get(name), name in aligned) for name in TENSORS[base]]
+    device = arguments[TENSORS[base][0]].device.index or 0
+    return Program(device, guards, [step.launch for step in steps])
+
+
+def _nothing(*_: object) -> int:
+    return 0
+
+
+class Step(NamedTuple):
+    """One launch, the record of why it is this one, the tensors whose rows it takes to be 16-byte aligned."""
+
+    launch: Launch
+    decision: Decision
+    aligned: tuple[str, ...]
+
+
+def _select(op: str, problem: Problem, arguments: Arguments, registry: Registry) -> tuple[int, Entry, Decision]:
     """The kernel that serves `problem`, its row, and the record of the choice."""
-    registry = for_device(arguments[RULES[op][0].argument].device.index)
     selection = registry.select(problem, arguments.get("backend", AUTO))
     decision = Decision(op, str(selection.family), selection.instance, tuple(map(str, selection.reasons)))
     return registry.kernel(selection.entry), selection.entry, decision
 
 
-def _attention_steps(op: str, arguments: Arguments, sizes: Sizes) -> Iterator[Step]:
-    kernel, entry, decision = _select(op, problem_of(op, arguments, sizes), arguments)
-    k, v = ("k_cache", "v_cache") if base_of(op) == "paged_attention" else ("k", "v")
+def _scores(arguments: Arguments, head_dim: int) -> Scores:
+    """The options of attention that are numbers; a bound stands for every bound of its kind."""
+    scale, bound = arguments["softmax_scale"], arguments["max_seqlen_q"]
+    return Scores(
+        head_dim**-0.5 if scale is None else scale,
+        arguments["sliding_window"],
+        arguments["softcap"],
+        None if bound is None else (1 << bound.bit_length()) - 1,
+    )
+
+
+def _attention_steps(op: str, arguments: Arguments, sizes: Sizes, registry: Registry) -> Iterator[Step]:
+    kernel, entry, decision = _select(op, problem_of(op, arguments, sizes), arguments, registry)
+    paged = base_of(op) == "paged_attention"
+    k, v, lengths = ("k_cache", "v_cache", "seqlens_k") if paged else ("k", "v", "cu_seqlens_k")
     launch = attention_launch(
         kernel,
         entry.spec,
-        q=arguments["q"],
-        k=arguments[k],
-        v=arguments[v],
-        cu_seqlens_q=arguments["cu_seqlens_q"],
-        block_table=arguments.get("block_table"),
-        out=arguments.get("out"),
-        lse=arguments.get("lse"),
-        **_options(arguments),
+        q=Rows.of("q"),
+        out=Rows.of("out"),
+        keys=Keys(k, v, lengths, sizes["Hkv"], sizes.get("page_size", 0)),
+        heads=sizes["Hq"],
+        head_dim=sizes["D"],
+        scores=_scores(arguments, sizes["D"]),
+        lse=None if arguments["lse"] is None else "lse",
+        sinks=arguments["sinks"],
     )
-    yield Step(launch, decision)
+    yield Step(launch, decision, ("q", k, v, "out"))
 
 
-def _options(arguments: Arguments) -> dict[str, Any]:
-    """The options of attention that a launch takes; a bound stands for every bound of its key."""
-    bound = arguments["max_seqlen_q"]
-    return {
-        "sinks": arguments["sinks"],
-        "softmax_scale": arguments["softmax_scale"],
-        "sliding_window": arguments["sliding_window"],
-        "softcap": arguments["softcap"],
-        "max_seqlen_q": None if bound is None else (1 << bound.bit_length()) - 1,
-    }
-
-
-def _append_steps(op: str, arguments: Arguments, sizes: Sizes) -> Iterator[Step]:
-    kernel, _, decision = _select(op, problem_of(op, arguments, sizes), arguments)
+def _append_steps(op: str, arguments: Arguments, sizes: Sizes, registry: Registry) -> Iterator[Step]:
+    kernel, _, decision = _select(op, problem_of(op, arguments, sizes), arguments, registry)
     names = ("key", "value", "k_cache", "v_cache")
-    yield Step(append_launch(kernel, tokens=sizes["T"], **{name: arguments[name] for name in names}), decision)
+    aligned = _aligned(arguments, *names)
+    launch = append_launch(
+        kernel,
+        key=Rows.of("key"),
+        value=Rows.of("value"),
+        k_cache=arguments["k_cache"],
+        v_cache=arguments["v_cache"],
+        tokens="slot_mapping",
+        slots="slot_mapping",
+        serving=False,
+        rotary=None,
+        aligned=aligned,
+        faults=_faults(arguments["key"]),
+    )
+    yield Step(launch, decision, names if aligned else ())
 
 
-def _merge_steps(op: str, arguments: Arguments, sizes: Sizes) -> Iterator[Step]:
-    kernel, entry, decision = _select(op, problem_of(op, arguments, sizes), arguments)
-    names = ("out_a", "lse_a", "out_b", "lse_b")
-    yield Step(merge_launch(kernel, entry.spec, **{name: arguments[name] for name in names}), decision)
+def _merge_steps(op: str, arguments: Arguments, sizes: Sizes, registry: Registry) -> Iterator[Step]:
+    kernel, entry, decision = _select(op, problem_of(op, arguments, sizes), arguments, registry)
+    yield Step(merge_launch(kernel, entry.spec, heads=sizes["Hq"], width=sizes["Dv"]), decision, ())
 
 
-def _serving_steps(op: str, arguments: Arguments, sizes: Sizes) -> Iterator[Step]:
+def _serving_steps(op: str, arguments: Arguments, sizes: Sizes, registry: Registry) -> Iterator[Step]:
     """Store and rotate, then attend. Rotated queries wait in the output: a block reads its rows, then writes them."""
-    heads = (sizes["Hq"], sizes["Hkv"])
-    query, key, value = split(arguments["query"], arguments["key"], arguments["value"], *heads, sizes["D"])
-    out = arguments.get("out")
-    if out is None:
-        out = query.new_empty(query.shape[0], sizes["Hq"] * sizes["D"])
-    rows = out.view(query.shape)
-    rotated = arguments["cos"] is not None
-    view = {
-        **arguments,
-        "q": rows if rotated else query,
-        "key": key,
-        "value": value,
-        "out": rows,
-    }
-    sizes = {**sizes, "Dv": sizes["D"]}
-    kernel, _, decision = _select(op, problem_of("append_kv", view, sizes), arguments)
-    append = append_launch(
+    heads, kv_heads, head_dim = sizes["Hq"], sizes["Hkv"], sizes["D"]
+    packed, rotated = arguments["key"] is None, arguments["cos"] is not None
+    where = (("query", heads), ("query", heads + kv_heads)) if packed else (("key", 0), ("value", 0))
+    key, value = (Rows.packed(name, head_dim, first) for name, first in where)
+    query, out = (Rows.packed(name, head_dim) for name in ("query", "out"))
+    tensors = ("query", "key", "value", "k_cache", "v_cache", "out", "cos", "sin")
+    aligned = _aligned(arguments, *tensors)
+    view = _as_paged(arguments, rotated)
+    sizes = {**sizes, "Dv": head_dim}
+    kernel, _, decision = _select(op, problem_of("append_kv", view, sizes), arguments, registry)
+    launch = append_launch(
         kernel,
         key=key,
         value=value,
         k_cache=arguments["k_cache"],
         v_cache=arguments["v_cache"],
-        tokens=sizes["T"],
-        query=query if rotated else None,
-        query_out=rows if rotated else None,
-        cos=arguments["cos"],
-        sin=arguments["sin"],
-        interleaved=arguments["rotary_interleaved"],
-        sequences=sizes["B"],
-        block_table=arguments["block_table"],
+        tokens="query",
+        slots=None if arguments["slot_mapping"] is None else "slot_mapping",
+        serving=True,
+        rotary=Rotary(query, out, heads, arguments["cos"], arguments["rotary_interleaved"]) if rotated else None,
+        aligned=aligned,
+        faults=_faults(arguments["query"]),
     )
-    yield Step(append, decision)
-    kernel, entry, decision = _select(op, problem_of("paged_attention", view, sizes), arguments)
-    attend = attention_launch(
+    yield Step(launch, decision, tensors if aligned else ())
+    kernel, entry, decision = _select(op, problem_of("paged_attention", view, sizes), arguments, registry)
+    launch = attention_launch(
         kernel,
         entry.spec,
-        q=view["q"],
-        k=arguments["k_cache"],
-        v=arguments["v_cache"],
-        cu_seqlens_q=arguments["cu_seqlens_q"],
-        block_table=arguments["block_table"],
-        out=rows,
-        lse=arguments.get("lse"),
-        past_lengths=True,
-        **_options(arguments),
+        q=out if rotated else query,
+        out=out,
+        keys=Keys("k_cache", "v_cache", "past_lens", kv_heads, sizes["page_size"], past=True),
+        heads=heads,
+        head_dim=head_dim,
+        scores=_scores(arguments, head_dim),
+        lse=None if arguments["lse"] is None else "lse",
+        sinks=arguments["sinks"],
     )
-    yield Step(attend, decision)
+    yield Step(launch, decision, ("out" if rotated else "query", "k_cache", "v_cache", "out"))
 
 
-MAKERS: dict[str, Callable[[str, Arguments, Sizes], Iterator[Step]]] = {
+def _as_paged(arguments: Arguments, rotated: bool) -> Arguments:
+    """The serving operator's arguments under the names that its two halves know them by."""
+    query = arguments["query"]
+    rows = arguments["out"] if rotated else query
+    stand_in = query if arguments["key"] is None else arguments["key"]
+    return {**arguments, "q": rows, "key": stand_in, "value": stand_in}
+
+
+def _faults(tensor: Tensor) -> int:
+    """The address of the fault mask of a tensor's device."""
+    return mask_of(tensor.device.index or 0).data_ptr()
+
+
+MAKERS: dict[str, Callable[[str, Arguments, Sizes, Registry], Iterator[Step]]] = {
     "paged_attention": _attention_steps,
     "varlen_attention": _attention_steps,
     "paged_attention_": _serving_steps,

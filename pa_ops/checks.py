@@ -152,7 +152,7 @@ def _check_shape(rule: Rule, tensor: Tensor, fixed: dict[str, tuple[int, str]]) 
     if tensor.dim() != len(dims):
         raise InvalidArgument(rule.argument, f"must have {len(dims)} dimensions {rule.shape}", got)
     for place, (dim, size) in enumerate(zip(dims, tensor.shape, strict=True)):
-        name, form = _parse_dim(dim)
+        name, form = parse_dim(dim)
         least = 1 if form == "+1" or name in _AT_LEAST_ONE else 0
         if size < least:
             raise InvalidArgument(rule.argument, f"must be {rule.shape} with {dim} >= 1 in dimension {place}", got)
@@ -185,7 +185,7 @@ _FORMS: dict[str, tuple[Callable[[int, int], bool], str]] = {
 
 
 @cache
-def _parse_dim(dim: str) -> tuple[str, str]:
+def parse_dim(dim: str) -> tuple[str, str]:
     """The name of a dimension and the form of its rule: "B+1" -> ("B", "+1"), "D" -> ("D", "")."""
     form = next(form for form in _FORMS if dim.endswith(form))
     return dim.removesuffix(form), form

@@ -43,12 +43,12 @@ def batch_invariant(enabled: bool = True) -> Iterator[None]:
         _INVARIANT.reset(token)
 
 
-Token = tuple[str, str, bool, int]
+Token = tuple[str, bool, int]
 
 
-def token(name: str, now: Settings) -> Token:
-    """A cheap key of the policy in force; it holds while the caller keeps `now` alive, whose id is in it."""
-    return name, _BACKEND.get(), _INVARIANT.get(), id(now)
+def token(now: Settings) -> Token:
+    """A cheap key of what overrides a call from outside; it holds while the caller keeps `now`, whose id is in it."""
+    return _BACKEND.get(), _INVARIANT.get(), id(now)
 
 
 def policy(name: str = AUTO) -> Policy:

@@ -19,7 +19,7 @@ from pa_ops.overrides import policy
 from pa_ops.problem import Problem
 from pa_ops.selection import AUTO, Selection, select_entry
 
-Kernel = Callable[..., None]
+CALLER = "pa_call"
 
 
 class Registry:
@@ -34,7 +34,7 @@ class Registry:
                 self._owners.setdefault(entry.name, (entry, product))
         self.entries: tuple[Entry, ...] = tuple(entry for entry, _ in self._owners.values())
         self._selections: dict[tuple[object, ...], Selection] = {}
-        self._kernels: dict[str, Kernel] = {}
+        self._kernels: dict[str, int] = {}
         self._libraries: dict[Path, Any] = {}
 
     def select(self, problem: Problem, backend: str = AUTO) -> Selection:
@@ -46,15 +46,21 @@ class Registry:
             found = self._selections[key] = select_entry(self.entries, problem, self.capability, chosen)
         return found
 
-    def kernel(self, entry: Entry) -> Kernel:
-        """The callable of `entry`, out of its library, whose sha256 must be the manifest's."""
+    def kernel(self, entry: Entry) -> int:
+        """The address of the kernel of `entry` in its library, whose sha256 must be the manifest's."""
         found = self._kernels.get(entry.name)
         if found is None:
             _, product = self._owners[entry.name]
             if product.library not in self._libraries:
                 self._libraries[product.library] = _load(product)
-            found = self._kernels[entry.name] = self._libraries[product.library][entry.symbol]
+            found = self._kernels[entry.name] = self._libraries[product.library][entry.symbol]()
         return found
+
+    def caller(self) -> Callable[..., int]:
+        """The function that runs a program on kernels of any library; one must be loaded."""
+        library = next(iter(self._libraries.values()))
+        call: Callable[..., int] = library[CALLER]
+        return call
 
 
 def size_class(problem: Problem) -> tuple[int, int, int, int]:

@@ -30,13 +30,13 @@ _history: deque[Decision] = deque(maxlen=KEPT)
 _recordings: list[list[Decision]] = []
 
 
-def record(decision: Decision) -> None:
-    """Adds a call to the history and to every open recording; prints it to stderr where PA_OPS_DEBUG=1."""
-    _history.append(decision)
+def record(*decisions: Decision) -> None:
+    """Adds a call's launches to the history and to every open recording; prints them where PA_OPS_DEBUG=1."""
+    _history.extend(decisions)
     for calls in _recordings:
-        calls.append(decision)
+        calls.extend(decisions)
     if settings().debug:
-        print(decision, file=sys.stderr)
+        print(*decisions, sep="\n", file=sys.stderr)
 
 
 def last() -> Decision | None:

@@ -1,8 +1,8 @@
 // Turns the new tokens of a batch into cache rows: splits packed QKV, rotates queries and keys, stores keys and values.
 //
-// One block a token, grid-stride, so that the grid follows from the number of tokens alone. A token finds its sequence
-// by a search of cu_seqlens_q, its position from past_lens, its slot in slot_mapping or through the block table.
-// Addresses and strides are bytes and 64 bits wide. Arithmetic is fp32, rounded once.
+// One block a token, grid-stride, so that the grid follows from the number of tokens alone; few tokens are cut into
+// slices of a block each. A token finds its sequence by a search of cu_seqlens_q, its position from past_lens, its
+// slot in slot_mapping or through the block table. Addresses and strides are bytes and 64 bits wide. Arithmetic is fp32, rounded once.
 #pragma once
 
 #include "half.cuh"
@@ -111,36 +111,46 @@ template <int N> __device__ inline Run<float, N> factors(const Arguments &args, 
         return *reinterpret_cast<const Run<float, N> *>(address + first * 4ll);
     const Run<Half, N> narrow = load<N>(address + first * 2ll);
     Run<float, N> wide;
+#pragma unroll
     for (int i = 0; i < N; i++)
         wide.at[i] = to_float(narrow.at[i]);
     return wide;
 }
 
-// Rotate N pairs of one head, from pair `first` on. Half-split pairs lie rotary_dim / 2 apart, interleaved ones adjoin:
-// a template argument, because an array that is indexed by a run-time choice would lie in local memory.
-template <int N, bool Interleaved>
+// Real parts `a` and imaginary parts `b` become neighbours: the first N elements in `a`, the others in `b`.
+template <int N> __device__ inline void interleave(Run<Half, N> &a, Run<Half, N> &b)
+{
+    const Run<Half, N> real = a, imaginary = b;
+#pragma unroll
+    for (int i = 0; i < 2 * N; i++) {
+        const Half value = i % 2 ? imaginary.at[i / 2] : real.at[i / 2];
+        (i < N ? a.at[i % N] : b.at[i % N]) = value;
+    }
+}
+
+// Rotate N pairs of one head, from pair `first` on. Half-split pairs lie rotary_dim / 2 apart, interleaved ones adjoin.
+template <int N>
 __device__ inline void rotate(const Arguments &args, Address source, Address target, int row, int first)
 {
-    const long long left = (Interleaved ? 2 * first : first) * 2ll;
-    const long long right = Interleaved ? left + N * 2ll : left + args.rotary_dim;
+    const long long left = (args.interleaved ? 2 * first : first) * 2ll;
+    const long long right = args.interleaved ? left + N * 2ll : left + args.rotary_dim;
     const Run<Half, N> a = load<N>(source + left), b = load<N>(source + right);
     const Run<float, N> cos = factors<N>(args, args.cos, row, first), sin = factors<N>(args, args.sin, row, first);
-    Half pairs[2 * N];
-    for (int i = 0; i < N; i++) {
-        pairs[i] = a.at[i];
-        pairs[N + i] = b.at[i];
-    }
-    for (int i = 0; i < N; i++) {
-        Half &x = pairs[Interleaved ? 2 * i : i], &y = pairs[Interleaved ? 2 * i + 1 : N + i];
-        const float real = to_float(x), imaginary = to_float(y);
-        x = to_half(real * cos.at[i] - imaginary * sin.at[i]);
-        y = to_half(imaginary * cos.at[i] + real * sin.at[i]);
-    }
     Run<Half, N> c, d;
+#pragma unroll
     for (int i = 0; i < N; i++) {
-        c.at[i] = pairs[i];
-        d.at[i] = pairs[N + i];
+        // Where pair i of an interleaved run lies: 2N elements, of which `a` holds the first N.
+        const int at = 2 * i % N;
+        const bool first_half = 2 * i < N;
+        const Half next = N == 1 ? b.at[0] : first_half ? a.at[(at + 1) % N] : b.at[(at + 1) % N];
+        const Half x = args.interleaved ? (first_half ? a.at[at] : b.at[at]) : a.at[i];
+        const Half y = args.interleaved ? next : b.at[i];
+        const float real = to_float(x), imaginary = to_float(y);
+        c.at[i] = to_half(real * cos.at[i] - imaginary * sin.at[i]);
+        d.at[i] = to_half(imaginary * cos.at[i] + real * sin.at[i]);
     }
+    if (args.interleaved)
+        interleave(c, d);
     store<N>(target + left, c);
     store<N>(target + right, d);
 }
@@ -161,7 +171,8 @@ template <int N> __device__ inline void store_token(const Arguments &args, int t
     const int values = args.head_dim_v / N;
     const int rotations = heads * pairs, passed = rotations + heads * copies;
     const int row = args.rotary_dim > 0 ? rotary_row(args, place.position) : 0;
-    for (int i = threadIdx.x; i < passed + kv_heads * values; i += blockDim.x) {
+    const int first = blockIdx.y * blockDim.x + threadIdx.x, step = gridDim.y * blockDim.x;
+    for (int i = first; i < passed + kv_heads * values; i += step) {
         if (i >= passed) {
             const int head = (i - passed) / values, at = (i - passed) % values * N * 2;
             store<N>(value_row + head * args.v_head_stride + at,
@@ -175,10 +186,8 @@ template <int N> __device__ inline void store_token(const Arguments &args, int t
             kv_head < 0 ? query + head * args.query_head_stride : key + kv_head * args.key_head_stride;
         const Address target =
             kv_head < 0 ? query_row + head * args.out_head_stride : key_row + kv_head * args.k_head_stride;
-        if (turn && args.interleaved)
-            rotate<N, true>(args, source, target, row, run);
-        else if (turn)
-            rotate<N, false>(args, source, target, row, run);
+        if (turn)
+            rotate<N>(args, source, target, row, run);
         else
             store<N>(target + (args.rotary_dim + run) * 2ll, load<N>(source + (args.rotary_dim + run) * 2ll));
     }

@@ -51,7 +51,8 @@ class Merge:
         lane, warp = cute.arch.lane_idx(), cute.arch.warp_idx()
         rows = Int64(args.tokens) * Int64(args.heads)
         first = Int64(block * self.warps + warp)
-        step = Int64(args.blocks * self.warps)
+        blocks, _, _ = cute.arch.grid_dim()
+        step = Int64(blocks * self.warps)
         for turn in cutlass.range(Int32((rows - first + step - 1) // step), unroll=1):
             row = first + Int64(turn) * step
             token, head = row // Int64(args.heads), row % Int64(args.heads)

@@ -1,11 +1,13 @@
-"""The C function that launches kernels, on a driver that prints what it is asked for."""
+"""The C functions that match programs and launch kernels, on a driver that prints what it is asked for."""
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -15,16 +17,9 @@ from pa_ops.manifest import Manifest
 from pa_ops.spec import Family
 
 pytestmark = pytest.mark.compile
-DRIVER = Path(__file__).with_name("fake_driver.c")
-CALL = """
-import sys, tvm_ffi
-kernel = tvm_ffi.load_module(sys.argv[1])[sys.argv[2]]
-for arguments in eval(sys.argv[3]):
-    try:
-        kernel(*arguments)
-    except Exception as error:
-        print(type(error).__name__, error)
-"""
+HERE = Path(__file__).parent
+DRIVER = HERE / "fake_driver.c"
+SCRIPT = HERE / "launch_script.py"
 
 
 @pytest.fixture(scope="module")
@@ -40,61 +35,63 @@ def name_of(product: Layout, family: Family) -> str:
     return next(e.name for e in Manifest.load(product.manifest).entries if e.spec.family is family)
 
 
-def said(product: Layout, driver: Path | None, name: str, calls: list[tuple[object, ...]], **more: str) -> list[str]:
-    """What the driver printed, and errors, for `calls` of one kernel in a fresh process."""
-    environment = {**os.environ, **more, "LD_LIBRARY_PATH": str(driver or "")}
-    run = subprocess.run(
-        [sys.executable, "-u", "-c", CALL, product.library, name, repr(calls)],
-        env=environment,
-        capture_output=True,
-        text=True,
-    )
+def said(product: Layout, driver: Path | None, scene: str, family: Family = Family.MERGE, **more: str) -> list[str]:
+    """What a scene of launch_script.py, and the driver, print in a fresh process."""
+    paths = os.pathsep.join(map(str, (HERE.parent, os.environ.get("PYTHONPATH", ""))))
+    environment = {**os.environ, **more, "LD_LIBRARY_PATH": str(driver or ""), "PYTHONPATH": paths}
+    command = [sys.executable, "-u", SCRIPT, scene, product.library, name_of(product, family)]
+    run = subprocess.run(list(map(str, command)), env=environment, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
     return run.stdout.splitlines()
 
 
-def test_a_launch_tells_the_driver_grid_block_memory_stream_and_arguments(product: Layout, driver: Path) -> None:
-    name = name_of(product, Family.MERGE)
-    tail = MERGE.tail({key: 40 + i for i, (key, _) in enumerate(MERGE.fields) if key not in MERGE.addresses})
-    data = MERGE.head.pack(1, 2, 3, 4, 5, 6) + tail
-    lines = said(product, driver, name, [(data, 7, 3, 0, 99)] * 2 + [(data, 8, 1, 1, 0), (data, 0, 3, 0, 0)])
-    words = " 1 2 3 4 5 6 46 47 48 49 50 51 52 53 54 55 57"
-    launch = f"launch 7 3 1 x 128, 0 B shared, stream 99, {MERGE.size} B:{words}"
-    assert lines.count(launch) == 2 and lines.count("load ELF") == 1, lines
-    assert sum(line.startswith("launch") for line in lines) == 3, "a grid without blocks launches nothing"
-    assert [line for line in lines if line.startswith("context")][:2] == ["context 1", "context 2"]
+def numbers(line: str) -> list[int]:
+    """The record's words in a line of the driver's, or of the script's."""
+    return [int(word) for word in line.split(":")[1].split()]
+
+
+def test_programs_launch_what_their_python_twin_says(product: Layout, driver: Path) -> None:
+    lines = said(product, driver, "twin")
+    asked = [line for line in lines if line.startswith("launch")]
+    wanted = [line for line in lines if line.startswith("want")]
+    assert len(asked) == len(wanted) > 50
+    for got, want in zip(asked, wanted, strict=True):
+        extent, words = json.loads(want.removeprefix("want "))
+        assert got.startswith(f"launch {extent[0]} {extent[1]} 1 x 128, 0 B shared, stream 0, {MERGE.size} B:")
+        assert numbers(got) == words
+    assert lines.count("load ELF") == 1, "an image is loaded once"
+    refused = [line for line in lines if line.startswith("refused")]
+    assert refused == ["refused 0"] * len(refused) and len(refused) > 30
+    assert "empty 2" in lines
 
 
 def test_shared_memory_is_allowed_once_a_device(product: Layout, driver: Path) -> None:
-    name = name_of(product, Family.FLASH_SM80)
-    entry = next(e for e in Manifest.load(product.manifest).entries if e.name == name)
-    data = bytes(RECORDS[Family.FLASH_SM80].size)
-    lines = said(product, driver, name, [(data, 1, 1, device, 0) for device in (0, 0, 1)])
-    allowed = [f"attribute {attribute} = {value} on {device}" for device in (0, 1)
-               for attribute, value in ((8, entry.spec.smem_bytes), (9, 100))]  # fmt: skip
+    lines = said(product, driver, "devices", Family.FLASH_SM80)
+    entry = next(e for e in Manifest.load(product.manifest).entries if e.name == name_of(product, Family.FLASH_SM80))
+    allowed = [f"attribute 8 = {entry.spec.smem_bytes} on 0", "attribute 9 = 100 on 0"]
     assert [line for line in lines if line.startswith("attribute")] == allowed
+    assert sum(line.startswith("launch") for line in lines) == 2 and "context 1" in lines
 
 
 @pytest.mark.parametrize("call", ["cuLibraryLoadData", "cuLibraryGetKernel", "cuLaunchKernel"])
 def test_G6_a_driver_error_is_raised_with_its_name(product: Layout, driver: Path, call: str) -> None:
-    data = bytes(MERGE.size)
-    lines = said(product, driver, name_of(product, Family.MERGE), [(data, 1, 1, 0, 0)], FAKE_CUDA_ERROR=call)
-    assert any(line.startswith(f"RuntimeError {call}") and "CUDA error 700, CUDA_ERROR_FAKE" in line for line in lines)
+    lines = said(product, driver, "once", FAKE_CUDA_ERROR=call)
+    assert any(line.startswith(f"RuntimeError {call} of ") and "700, CUDA_ERROR_FAKE" in line for line in lines), lines
 
 
-def test_wrong_calls_say_what_is_wrong(product: Layout, driver: Path) -> None:
-    name = name_of(product, Family.MERGE)
-    data = bytes(MERGE.size)
-    calls = [(data,), ("text", 1, 1, 0, 0), (data, 1.5, 1, 0, 0), (data[:-4], 1, 1, 0, 0), (data, 1, 1, 64, 0)]
-    lines = said(product, driver, name, calls)
-    kinds = [line.split()[0] for line in lines]
-    assert kinds == ["TypeError"] * 3 + ["ValueError"] * 2, lines
-    assert "argument bytes" in lines[3] and "device" in lines[4]
+@pytest.mark.parametrize("scene", ["no program", "too few tensors", "another record"])
+def test_wrong_calls_say_what_is_wrong(product: Layout, driver: Path, scene: str) -> None:
+    words: dict[str, Any] = {
+        "no program": "TypeError pa_call: takes a program's address",
+        "too few tensors": "TypeError pa_call: the program is for another number of tensors",
+        "another record": "the program's record is not the kernel's",
+    }
+    assert any(words[scene] in line for line in said(product, driver, scene))
 
 
 def test_without_a_driver_the_error_says_so(product: Layout) -> None:
-    lines = said(product, None, name_of(product, Family.MERGE), [(bytes(MERGE.size), 1, 1, 0, 0)])
-    assert lines and lines[0].startswith("RuntimeError no NVIDIA driver: libcuda.so.1"), lines
+    lines = said(product, None, "once")
+    assert lines and lines[-1].startswith("RuntimeError no NVIDIA driver: libcuda.so.1"), lines
 
 
 def test_every_family_of_the_product_has_a_record(product: Layout) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +12,12 @@ import torch
 from torch import Tensor
 
 import pa_ops
+from helpers import programs
 from pa_ops import Capability, InvalidArgument, NoInstance, calls, cuda, registry, trace
-from pa_ops.arguments import APPEND, ATTENTION, RECORDS
+from pa_ops.arguments import RECORDS
 from pa_ops.manifest import FILE_NAME, Manifest
 from pa_ops.selecting import declared_entries
+from pa_ops.spec import InstanceSpec
 
 SM90 = Capability.of_sm(90)
 LIBRARY = b"a library"
@@ -37,13 +39,41 @@ def write_product(home: Path, target: str = "sm_90a", *, library: bytes = LIBRAR
     return manifest
 
 
-class Launches(list[tuple[str, tuple[Any, ...]]]):
-    """(symbol, arguments) of every kernel call."""
+@dataclass(frozen=True)
+class Made:
+    """One kernel launch: the symbol, the fields of its record, the grid."""
+
+    symbol: str
+    fields: dict[str, Any]
+    x: int
+    y: int
+
+
+class Launches(list[Made]):
+    """A library whose kernels are known by a number, and which notes what a program asks for."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.symbols: list[str] = []
 
     def __getitem__(self, symbol: Any) -> Any:
-        if isinstance(symbol, str):
-            return lambda *arguments: self.append((symbol, arguments))
-        return super().__getitem__(symbol)
+        if not isinstance(symbol, str):
+            return super().__getitem__(symbol)
+        return self.call if symbol == registry.CALLER else lambda: self.handle(symbol)
+
+    def handle(self, symbol: str) -> int:
+        self.symbols.append(symbol)
+        return len(self.symbols) - 1
+
+    def call(self, address: int, *tensors: Tensor | None) -> int:
+        launched = programs.run(address, *tensors)
+        if isinstance(launched, int):
+            return launched
+        for made in launched:
+            symbol = self.symbols[made.kernel]
+            record = RECORDS[InstanceSpec.parse(symbol).family]
+            self.append(Made(symbol, record.unpack(made.record), made.x, made.y))
+        return 1
 
 
 @pytest.fixture
@@ -53,8 +83,9 @@ def launches(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Launches:
     monkeypatch.setenv("PA_OPS_HOME", str(tmp_path))
     monkeypatch.setattr("tvm_ffi.load_module", lambda path: made)
     monkeypatch.setattr(registry, "capability_of", lambda index: SM90)
-    monkeypatch.setattr(cuda, "mask_of", lambda device: torch.zeros(1, dtype=torch.int32))
-    monkeypatch.setattr(cuda, "_capturing", lambda: False)
+    mask = torch.zeros(1, dtype=torch.int32)
+    monkeypatch.setattr(calls, "mask_of", lambda device: mask)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
     calls._plans.clear()
     return made
 
@@ -74,13 +105,12 @@ def test_one_call_is_one_launch_and_one_record(launches: Launches) -> None:
         out, lse = call("paged_attention", *paged())
     assert out.shape == (3, 8, 64) and out.dtype == torch.float16
     assert lse.shape == (8, 3) and lse.dtype == torch.float32
-    [(symbol, (data, tiles, heads, device, stream))] = launches
-    assert symbol.startswith("pa_attn_flash_sm80_fp16_kvfp16_d64v64_gather_causal_m")
-    fields = ATTENTION.unpack(data)
-    assert (fields["out"], fields["lse"]) == (out.data_ptr(), lse.data_ptr())
-    assert (tiles, heads, device, stream) == (1, 8, 0, 0) and fields["tokens"] == 3 and fields["group"] == 4
+    [made] = launches
+    assert made.symbol.startswith("pa_attn_flash_sm80_fp16_kvfp16_d64v64_gather_causal_m")
+    assert (made.fields["out"], made.fields["lse"]) == (out.data_ptr(), lse.data_ptr())
+    assert (made.x, made.y, made.fields["tokens"], made.fields["group"]) == (1, 8, 3, 4)
     [decision] = decisions
-    assert (decision.op, decision.family, decision.instance) == ("paged_attention", "flash_sm80", symbol)
+    assert (decision.op, decision.family, decision.instance) == ("paged_attention", "flash_sm80", made.symbol)
     assert any("row mask" in reason for reason in decision.reasons) and trace.last() == decision
 
 
@@ -94,30 +124,31 @@ def test_one_call_is_one_launch_and_one_record(launches: Launches) -> None:
 )
 def test_the_mask_decides_the_instance(launches: Launches, options: dict[str, Any], words: str) -> None:
     call("paged_attention", *paged(), **options)
-    assert words in launches[0][0]
+    assert words in launches[0].symbol
 
 
 @pytest.mark.parametrize(("dim", "served"), [(8, 64), (40, 64), (64, 64), (72, 96), (104, 128), (136, 256), (256, 256)])
 def test_head_sizes_go_to_the_smallest_instance_that_holds_them(launches: Launches, dim: int, served: int) -> None:
     call("paged_attention", *paged(dim=dim, dtype=torch.bfloat16))
-    assert f"_bf16_kvbf16_d{served}v{served}_" in launches[0][0]
+    assert f"_bf16_kvbf16_d{served}v{served}_" in launches[0].symbol
 
 
 def test_a_plan_is_made_once_for_a_decode_loop(launches: Launches, monkeypatch: pytest.MonkeyPatch) -> None:
     made: list[str] = []
-    validate = calls.validate
+    validate = cuda.validate
 
     def counting(op: str, arguments: dict[str, Any]) -> dict[str, int]:
         made.append(op)
         return validate(op, arguments)
 
-    monkeypatch.setattr(calls, "validate", counting)
+    monkeypatch.setattr(cuda, "validate", counting)
     for length in range(1000, 1020):
-        call("paged_attention", *paged(), max_seqlen_q=1, max_seqlen_k=length)
-    assert len(launches) == 20 and made == ["paged_attention"]
-    call("paged_attention", *paged(), max_seqlen_q=1, max_seqlen_k=1024)
+        call("paged_attention", *paged(new=4 + length % 4), max_seqlen_q=1, max_seqlen_k=length)
+    assert len(launches) == 20 and made == ["paged_attention"], "lengths and tokens within a power of two are one kind"
+    call("paged_attention", *paged(new=4), max_seqlen_q=1, max_seqlen_k=1024)
     call("paged_attention", *paged(new=4))
-    assert len(launches) == 22 and len(made) == 3
+    call("paged_attention", *paged(new=4, dim=72), max_seqlen_q=1, max_seqlen_k=1000)
+    assert len(launches) == 23 and len(made) == 4
 
 
 def test_a_hit_is_checked_as_a_miss_is(launches: Launches) -> None:
@@ -149,7 +180,7 @@ def test_the_out_variant_writes_into_the_callers_buffers(launches: Launches) -> 
     out, lse = torch.zeros(3, 8, 64).half(), torch.zeros(8, 3)
     assert call("paged_attention.out", *paged(), out=out, lse=lse) is None
     call("paged_attention.out", *paged(), out=out)
-    with_lse, without = (ATTENTION.unpack(data) for _, (data, *_) in launches)
+    with_lse, without = (made.fields for made in launches)
     assert with_lse["out"] == without["out"] == out.data_ptr()
     assert with_lse["lse"] == lse.data_ptr() and without["lse"] == 0
 
@@ -161,7 +192,7 @@ def test_varlen_append_and_merge_reach_their_kernels(launches: Launches) -> None
     k_cache, v_cache = torch.zeros(2, 4, 16, 2, 64).half()
     call("append_kv", k, v, k_cache, v_cache, torch.arange(9))
     call("merge_states", q, torch.zeros(8, 3), q, torch.zeros(8, 3))
-    symbols = [symbol for symbol, _ in launches]
+    symbols = [made.symbol for made in launches]
     assert "dense_causal" in symbols[0] and "dense_full" in symbols[1]
     assert symbols[2].startswith("pa_append_kv_append_fp16") and symbols[3].startswith("pa_merge_states_merge_fp16")
 
@@ -185,22 +216,22 @@ def test_A12_a_serving_call_is_two_launches_on_one_set_of_buffers(
     launches: Launches, rotary: bool, packed: bool
 ) -> None:
     tensors, out = serving_call(rotary=rotary, packed=packed)
-    (_, (stored, blocks, *_)), (name, (attended, *_)) = launches
-    append, attend = APPEND.unpack(stored), ATTENTION.unpack(attended)
+    stored, attended = launches
+    append, attend = stored.fields, attended.fields
     start = tensors["query"].data_ptr()
-    assert append["key"] == start + 8 * 64 * 2 and append["value"] == start + 10 * 64 * 2 and blocks == 3
+    assert append["key"] == start + 8 * 64 * 2 and append["value"] == start + 10 * 64 * 2 and stored.x == 3
     assert append["query"] == (start if rotary else 0) and append["query_out"] == (out.data_ptr() if rotary else 0)
     assert attend["q"] == (out.data_ptr() if rotary else start) and attend["out"] == out.data_ptr()
     assert attend["q_token_stride"] == (8 if rotary else 12) * 64 * 2
     assert attend["kv_lengths"] == append["past_lens"] == tensors["past_lens"].data_ptr()
     assert attend["past_lengths"] == 1 and attend["lse"] == 0 and append["rotary_dim"] == (32 if rotary else 0)
-    assert "gather_causal" in name and append["aligned"] == 1
+    assert "gather_causal" in attended.symbol and append["aligned"] == 1
 
 
 def test_X3_slots_replace_the_block_table(launches: Launches) -> None:
     slots = torch.arange(3)
     serving_call(rotary=False, slot_mapping=slots)
-    assert APPEND.unpack(launches[0][1][0])["slots"] == slots.data_ptr()
+    assert launches[0].fields["slots"] == slots.data_ptr()
 
 
 def test_records_have_no_padding_and_pack_what_they_unpack() -> None:
@@ -290,7 +321,7 @@ def test_B24_checked_mode_looks_at_values_on_every_call(launches: Launches, monk
     call("paged_attention", q, k_cache, v_cache, cu_seqlens_q, lengths, table)
     with pytest.raises(InvalidArgument, match="sequence 0"):
         call("paged_attention", q, k_cache, v_cache, cu_seqlens_q, lengths + 13, table)
-    monkeypatch.setattr(cuda, "_capturing", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
     call("paged_attention", q, k_cache, v_cache, cu_seqlens_q, lengths + 13, table)
     assert len(launches) == 2
 

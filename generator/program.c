@@ -1,0 +1,178 @@
+/* Turns a program and a call's tensors into kernel launches, if the tensors are what the program was made for.
+ *
+ * A program is an array of 64-bit words that pa_ops/program.py writes:
+ *   tensors, steps, device
+ *   a tensor:  present, dtype, dimensions, flags; a dimension: rule, name, value
+ *   a step:    kernel, record bytes, patches, grid rule and its three numbers; the record; a patch: six words
+ * Dimensions that may differ from call to call have a name: the first tensor that shows it fixes its size. Whatever
+ * else selection looked at is compared, so a program never runs on a call that it does not fit. */
+#include "launch.h"
+
+#include <dlpack/dlpack.h>
+#include <string.h>
+#include <tvm/ffi/extra/c_env_api.h>
+
+enum { TENSORS = 24, NAMES = 8, RECORD_WORDS = 64, MAX_BLOCKS = 65535 };
+enum { ALIGNED = 1, WRITTEN = 2 };                         /* flags of a tensor */
+enum { CONSTANT, EQUAL, AT_LEAST };                        /* rules of a dimension */
+enum { ADDRESS, STRIDE, SIZE };                            /* sources of a patch */
+enum { GRID_TILES, GRID_TOKENS, GRID_ROWS, GRID_FIXED };              /* rules of a grid */
+enum { VECTOR_BYTES = 16 };
+
+typedef int64_t word;
+
+struct call {
+    const word *at; /* what is read next */
+    const DLTensor *tensors[TENSORS];
+    word sizes[NAMES];
+    int known[NAMES];
+};
+
+static word next(struct call *call) { return *call->at++; }
+
+static word ceil_div(word a, word b) { return (a + b - 1) / b; }
+
+static word min(word a, word b) { return a < b ? a : b; }
+
+static word max(word a, word b) { return a > b ? a : b; }
+
+static const DLTensor *tensor_of(const TVMFFIAny *value)
+{
+    if (value->type_index == kTVMFFIDLTensorPtr)
+        return value->v_ptr;
+    if (value->type_index == kTVMFFITensor)
+        return (const void *)((const char *)value->v_ptr + sizeof(TVMFFIObject));
+    return NULL;
+}
+
+static int size_fits(struct call *call, word size)
+{
+    word rule = next(call), name = next(call), value = next(call);
+    if (rule == CONSTANT)
+        return size == value;
+    if (!call->known[name]) {
+        call->known[name] = 1;
+        call->sizes[name] = size - value;
+        return size >= value;
+    }
+    return rule == EQUAL ? size == call->sizes[name] + value : size >= call->sizes[name];
+}
+
+/* Dense in the last dimension; rows at multiples of 16 bytes, or not written twice, where the program asks for it. */
+static int strides_fit(const DLTensor *tensor, word flags)
+{
+    word bytes = tensor->dtype.bits / 8, base = (word)(intptr_t)tensor->data + (word)tensor->byte_offset;
+    if (tensor->strides == NULL || (flags & ALIGNED && base % VECTOR_BYTES))
+        return 0;
+    for (int i = 0; i < tensor->ndim; i++) {
+        word stride = tensor->strides[i];
+        if (tensor->shape[i] < 2)
+            continue;
+        if (i == tensor->ndim - 1 ? stride != 1 : flags & ALIGNED && stride * bytes % VECTOR_BYTES)
+            return 0;
+        if (flags & WRITTEN && stride == 0)
+            return 0;
+    }
+    return 1;
+}
+
+static int tensor_fits(struct call *call, const DLTensor *tensor, word device)
+{
+    word present = next(call), dtype = next(call), dimensions = next(call), flags = next(call);
+    if (present != (tensor != NULL))
+        return 0;
+    if (!present)
+        return 1;
+    if ((word)tensor->dtype.code << 8 != (dtype & 0xFF00) || tensor->dtype.bits != (dtype & 0xFF) ||
+        tensor->ndim != dimensions || tensor->device.device_id != device)
+        return 0;
+    for (int i = 0; i < tensor->ndim; i++)
+        if (!size_fits(call, tensor->shape[i]))
+            return 0;
+    return strides_fit(tensor, flags);
+}
+
+static void patch(struct call *call, char *record)
+{
+    word offset = next(call), width = next(call), source = next(call), place = next(call);
+    word times = next(call), plus = next(call), value;
+    const DLTensor *tensor = call->tensors[place >> 8];
+    if (source == ADDRESS)
+        value = (word)(intptr_t)tensor->data + (word)tensor->byte_offset + plus;
+    else
+        value = (source == STRIDE ? tensor->strides : tensor->shape)[place & 0xFF] * times + plus;
+    int32_t narrow = (int32_t)min(value, INT32_MAX);
+    memcpy(record + offset, width == 4 ? (void *)&narrow : (void *)&value, (size_t)width);
+}
+
+/* x and y from sizes 0 (tokens) and 1 (sequences): an extent may exceed the work, never fall short of it. */
+static void grid(struct call *call, unsigned extent[2])
+{
+    word rule = next(call), a = next(call), b = next(call), c = next(call);
+    word tokens = call->sizes[0], sequences = call->sizes[1], x, y;
+    if (rule == GRID_TILES) { /* a: rows of a tile, b: bound of a length or -1, c: heads */
+        x = (tokens + min(sequences, tokens) * (a - 1)) / a;
+        x = max(b < 0 ? x : min(x, sequences * ceil_div(b, a)), 1);
+        y = c;
+    } else if (rule == GRID_TOKENS) { /* a: slices of a token at most, b: blocks that fill the device */
+        x = min(tokens, MAX_BLOCKS);
+        y = max(min(a, b / max(x, 1)), 1);
+    } else if (rule == GRID_FIXED) {
+        x = a;
+        y = b;
+    } else { /* a: rows of a token, b: rows of a block */
+        x = min(ceil_div(tokens * a, b), MAX_BLOCKS);
+        y = 1;
+    }
+    extent[0] = (unsigned)x;
+    extent[1] = (unsigned)y;
+}
+
+static int run_step(struct call *call, int device, void *stream)
+{
+    word record[RECORD_WORDS];
+    unsigned extent[2];
+    struct pa_kernel *kernel = (struct pa_kernel *)(intptr_t)next(call);
+    word bytes = next(call), patches = next(call);
+    if (bytes != kernel->arguments || bytes > (word)sizeof record)
+        return pa_fail("ValueError", kernel->entry, "the program's record is not the kernel's");
+    grid(call, extent);
+    memcpy(record, call->at, (size_t)bytes);
+    call->at += ceil_div(bytes, sizeof(word));
+    for (word i = 0; i < patches; i++)
+        patch(call, (char *)record);
+    return pa_launch(kernel, device, stream, record, extent[0], extent[1]);
+}
+
+/* pa_call(program's address, tensors or None...) -> 0: the call does not fit; 1: launched; 2: it has no rows. */
+PA_EXPORT int __tvm_ffi_pa_call(void *self, const TVMFFIAny *args, int32_t count, TVMFFIAny *result)
+{
+    (void)self;
+    result->type_index = kTVMFFIInt;
+    result->v_int64 = 0;
+    if (count < 1 || count > TENSORS || args[0].type_index != kTVMFFIInt)
+        return pa_fail("TypeError", "pa_call", "takes a program's address, then tensors");
+    struct call call = {.at = (const word *)(intptr_t)args[0].v_int64};
+    word tensors = next(&call), steps = next(&call), device = next(&call);
+    if (tensors != count - 1)
+        return pa_fail("TypeError", "pa_call", "the program is for another number of tensors");
+    int kind = kDLCPU;
+    for (int i = 0; i < tensors; i++) {
+        call.tensors[i] = tensor_of(&args[i + 1]);
+        if (!tensor_fits(&call, call.tensors[i], device))
+            return 0;
+        if (i == 0)
+            kind = call.tensors[i]->device.device_type;
+        if (call.tensors[i] != NULL && (int)call.tensors[i]->device.device_type != kind)
+            return 0;
+    }
+    result->v_int64 = 2;
+    if (call.sizes[0] == 0 || (call.known[1] && call.sizes[1] == 0))
+        return 0;
+    void *stream = TVMFFIEnvGetStream(kind, (int32_t)device);
+    for (word i = 0; i < steps; i++)
+        if (run_step(&call, (int)device, stream))
+            return -1;
+    result->v_int64 = 1;
+    return 0;
+}

@@ -1,0 +1,110 @@
+"""Scenes for test_launch.py: programs on CPU tensors, run by a product's pa_call on a stand-in driver.
+
+Usage: launch_script.py SCENE LIBRARY KERNEL
+"""
+
+from __future__ import annotations
+
+import json
+import random
+import struct
+import sys
+from typing import Any
+
+import torch
+import tvm_ffi
+from torch import Tensor
+
+from helpers import programs
+from pa_ops.arguments import RECORDS, Record
+from pa_ops.checks import Rule
+from pa_ops.program import Address, Grid, GridRule, Guard, Launch, Program, Size, Source, Stride
+from pa_ops.spec import InstanceSpec
+
+HALF = (torch.float16,)
+RULES = (Rule("x", "T Hq D", HALF, written=True), Rule("ends", "B+1", (torch.int32,)), Rule("y", "T.. D", HALF, True))
+GRIDS = (Grid(GridRule.TILES, 64, -1, 8), Grid(GridRule.TILES, 16, 40, 3), Grid(GridRule.TOKENS, 4, 99),
+         Grid(GridRule.ROWS, 8, 3), Grid(GridRule.FIXED, 5, 6))  # fmt: skip
+
+
+def tensors_of(tokens: int, sequences: int, *, heads: int = 8, dim: int = 64) -> list[Tensor | None]:
+    """x, ends and y of a call."""
+    x = torch.zeros(tokens, heads + 4, dim, dtype=torch.float16)[:, :heads]
+    return [x, torch.zeros(sequences + 1, dtype=torch.int32), torch.zeros(tokens + 2, dim, dtype=torch.float16)]
+
+
+def program_of(kernel: int, record: Record, tensors: list[Tensor | None], random_: random.Random) -> Program:
+    """Random sources in every field of a record."""
+    choices: list[Source] = [Address("x"), Address("ends", 8), Address("y", 4), 0, 17]
+    sizes: list[Source] = [Stride("x", 0, 2), Stride("y", 0, 1), Size("ends", 0, 1, -1), Size("x", 2, 2**40), 5]
+    sources: dict[str, Source] = {}
+    for name, letter in record.fields:
+        sources[name] = random_.choice(choices if letter == "Q" else sizes) if letter != "f" else 0.5
+    guards = [Guard(rule, tensor, rule.argument == "x") for rule, tensor in zip(RULES, tensors, strict=True)]
+    return Program(0, guards, [Launch(kernel, record, sources, random_.choice(GRIDS))])
+
+
+def want(made: programs.Launched) -> None:
+    """What the driver should print: its extent, and every other 32 bits of the record."""
+    words = [struct.unpack_from("<i", made.record, at)[0] for at in range(0, len(made.record), 8)]
+    print("want", json.dumps(((made.x, made.y), words)))
+
+
+def misfits(tensors: list[Tensor | None]) -> list[list[Any]]:
+    """Calls that differ from what a program was made for, one thing at a time."""
+    x, ends, y = tensors
+    assert x is not None and ends is not None and y is not None
+    spread = torch.zeros(x.shape[0], 8, 65, dtype=torch.float16)[..., :64]
+    return [
+        [None, ends, y],
+        [x, ends, None],
+        [x.bfloat16(), ends, y],
+        [x, ends.long(), y],
+        [x[:, :4], ends, y],
+        [x[..., :32], ends, y],
+        [x[0], ends, y],
+        [x, ends, y[:1]],
+        [x.transpose(1, 2).contiguous().transpose(1, 2), ends, y],
+        [x[:1].expand(x.shape[0], 8, 64), ends, y],
+        [spread, ends, y],
+        [torch.zeros(x.numel() + 1, dtype=torch.float16)[1:].view(x.shape), ends, y],
+    ]
+
+
+def main(scene: str, library: str, name: str) -> None:
+    """Plays one scene."""
+    module = tvm_ffi.load_module(library)
+    kernel, call = int(module[name]()), module["pa_call"]
+    record = RECORDS[InstanceSpec.parse(name).family]
+    random_ = random.Random(0)
+    tensors = tensors_of(9, 3)
+    program = program_of(kernel, record, tensors, random_)
+    if scene == "twin":
+        for number in range(20):
+            program = program_of(kernel, record, tensors, random_)
+            for tokens, sequences in ((9, 3), (1, 1), (4000, 60)):
+                given = tensors_of(tokens, sequences)
+                twins = programs.run(program.address, *given)
+                assert isinstance(twins, list) and call(program.address, *given) == 1
+                want(twins[0])
+            for given in misfits(tensors) if number < 3 else ():
+                assert programs.run(program.address, *given) == 0
+                print("refused", call(program.address, *given))
+        print("empty", call(program.address, *tensors_of(0, 3)))
+    elif scene == "no program":
+        call("text", *tensors)
+    elif scene == "too few tensors":
+        call(program.address, tensors[0])
+    elif scene == "another record":
+        other = Record(addresses=("q",))
+        misfit = program_of(kernel, other, tensors, random_)
+        call(misfit.address, *tensors)
+    else:
+        for _ in range(2 if scene == "devices" else 1):
+            call(program.address, *tensors)
+
+
+try:
+    main(*sys.argv[1:])
+except Exception as error:
+    print(type(error).__name__, error)

@@ -1,0 +1,122 @@
+"""Turns a program's words and a call's tensors into the launches that generator/program.c makes of them, in Python."""
+
+from __future__ import annotations
+
+import ctypes
+import struct
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from pa_ops.program import DTYPES, DimRule, GridRule
+
+MAX_BLOCKS = 65535
+INT32_MAX = 2**31 - 1
+
+
+@dataclass(frozen=True)
+class Launched:
+    """One launch: the kernel's address, its argument record, blocks of the grid."""
+
+    kernel: int
+    record: bytes
+    x: int
+    y: int
+
+
+class Words:
+    """The 64-bit words at an address, one after another."""
+
+    def __init__(self, address: int) -> None:
+        self.address = address
+
+    def take(self, count: int) -> tuple[int, ...]:
+        words = (ctypes.c_int64 * count).from_address(self.address)
+        self.address += 8 * count
+        return tuple(words)
+
+    def one(self) -> int:
+        return self.take(1)[0]
+
+
+def _dim_fits(words: Words, sizes: dict[int, int], size: int) -> bool:
+    rule, name, value = words.take(3)
+    if rule == DimRule.CONSTANT:
+        return size == value
+    if name not in sizes:
+        sizes[name] = size - value
+        return size >= value
+    return size == sizes[name] + value if rule == DimRule.EQUAL else size >= sizes[name]
+
+
+def _strides_fit(tensor: Tensor, flags: int) -> bool:
+    aligned, written = bool(flags & 1), bool(flags & 2)
+    if aligned and tensor.data_ptr() % 16:
+        return False
+    for axis, (size, stride) in enumerate(zip(tensor.shape, tensor.stride(), strict=True)):
+        last = axis == tensor.dim() - 1
+        if size < 2:
+            continue
+        if (last and stride != 1) or (not last and aligned and stride * tensor.element_size() % 16):
+            return False
+        if written and stride == 0:
+            return False
+    return True
+
+
+def _tensor_fits(words: Words, sizes: dict[int, int], tensor: Tensor | None) -> bool:
+    present, dtype, dimensions, flags = words.take(4)
+    if present != (tensor is not None):
+        return False
+    if tensor is None:
+        return True
+    if tensor.device.type == "meta" or tensor.requires_grad:
+        raise BufferError("what has no memory, or a gradient, is not handed over")
+    if tensor.dtype not in DTYPES:
+        return False
+    code, bits = DTYPES[tensor.dtype]
+    if dtype != code << 8 | bits or tensor.dim() != dimensions:
+        return False
+    return all(_dim_fits(words, sizes, size) for size in tensor.shape) and _strides_fit(tensor, flags)
+
+
+def _patch(words: Words, record: bytearray, tensors: tuple[Tensor | None, ...]) -> None:
+    offset, width, source, place, times, plus = words.take(6)
+    tensor = tensors[place >> 8]
+    assert tensor is not None
+    if source == 0:
+        value = tensor.data_ptr() + plus
+    else:
+        value = (tensor.stride() if source == 1 else tensor.shape)[place & 0xFF] * times + plus
+    struct.pack_into("<i" if width == 4 else "<q", record, offset, min(value, INT32_MAX) if width == 4 else value)
+
+
+def grid_of(rule: int, a: int, b: int, c: int, tokens: int, sequences: int) -> tuple[int, int]:
+    """Blocks of a launch."""
+    if rule == GridRule.TILES:
+        x = (tokens + min(sequences, tokens) * (a - 1)) // a
+        return max(x if b < 0 else min(x, sequences * -(-b // a)), 1), c
+    if rule == GridRule.TOKENS:
+        x = min(tokens, MAX_BLOCKS)
+        return x, max(min(a, b // max(x, 1)), 1)
+    return (a, b) if rule == GridRule.FIXED else (min(-(-tokens * a // b), MAX_BLOCKS), 1)
+
+
+def run(address: int, *tensors: Tensor | None) -> int | list[Launched]:
+    """0 where the call does not fit, 2 where it has no rows, else its launches."""
+    words, sizes = Words(address), dict[int, int]()
+    count, steps, _ = words.take(3)
+    assert count == len(tensors), "a program is called with the tensors that it was made for"
+    if not all(_tensor_fits(words, sizes, tensor) for tensor in tensors):
+        return 0
+    if sizes.get(0, 0) == 0 or sizes.get(1) == 0:
+        return 2
+    made = []
+    for _ in range(steps):
+        kernel, size, patches, *grid = words.take(7)
+        padded = -(-size // 8)
+        record = bytearray(struct.pack(f"<{padded}q", *words.take(padded))[:size])
+        for _ in range(patches):
+            _patch(words, record, tensors)
+        made.append(Launched(kernel, bytes(record), *grid_of(*grid, sizes[0], sizes.get(1, 0))))
+    return made
