@@ -25,8 +25,26 @@ FLASH_SM80_TILES: dict[int, dict[Layout, Tile]] = {
     128: {Layout.DENSE: Tile(128, 32, 1, 4), Layout.GATHER: Tile(128, 32, 1, 4)},
     256: {Layout.DENSE: Tile(64, 64, 1, 4), Layout.GATHER: Tile(64, 64, 1, 4)},
 }
+# Tile of each head size for few query rows: as many stages as let two blocks share an SM, or else one.
+DECODE_TILES: dict[int, Tile] = {
+    64: Tile(16, 128, 3, 4),
+    96: Tile(16, 64, 4, 4),
+    128: Tile(16, 64, 3, 4),
+    192: Tile(16, 64, 2, 4),
+    256: Tile(16, 64, 3, 4),
+}
+DECODE_MASKS = (Mask.CAUSAL, Mask.WINDOW)
 DTYPES: tuple[DType, ...] = (DType.FP16, DType.BF16)
-KV_DTYPES: tuple[DType, ...] = (DType.FP16, DType.BF16, DType.E4M3FN, DType.E5M2, DType.INT8)
+KV_  # Tile of each head size for few query rows: as many stages as let two blocks share an SM, or else one.
+DECODE_TILES: dict[int, Tile] = {
+    64: Tile(16, 128, 3, 4),
+    96: Tile(16, 64, 4, 4),
+    128: Tile(16, 64, 3, 4),
+    192: Tile(16, 64, 2, 4),
+    256: Tile(16, 64, 3, 4),
+}
+DECODE_MASKS = (Mask.CAUSAL, Mask.WINDOW)
+DTYPES: tuple[DType, ...] = (DType.FP16, DType.BF16, DType.E4M3FN, DType.E5M2, DType.INT8)
 
 
 @dataclass(frozen=True)
@@ -44,11 +62,15 @@ TILE_EXCEPTIONS: dict[Cell, Tile] = {Cell(128, Layout.DENSE, Mask.WINDOW): Tile(
 
 @dataclass(frozen=True)
 class Preset:
-    """A named choice of attention cells; `targets` are what it builds when the user names none (empty: the GPU's)."""
+    """A named choice of attention cells, and of head sizes and masks for few query rows.
+
+    targets: what it builds when the user names none (empty: the GPU's).
+    """
 
     name: str
     title: str
     cells: tuple[Cell, ...]
+    decode: tuple[tuple[int, Mask], ...]
     targets: tuple[str, ...] = ()
 
 
@@ -62,12 +84,14 @@ _SMOKE = (
     *_grid((128,), (Layout.DENSE, Layout.GATHER), (Mask.CAUSAL,)),
 )
 _SERVING = _grid(FLASH_SM80_TILES, Layout, Mask)
+_SMOKE_DECODE = ((64, Mask.CAUSAL), (64, Mask.WINDOW), (128, Mask.CAUSAL))
+_SERVING_DECODE = tuple(product(DECODE_TILES, DECODE_MASKS))
 PRESETS: dict[str, Preset] = {
     preset.name: preset
     for preset in (
-        Preset("smoke", "head sizes 64 and 128, the masks that the demo and a first test need", _SMOKE),
-        Preset("serving", "every head size, layout and mask, for the GPU that is here", _SERVING),
-        Preset("full", "serving, for every architecture", _SERVING, DECLARED_TARGETS),
+        Preset("smoke", "head sizes 64 and 128, the masks that the demo and a first test need", _SMOKE, _SMOKE_DECODE),
+        Preset("serving", "every head size, layout and mask, for the GPU that is here", _SERVING, _SERVING_DECODE),
+        Preset("full", "serving, for every architecture", _SERVING, _SERVING_DECODE, DECLARED_TARGETS),
     )
 }
 DEFAULT_PRESET = "serving"
@@ -132,6 +156,21 @@ def _attention(cells: Sequence[Cell]) -> Iterator[InstanceSpec]:
         )
 
 
+def _decode(cells: Sequence[tuple[int, Mask]]) -> Iterator[InstanceSpec]:
+    for (head_dim, mask), dtype, kv_dtype in product(cells, DTYPES, KV_DTYPES):
+        yield InstanceSpec(
+            op=KernelOp.ATTN,
+            family=Family.DECODE,
+            dtype=dtype,
+            kv_dtype=kv_dtype,
+            head_dim=head_dim,
+            head_dim_v=head_dim,
+            layout=Layout.GATHER,
+            mask=mask,
+            tile=DECODE_TILES[head_dim],
+        )
+
+
 _HELPERS = (
     (KernelOp.APPEND_KV, Family.APPEND, Layout.GATHER, Tile(0, 0, 0, 4)),
     (KernelOp.MERGE_STATES, Family.MERGE, Layout.DENSE, Tile(0, 0, 0, 4)),
@@ -152,7 +191,8 @@ def preset_of(name: str) -> Preset:
 
 def candidates(preset: str) -> tuple[InstanceSpec, ...]:
     """The whole product of a preset's axes, sorted by name, before any rule."""
-    specs = (*_attention(preset_of(preset).cells), *_helpers())
+    chosen = preset_of(preset)
+    specs = (*_attention(chosen.cells), *_decode(chosen.decode), *_helpers())
     return tuple(sorted(specs, key=lambda spec: spec.name))
 
 

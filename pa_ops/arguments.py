@@ -110,11 +110,24 @@ ATTENTION = Record(
         "window",
         "sinks_fp32",
         "past_lengths",  # 1 where kv_lengths are those before the new tokens
+        "skip_up_to",  # sequences with so few new tokens are another kernel's
     ),
     factors=(
         "softcap_in",  # scale / softcap, 0 = off: scores become tanh(score * softcap_in) ...
         "log2_scale",  # ... and then times this: softcap * log2(e), or scale * log2(e)
     ),
+)
+
+DECODE = Record(
+    addresses=(*ATTENTION.addresses, "partials", "counters"),
+    strides=ATTENTION.strides,
+    counts=(
+        *ATTENTION.counts,
+        "kv_heads",
+        "causal",
+        "skip_above",  # sequences with more new tokens are another kernel's
+    ),
+    factors=ATTENTION.factors,
 )
 
 APPEND = Record(
@@ -187,6 +200,7 @@ MERGE = Record(
 
 RECORDS: dict[Family, Record] = {
     Family.FLASH_SM80: ATTENTION,
+    Family.DECODE: DECODE,
     Family.APPEND: APPEND,
     Family.MERGE: MERGE,
 }

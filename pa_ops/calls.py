@@ -17,14 +17,26 @@ from pa_ops.checks import RULES, Arguments, Rule, Sizes
 from pa_ops.environment import Settings
 from pa_ops.errors import NoInstance
 from pa_ops.faults import mask_of
-from pa_ops.launch import Keys, Rotary, Rows, Scores, append_launch, attention_launch, merge_launch
+from pa_ops.heuristics import Division, division
+from pa_ops.launch import (
+    INT32_MAX,
+    Keys,
+    Rotary,
+    Rows,
+    Scores,
+    append_launch,
+    attention_launch,
+    decode_launch,
+    merge_launch,
+)
 from pa_ops.manifest import Entry
 from pa_ops.overrides import REFERENCE, policy, token
 from pa_ops.problem import Problem
 from pa_ops.program import Guard, Launch, Program
 from pa_ops.registry import Registry, for_device
 from pa_ops.schema import SCHEMAS, base_of
-from pa_ops.selection import AUTO
+from pa_ops.selection import AUTO, Selection
+from pa_ops.spec import Family
 from pa_ops.trace import Decision
 
 KEPT = 8192  # kinds; the table is emptied at this size, a serving process needs some dozens
@@ -49,7 +61,16 @@ REFERENCE_DECISIONS = {op: Decision(op, REFERENCE, REFERENCE, ()) for op in SCHE
 
 _OPTIONS = ("sinks", "k_scale", "v_scale", "out", "lse")
 TENSORS: dict[str, tuple[str, ...]] = {
-    "paged_attention": ("q", "k_cache", "v_cache", "cu_seqlens_q", "seqlens_k", "block_table", *_OPTIONS),
+    "paged_attention": (
+        "q",
+        "k_cache",
+        "v_cache",
+        "cu_seqlens_q",
+        "seqlens_k",
+        "block_table",
+        *_OPTIONS,
+        "workspace",
+    ),
     "varlen_attention": ("q", "k", "v", "cu_seqlens_q", "cu_seqlens_k", *_OPTIONS),
     "paged_attention_": (
         "query",
@@ -64,13 +85,18 @@ TENSORS: dict[str, tuple[str, ...]] = {
         "sin",
         "slot_mapping",
         *_OPTIONS,
+        "workspace",
     ),
     "append_kv": ("slot_mapping", "key", "value", "k_cache", "v_cache", "k_scale", "v_scale"),
     "merge_states": ("out_a", "lse_a", "out_b", "lse_b", "out", "lse"),
 }
 """Operator -> the tensors that a program is called with, results among them; the first fixes the number of tokens."""
 
-_MERGED = (Rule("out", "T Hq Dv", ("out_a",), written=True), Rule("lse", "Hq T", (torch.float32,), written=True))
+_OWN = (
+    Rule("out", "T Hq Dv", ("out_a",), written=True),
+    Rule("lse", "Hq T", (torch.float32,), written=True),
+    Rule("workspace", "words", (torch.int32,), written=True),
+)
 _NUMBERS = ("softmax_scale", "causal", "sliding_window", "softcap", "backend")
 NUMBERS: dict[str, tuple[str, ...]] = {
     "paged_attention": _NUMBERS,
@@ -162,7 +188,7 @@ def program_of(op: str, arguments: Arguments, steps: Sequence[Step]) -> Program:
     """The program that launches `steps` for calls like the one with these arguments."""
     base = base_of(op)
     aligned = {name for step in steps for name in step.aligned}
-    rules = {rule.argument: rule for rule in (*_MERGED, *RULES.get(f"{base}.out", RULES[base]))}
+    rules = {rule.argument: rule for rule in (*_OWN, *RULES.get(f"{base}.out", RULES[base]))}
     guards = [Guard(rules[name], arguments.get(name), name in aligned) for name in TENSORS[base]]
     device = arguments[TENSORS[base][0]].device.index or 0
     return Program(device, guards, [step.launch for step in steps])
@@ -183,8 +209,7 @@ class Step(NamedTuple):
 def _select(op: str, problem: Problem, arguments: Arguments, registry: Registry) -> tuple[int, Entry, Decision]:
     """The kernel that serves `problem`, its row, and the record of the choice."""
     selection = registry.select(problem, arguments.get("backend", AUTO))
-    decision = Decision(op, str(selection.family), selection.instance, tuple(map(str, selection.reasons)))
-    return registry.kernel(selection.entry), selection.entry, decision
+    return registry.kernel(selection.entry), selection.entry, _decision(op, selection)
 
 
 def _scores(arguments: Arguments, head_dim: int) -> Scores:
@@ -199,22 +224,66 @@ def _scores(arguments: Arguments, head_dim: int) -> Scores:
 
 
 def _attention_steps(op: str, arguments: Arguments, sizes: Sizes, registry: Registry) -> Iterator[Step]:
-    kernel, entry, decision = _select(op, problem_of(op, arguments, sizes), arguments, registry)
     paged = base_of(op) == "paged_attention"
     k, v, lengths = ("k_cache", "v_cache", "seqlens_k") if paged else ("k", "v", "cu_seqlens_k")
-    launch = attention_launch(
-        kernel,
-        entry.spec,
-        q=Rows.of("q"),
-        out=Rows.of("out"),
-        keys=Keys(k, v, lengths, sizes["Hkv"], sizes.get("page_size", 0)),
-        heads=sizes["Hq"],
-        head_dim=sizes["D"],
-        scores=_scores(arguments, sizes["D"]),
-        lse=None if arguments["lse"] is None else "lse",
-        sinks=arguments["sinks"],
-    )
-    yield Step(launch, decision, ("q", k, v, "out"))
+    keys = Keys(k, v, lengths, sizes["Hkv"], sizes.get("page_size", 0))
+    problem = problem_of(op, arguments, sizes)
+    yield from _attend(op, problem, arguments, sizes, registry, Rows.of("q"), Rows.of("out"), keys, ("q", k, v, "out"))
+
+
+def _attend(
+    op: str,
+    problem: Problem,
+    arguments: Arguments,
+    sizes: Sizes,
+    registry: Registry,
+    q: Rows,
+    out: Rows,
+    keys: Keys,
+    aligned: tuple[str, ...],
+) -> Iterator[Step]:
+    """One launch, or two that share the sequences of a paged batch out: those of few query rows, and the others."""
+    few, many = _division(problem, arguments, registry)
+    rest: dict[str, Any] = {
+        "q": q,
+        "out": out,
+        "keys": keys,
+        "heads": sizes["Hq"],
+        "head_dim": sizes["D"],
+        "scores": _scores(arguments, sizes["D"]),
+        "lse": None if arguments["lse"] is None else "lse",
+        "sinks": arguments["sinks"],
+    }
+    limit = 0 if few is None else few.entry.spec.tile.m // problem.group
+    if few is not None:
+        launch = decode_launch(
+            registry.kernel(few.entry),
+            **rest,
+            causal=arguments["causal"] or problem.window,
+            skip_above=INT32_MAX if many is None else limit,
+            num_sms=registry.capability.num_sms,
+        )
+        yield Step(launch, _decision(op, few), aligned)
+    if many is not None:
+        launch = attention_launch(registry.kernel(many.entry), many.entry.spec, **rest, skip_up_to=limit)
+        yield Step(launch, _decision(op, many), aligned)
+
+
+def _division(problem: Problem, arguments: Arguments, registry: Registry) -> tuple[Selection | None, Selection | None]:
+    """The kernels for sequences of few query rows and for the others; None where all go to the one that is there."""
+    backend = arguments["backend"]
+    few = registry.find(problem, backend, Family.DECODE)
+    if few is None or policy(backend).batch_invariant:
+        return None, registry.select(problem, backend, without=Family.DECODE)
+    many = registry.find(problem, backend, Family.FLASH_SM80)
+    if many is None:
+        return few, None
+    chosen = division(problem, few.entry.spec.tile.m)
+    return None if chosen is Division.PREFILL else few, None if chosen is Division.DECODE else many
+
+
+def _decision(op: str, selection: Selection) -> Decision:
+    return Decision(op, str(selection.family), selection.instance, tuple(map(str, selection.reasons)))
 
 
 def _append_steps(op: str, arguments: Arguments, sizes: Sizes, registry: Registry) -> Iterator[Step]:
@@ -268,20 +337,10 @@ def _serving_steps(op: str, arguments: Arguments, sizes: Sizes, registry: Regist
         faults=_faults(arguments["query"]),
     )
     yield Step(launch, decision, tensors if aligned else ())
-    kernel, entry, decision = _select(op, problem_of("paged_attention", view, sizes), arguments, registry)
-    launch = attention_launch(
-        kernel,
-        entry.spec,
-        q=out if rotated else query,
-        out=out,
-        keys=Keys("k_cache", "v_cache", "past_lens", kv_heads, sizes["page_size"], past=True),
-        heads=heads,
-        head_dim=head_dim,
-        scores=_scores(arguments, head_dim),
-        lse=None if arguments["lse"] is None else "lse",
-        sinks=arguments["sinks"],
-    )
-    yield Step(launch, decision, ("out" if rotated else "query", "k_cache", "v_cache", "out"))
+    problem = problem_of("paged_attention", view, sizes)
+    keys = Keys("k_cache", "v_cache", "past_lens", kv_heads, sizes["page_size"], past=True)
+    read = ("out" if rotated else "query", "k_cache", "v_cache", "out")
+    yield from _attend(op, problem, arguments, sizes, registry, out if rotated else query, out, keys, read)
 
 
 def _as_paged(arguments: Arguments, rotated: bool) -> Arguments:

@@ -13,11 +13,14 @@ from pa_ops.checked import check_values
 from pa_ops.checks import validate
 from pa_ops.environment import settings
 from pa_ops.schema import base_of, signature
+from pa_ops.scratch import workspace
 from pa_ops.trace import record
 
 Results = tuple[Tensor, Tensor]
 Given = tuple[Tensor | None, ...]
 Options = dict[str, Any]
+
+VARLEN_TENSORS = 5  # positional ones; paged attention has one more
 
 
 def _attention(op: str) -> Callable[..., Results]:
@@ -44,7 +47,8 @@ def _attention_out(op: str) -> Callable[..., None]:
 
 def _attention_given(tensors: tuple[Tensor, ...], options: Options, out: Tensor, lse: Tensor | None) -> Given:
     get = options.get
-    return (*tensors, get("sinks"), get("k_scale"), get("v_scale"), out, lse)
+    given = (*tensors, get("sinks"), get("k_scale"), get("v_scale"), out, lse)
+    return given if len(tensors) == VARLEN_TENSORS else (*given, _workspace(out))
 
 
 def paged_attention_(*tensors: Tensor, **options: Any) -> Tensor:
@@ -65,7 +69,12 @@ def paged_attention_out_(*tensors: Tensor, **options: Any) -> None:
 def _serving_given(tensors: tuple[Tensor, ...], options: Options, out: Tensor, lse: Tensor | None) -> Given:
     get = options.get
     turns = (get("cos"), get("sin"), get("slot_mapping"))
-    return (*tensors, *turns, get("sinks"), get("k_scale"), get("v_scale"), out, lse)
+    return (*tensors, *turns, get("sinks"), get("k_scale"), get("v_scale"), out, lse, _workspace(out))
+
+
+def _workspace(out: Tensor) -> Tensor | None:
+    """Room for partial results, None where no kernel will run."""
+    return workspace(out.get_device()) if out.is_cuda else None
 
 
 def append_kv(*tensors: Tensor, **options: Any) -> None:
@@ -115,7 +124,8 @@ def _run(op: str, tensors: tuple[Tensor, ...], options: Options, given: Given, *
         return
     if now.checked and any(_launched(plan, given) for plan in plans):
         return
-    plan = plan_of(kind, op, {"out": None, "lse": None, **arguments, **results}, sizes, now)
+    made = {"out": None, "lse": None, "workspace": given[-1], **arguments, **results}
+    plan = plan_of(kind, op, made, sizes, now)
     if plan.program is None:
         _refer(op, tensors, options, results)
         record(plan.decisions[0])

@@ -56,6 +56,26 @@ GATES: dict[Family, Gates] = {
         aligned=True,
         quantised=False,
     ),
+    Family.DECODE: Gates(
+        op=KernelOp.ATTN,
+        needs={
+            DType.FP16: frozenset({Feature.CP_ASYNC, Feature.MMA_F16}),
+            DType.BF16: frozenset({Feature.CP_ASYNC, Feature.MMA_BF16}),
+        },
+        layouts=frozenset({Layout.GATHER}),
+        masks={
+            Mask.FULL: frozenset(),
+            Mask.CAUSAL: frozenset({Mask.CAUSAL, Mask.FULL}),
+            Mask.WINDOW: frozenset({Mask.WINDOW}),
+        },
+        head_multiple=8,
+        head_max=256,
+        split_heads=False,
+        softcap=True,
+        sinks=True,
+        aligned=True,
+        quantised=False,
+    ),
     Family.APPEND: Gates(
         op=KernelOp.APPEND_KV,
         needs={dtype: frozenset({Feature.HALF2}) for dtype in (DType.FP16, DType.BF16)},

@@ -5,15 +5,21 @@ Sizes order rows here and nowhere else, and never remove one.
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from pa_ops.capability import Capability
 from pa_ops.manifest import Entry
 from pa_ops.problem import Problem
+from pa_ops.spec import Family, InstanceSpec, Word
 
 # Query rows whose mathematics takes as long as bringing one K/V tile in: what a small tile saves in padding it pays
 # again in loads. An estimate; it ranks tiles of one head size, and today each head size has one tile.
 LOAD_ROWS = 64
 
-Cost = tuple[int, int, int, int, str]
+DECODE_ROWS = 32  # beyond so many rows a tile of 64 or 128 query rows is better filled than two of 16
+MIXED_TOKENS = 1024
+
+Cost = tuple[bool, int, int, int, int, str]
 
 
 def _ceil_div(a: int, b: int) -> int:
@@ -27,10 +33,38 @@ def query_rows(problem: Problem) -> int:
     return _ceil_div(problem.tokens, max(problem.batch, 1))
 
 
-def cost(entry: Entry, problem: Problem, capability: Capability) -> Cost:
-    """A total order on rows: padded head sizes, then the work of the busiest SM, then how native the code is.
+def suits(spec: InstanceSpec, problem: Problem) -> bool:
+    """Whether the family was made for as many query rows as the longest sequence is likely to have."""
+    return (spec.family is Family.DECODE) == (query_rows(problem) * problem.group <= DECODE_ROWS)
 
-    Padding comes first because it costs shared memory and registers as well as work. The name decides what is left,
+
+class Division(Word):
+    """How the sequences of a paged batch are shared out between kernels, by what the host knows."""
+
+    DECODE = "decode"
+    PREFILL = "prefill"
+    BOTH = "both"
+
+
+def division(problem: Problem, rows: int) -> Division:
+    """Which kernels a batch needs where few query rows have a kernel of their own, with `rows` rows a tile.
+
+    Sequences of at most rows / G tokens are its. Where the host cannot tell whether there are others, both kernels
+    are launched and share the sequences out on the device; the one without work costs 3 us. Beyond 1024 tokens a
+    sequence on average that is no longer worth it.
+    """
+    few = rows // problem.group
+    if few == 0 or (problem.batch == 1 and problem.tokens > few):
+        return Division.PREFILL
+    if problem.tokens <= few or (problem.max_q is not None and problem.max_q <= few):
+        return Division.DECODE
+    return Division.BOTH if query_rows(replace(problem, max_q=None)) <= MIXED_TOKENS else Division.PREFILL
+
+
+def cost(entry: Entry, problem: Problem, capability: Capability) -> Cost:
+    """A total order on rows: the family for as many rows, padded head sizes, the busiest SM's work, how native it is.
+
+    Padding comes early because it costs shared memory and registers as well as work. The name decides what is left,
     so that the order of the rows carries no meaning.
     """
     spec = entry.spec
@@ -39,4 +73,4 @@ def cost(entry: Entry, problem: Problem, capability: Capability) -> Cost:
     slots = _ceil_div(blocks, capability.num_sms) * (tile_m + LOAD_ROWS)
     ranks = [capability.targets.index(target) for target in entry.code_targets if target in capability.targets]
     native = min(ranks, default=len(capability.targets))
-    return (spec.head_dim + spec.head_dim_v, slots, native, entry.smem_bytes, entry.name)
+    return (not suits(spec, problem), spec.head_dim + spec.head_dim_v, slots, native, entry.smem_bytes, entry.name)

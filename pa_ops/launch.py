@@ -13,9 +13,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from pa_ops.arguments import APPEND, ATTENTION, MERGE
+from pa_ops.arguments import APPEND, ATTENTION, DECODE, MERGE
 from pa_ops.errors import InvalidArgument
 from pa_ops.program import Address, Grid, GridRule, Launch, Size, Source, Stride
+from pa_ops.scratch import blocks_of, counters_at
 from pa_ops.spec import InstanceSpec
 
 LOG2_E = math.log2(math.e)
@@ -80,17 +81,56 @@ def attention_launch(
     scores: Scores,
     lse: str | None,
     sinks: Tensor | None,
+    skip_up_to: int = 0,
 ) -> Launch:
     """Attend: q, out [T, Hq, D]; k, v paged [pages, page_size, Hkv, D] or ragged [total_k, Hkv, D]; lse [Hq, T].
 
     The bound of lengths holds for every call to come. `out` may be the memory of `q`: a block writes only the rows
     and the head that it alone has read. Raises InvalidArgument for a scale that is not a positive number: a maximum
-    of scores is only a maximum of scaled scores if the scale is positive.
+    of scores is only a maximum of scaled scores if the scale is positive. Sequences of `skip_up_to` tokens or fewer
+    are left to `decode_launch`.
     """
+    sources = _attention_sources(q, out, keys, heads, head_dim, scores, lse, sinks)
+    bound = -1 if scores.max_seqlen_q is None else scores.max_seqlen_q
+    grid = Grid(GridRule.TILES, spec.tile.m, bound, heads)
+    return Launch(kernel, ATTENTION, {**sources, "skip_up_to": skip_up_to}, grid)
+
+
+def decode_launch(
+    kernel: int,
+    *,
+    q: Rows,
+    out: Rows,
+    keys: Keys,
+    heads: int,
+    head_dim: int,
+    scores: Scores,
+    lse: str | None,
+    sinks: Tensor | None,
+    causal: bool,
+    skip_above: int,
+    num_sms: int,
+) -> Launch:
+    """Attend as `attention_launch`, every block an equal share of all keys; sequences of more tokens are left out."""
+    sources = _attention_sources(q, out, keys, heads, head_dim, scores, lse, sinks)
+    more: dict[str, Source] = {
+        "partials": Address("workspace"),
+        "counters": Address("workspace", counters_at(num_sms)),
+        "kv_heads": keys.kv_heads,
+        "causal": int(causal),
+        "skip_up_to": 0,
+        "skip_above": skip_above,
+    }
+    return Launch(kernel, DECODE, {**sources, **more}, Grid(GridRule.FIXED, blocks_of(num_sms), 1))
+
+
+def _attention_sources(
+    q: Rows, out: Rows, keys: Keys, heads: int, head_dim: int, scores: Scores, lse: str | None, sinks: Tensor | None
+) -> dict[str, Source]:
     scale, softcap = scores.softmax_scale, scores.softcap
     if not 0.0 < scale < math.inf:
         raise InvalidArgument("softmax_scale", "must be a positive, finite number", repr(scale))
-    sources: dict[str, Source] = {
+    return {
         "q": q.address,
         "k": Address(keys.k),
         "v": Address(keys.v),
@@ -116,8 +156,6 @@ def attention_launch(
         "log2_scale": (softcap or scale) * LOG2_E,
         **_key_sources(keys),
     }
-    bound = -1 if scores.max_seqlen_q is None else scores.max_seqlen_q
-    return Launch(kernel, ATTENTION, sources, Grid(GridRule.TILES, spec.tile.m, bound, heads))
 
 
 def _tokens(rows: Rows) -> Size:

@@ -17,7 +17,8 @@ from pa_ops.homes import Product, home, products
 from pa_ops.manifest import Entry
 from pa_ops.overrides import policy
 from pa_ops.problem import Problem
-from pa_ops.selection import AUTO, Selection, select_entry
+from pa_ops.selection import AUTO, Selection, select_entry, verdicts
+from pa_ops.spec import Family
 
 CALLER = "pa_call"
 
@@ -34,17 +35,32 @@ class Registry:
                 self._owners.setdefault(entry.name, (entry, product))
         self.entries: tuple[Entry, ...] = tuple(entry for entry, _ in self._owners.values())
         self._selections: dict[tuple[object, ...], Selection] = {}
+        self._found: dict[tuple[object, ...], Selection | None] = {}
         self._kernels: dict[str, int] = {}
         self._libraries: dict[Path, Any] = {}
 
-    def select(self, problem: Problem, backend: str = AUTO) -> Selection:
-        """The kernel that serves `problem` under the overrides in force; raises NoInstance with every reason."""
+    def select(self, problem: Problem, backend: str = AUTO, without: Family | None = None) -> Selection:
+        """The kernel that serves `problem` under the overrides in force, of the family `without` never.
+
+        Raises NoInstance with every reason.
+        """
         chosen = policy(backend)
-        key = (problem.facts, size_class(problem), chosen)
+        key = (problem.facts, size_class(problem), chosen, without)
         found = self._selections.get(key)
         if found is None:
-            found = self._selections[key] = select_entry(self.entries, problem, self.capability, chosen)
+            entries = [entry for entry in self.entries if entry.spec.family is not without]
+            found = self._selections[key] = select_entry(entries, problem, self.capability, chosen)
         return found
+
+    def find(self, problem: Problem, backend: str, family: Family) -> Selection | None:
+        """The kernel of `family` that serves `problem` under the overrides in force; None where there is none."""
+        chosen = policy(backend)
+        key = (problem.facts, size_class(problem), chosen, family, True)
+        if key not in self._found:
+            entries = [entry for entry in self.entries if entry.spec.family is family]
+            able = any(v.eligible for v in verdicts(entries, problem, self.capability, chosen))
+            self._found[key] = select_entry(entries, problem, self.capability, chosen) if able else None
+        return self._found[key]
 
     def kernel(self, entry: Entry) -> int:
         """The address of the kernel of `entry` in its library, whose sha256 must be the manifest's."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
 from enum import Enum
 from functools import lru_cache
@@ -43,6 +44,7 @@ class Family(Word):
     """The template that a kernel is rendered from."""
 
     FLASH_SM80 = "flash_sm80"
+    DECODE = "decode"
     APPEND = "append"
     MERGE = "merge"
 
@@ -161,10 +163,8 @@ class InstanceSpec:
 
     @property
     def smem_bytes(self) -> int:
-        """Shared memory of one block in bytes: the Q tile (O reuses it) and every stage of the K and V tiles."""
-        q = self.tile.m * max(self.head_dim, self.head_dim_v) * self.dtype.itemsize
-        kv = self.tile.n * (self.head_dim + self.head_dim_v) * self.dtype.itemsize
-        return q + kv * self.tile.stages
+        """Dynamic shared memory of one block in bytes."""
+        return _SMEM.get(self.family, _query_and_stages)(self)
 
     @property
     def is_causal(self) -> bool:
@@ -176,6 +176,23 @@ class InstanceSpec:
         """Whether the kernel takes a window length at run time."""
         return self.mask is Mask.WINDOW
 
+
+def _stages(spec: InstanceSpec) -> int:
+    return spec.tile.stages * spec.tile.n * (spec.head_dim + spec.head_dim_v) * spec.dtype.itemsize
+
+
+def _query_and_stages(spec: InstanceSpec) -> int:
+    """The Q tile, which O reuses, and every stage of the K and V tiles."""
+    return spec.tile.m * max(spec.head_dim, spec.head_dim_v) * spec.dtype.itemsize + _stages(spec)
+
+
+def _stages_or_states(spec: InstanceSpec) -> int:
+    """Every stage of the K and V tiles with a word a warp's stage and 48 bytes of news, or each warp's final state."""
+    ring = _stages(spec) + 4 * spec.tile.warps * spec.tile.stages + 48
+    return max(ring, spec.tile.warps * spec.tile.m * (spec.head_dim_v + 2) * 4)
+
+
+_SMEM: dict[Family, Callable[[InstanceSpec], int]] = {Family.DECODE: _stages_or_states}
 
 _WORDS: dict[str, type[Word]] = {
     "op": KernelOp,

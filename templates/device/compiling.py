@@ -18,8 +18,10 @@ def arguments_of(record):
     return NamedTuple("Arguments", fields)(*(kind(0) for _, kind in fields))
 
 
-def compile_cubin(kernel, record, arch):
-    """The cubin of `kernel` for `arch` (sm_80, sm_90a, ...): no GPU needed."""
+def compile_cubin(kernel, record, arch, smem):
+    """The cubin of `kernel` for `arch` (sm_80, sm_90a, ...), which a launch will give `smem` bytes; no GPU needed."""
+    if kernel.smem_bytes != smem:
+        raise ValueError(f"the kernel needs {kernel.smem_bytes} B of shared memory, its spec says {smem} B")
     with tempfile.TemporaryDirectory() as folder:
         options = f"--gpu-arch {arch} --keep-cubin --dump-dir {folder}"
         return cute.compile(kernel, arguments_of(record), options=options).artifacts.CUBIN

@@ -64,7 +64,7 @@ class FlashSm80:
     @cute.kernel
     def kernel(self, args):
         rank, head, _ = cute.arch.block_idx()
-        sequence, block = find_tile(args.cu_seqlens_q, args.sequences, args.tokens, self.rows, rank)
+        sequence, block = find_tile(args, self.rows, rank)
         if sequence >= 0:
             self.run_tile(args, sequence, block, head)
 

@@ -40,6 +40,7 @@ class Merge:
 
     def __init__(self, dtype, warps):
         self.dtype, self.warps = dtype, warps
+        self.smem_bytes = 0
 
     @cute.jit
     def __call__(self, args):

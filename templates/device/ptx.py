@@ -138,6 +138,81 @@ def st_shared_32(address, value, *, loc=None, ip=None):
 
 
 @dsl_user_op
+def ld_shared_32(address, *, loc=None, ip=None):
+    """Load one register from shared memory."""
+    operand = [Int32(address).ir_value(loc=loc, ip=ip)]
+    return Int32(_asm(T.i32(), operand, "ld.shared.b32 $0, [$1];", "=r,r", True, loc, ip))
+
+
+@dsl_user_op
+def st_shared_f32x2(address, low, high, *, loc=None, ip=None):
+    """Store two neighbouring fp32 to shared memory."""
+    operands = [Int32(address).ir_value(loc=loc, ip=ip), *(Float32(x).ir_value(loc=loc, ip=ip) for x in (low, high))]
+    _asm(None, operands, "st.shared.v2.f32 [$0], {$1, $2};", "r,f,f", True, loc, ip)
+
+
+def _load_f32(instruction, kind, letter):
+    @dsl_user_op
+    def op(address, *, loc=None, ip=None):
+        operand = [kind(address).ir_value(loc=loc, ip=ip)]
+        return Float32(_asm(T.f32(), operand, f"{instruction}.f32 $0, [$1];", f"=f,{letter}", True, loc, ip))
+
+    return op
+
+
+ld_shared_f32 = _load_f32("ld.shared", Int32, "r")
+ld_global_f32_cg = _load_f32("ld.global.cg", Int64, "l")
+
+
+def _load_f32x4(instruction, kind, letter):
+    @dsl_user_op
+    def op(address, *, loc=None, ip=None):
+        quad = _asm(
+            llvm.StructType.get_literal([T.f32()] * 4),
+            [kind(address).ir_value(loc=loc, ip=ip)],
+            f"{instruction}.v4.f32 {{$0, $1, $2, $3}}, [$4];",
+            f"=f,=f,=f,=f,{letter}",
+            True,
+            loc,
+            ip,
+        )
+        return [Float32(llvm.extractvalue(T.f32(), quad, [i], loc=loc, ip=ip)) for i in range(4)]
+
+    return op
+
+
+ld_shared_f32x4 = _load_f32x4("ld.shared", Int32, "r")
+ld_global_f32x4 = _load_f32x4("ld.global.cg", Int64, "l")  # past L1, where another block's results never show
+
+
+@dsl_user_op
+def st_global_f32x4(address, values, *, loc=None, ip=None):
+    """Store four neighbouring fp32 to global memory."""
+    operands = [Int64(address).ir_value(loc=loc, ip=ip), *(Float32(x).ir_value(loc=loc, ip=ip) for x in values)]
+    _asm(None, operands, "st.global.v4.f32 [$0], {$1, $2, $3, $4};", "l,f,f,f,f", True, loc, ip)
+
+
+@dsl_user_op
+def arrive(address, *, loc=None, ip=None):
+    """Add one to an int32 in global memory, what this thread wrote before becoming visible; the value before."""
+    operand = [Int64(address).ir_value(loc=loc, ip=ip)]
+    return Int32(_asm(T.i32(), operand, "atom.acq_rel.gpu.global.add.u32 $0, [$1], 1;", "=r,l", True, loc, ip))
+
+
+@dsl_user_op
+def st_global_i32(address, value, *, loc=None, ip=None):
+    """Store one int32 to global memory."""
+    operands = [Int64(address).ir_value(loc=loc, ip=ip), Int32(value).ir_value(loc=loc, ip=ip)]
+    _asm(None, operands, "st.global.b32 [$0], $1;", "l,r", True, loc, ip)
+
+
+@dsl_user_op
+def fence(*, loc=None, ip=None):
+    """What this thread wrote is seen by the device before what it writes next."""
+    _asm(None, [], "fence.acq_rel.gpu;", "", True, loc, ip)
+
+
+@dsl_user_op
 def ld_shared_128(address, *, loc=None, ip=None):
     """Load 16 bytes, as four registers, from shared memory."""
     quad = _asm(
@@ -162,10 +237,27 @@ def st_global_128(address, words, where, *, loc=None, ip=None):
 
 
 @dsl_user_op
+def st_global_64(address, words, where, *, loc=None, ip=None):
+    """Store 8 bytes, given as two registers, to global memory, where `where` holds."""
+    operands = [Int64(address).ir_value(loc=loc, ip=ip)] + [Int32(w).ir_value(loc=loc, ip=ip) for w in words]
+    operands.append(Int32(where).ir_value(loc=loc, ip=ip))
+    text = "{ .reg .pred p; setp.ne.b32 p, $3, 0; @p st.global.v2.b32 [$0], {$1, $2}; }"
+    _asm(None, operands, text, "l,r,r,r", True, loc, ip)
+
+
+@dsl_user_op
 def ld_global_i32(address, *, loc=None, ip=None):
     """Load one int32 from global memory through the read-only path."""
     operand = [Int64(address).ir_value(loc=loc, ip=ip)]
     return Int32(_asm(T.i32(), operand, "ld.global.nc.b32 $0, [$1];", "=r,l", True, loc, ip))
+
+
+@dsl_user_op
+def ld_global_pair(address, where, *, loc=None, ip=None):
+    """Load two 16-bit elements as one register where `where` holds, else zeros."""
+    text = "{ .reg .pred p; setp.ne.b32 p, $2, 0; mov.b32 $0, 0; @p ld.global.b32 $0, [$1]; }"
+    operands = [Int64(address).ir_value(loc=loc, ip=ip), Int32(where).ir_value(loc=loc, ip=ip)]
+    return Int32(_asm(T.i32(), operands, text, "=r,l,r", True, loc, ip))
 
 
 @dsl_user_op

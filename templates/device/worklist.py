@@ -23,22 +23,24 @@ def length_at(prefix_sums: Int64, index: Int32, total: Int32):
 
 
 @cute.jit
-def find_tile(cu_seqlens_q: Int64, sequences: Int32, tokens: Int32, rows: cutlass.Constexpr, rank: Int32):
+def find_tile(args, rows: cutlass.Constexpr, rank: Int32):
     """(sequence, row block) of the `rank`-th tile of `rows` query rows, or (-1, 0) beyond the last one.
 
-    One warp reads 32 lengths a step and scans them: 64 sequences cost two steps, a single one costs one.
+    Sequences of `skip_up_to` tokens or fewer have no tiles here: another kernel's launch has them. One warp reads 32
+    lengths a step and scans them: 64 sequences cost two steps, a single one costs one.
     """
     lane = cute.arch.lane_idx()
     found = Int32(-1)
     block = Int32(0)
     remaining = Int32(rank)
     first = Int32(0)
-    while first < sequences:
+    while first < args.sequences:
         index = first + lane
         tiles = Int32(0)
-        if index < sequences:
-            _, length = length_at(cu_seqlens_q, index, tokens)
-            tiles = (length + (rows - 1)) // rows
+        if index < args.sequences:
+            _, length = length_at(args.cu_seqlens_q, index, args.tokens)
+            if length > args.skip_up_to:
+                tiles = (length + (rows - 1)) // rows
         scan = tiles
         for power in cutlass.range_constexpr(5):
             below = cute.arch.shuffle_sync_up(scan, 1 << power)
@@ -48,7 +50,7 @@ def find_tile(cu_seqlens_q: Int64, sequences: Int32, tokens: Int32, rows: cutlas
         if remaining < total:
             found = first + owner
             block = remaining - cute.arch.shuffle_sync(scan - tiles, owner)
-            first = sequences
+            first = args.sequences
         else:
             remaining = remaining - total
             first = first + 32

@@ -1,0 +1,88 @@
+"""Equal shares of a batch's key tiles: turns lengths on the device into the range of tiles that one block works on.
+
+Tiles of all sequences lie in one row: sequence by sequence, in each head by head, row block by row block, then by key.
+Every block takes an equal part of that row, so that long and short sequences load the device alike (stream-K, Osama
+et al., PPoPP 2023). Each block finds its part by itself: one trip to memory and one scan of the batch.
+"""
+
+import cutlass
+import cutlass.cute as cute
+from cutlass import Int32, Int64
+
+from pa_ops.templates.device.ptx import ld_global_i32, ld_shared_32, st_shared_32
+from pa_ops.templates.device.worklist import length_at
+
+WORDS = 8  # of shared memory that `find_share` needs
+
+
+@cute.jit
+def span(args, sequence: Int32, rows: cutlass.Constexpr, keys: cutlass.Constexpr, window: cutlass.Constexpr):
+    """(first query row, queries, keys, first tile, tiles, row blocks) of a sequence; no row blocks where it has none.
+
+    A sequence with more than `skip_above` queries is another kernel's. One that sees no key has one tile all the same,
+    so that its rows are written.
+    """
+    q_start, q_len = length_at(args.cu_seqlens_q, sequence, args.tokens)
+    stored = ld_global_i32(args.kv_lengths + Int64(sequence) * 4)
+    k_len = cutlass.min(cutlass.max(stored + args.past_lengths * q_len, 0), args.keys)
+    first = Int32(0)
+    if cutlass.const_expr(window):
+        first = cutlass.max(k_len - q_len - args.window + 1, 0) // keys
+    tiles = cutlass.max((k_len + (keys - 1)) // keys - first, 1)
+    blocks = (q_len * args.group + (rows - 1)) // rows
+    blocks = Int32(cutlass.select_(q_len > args.skip_above, Int32(0), blocks))
+    return q_start, q_len, k_len, first, tiles, blocks
+
+
+@cute.jit
+def scan_warp(value: Int32):
+    """The inclusive prefix sum of one value a lane."""
+    lane = cute.arch.lane_idx()
+    for power in cutlass.range_constexpr(5):
+        below = cute.arch.shuffle_sync_up(value, 1 << power)
+        value = Int32(cutlass.select_(lane >= (1 << power), value + below, value))
+    return value
+
+
+@cute.jit
+def find_share(args, smem: Int32, rows: cutlass.Constexpr, keys: cutlass.Constexpr, window: cutlass.Constexpr):
+    """(begin, end, total, sequence, base): this block's tiles, and the sequence, starting at tile `base`, of the first.
+
+    A thread of the block's 128 counts the tiles of a run of sequences; `smem` is WORDS words of scratch.
+    """
+    tid, _, _ = cute.arch.thread_idx()
+    block, _, _ = cute.arch.block_idx()
+    blocks, _, _ = cute.arch.grid_dim()
+    warp, lane = tid // 32, tid % 32
+    run = (args.sequences + 127) // 128
+    first = tid * run
+    own = Int32(0)
+    for i in cutlass.range(run, unroll=1):
+        sequence = first + i
+        if sequence < args.sequences:
+            _, _, _, _, tiles, row_blocks = span(args, sequence, rows, keys, window)
+            own = own + tiles * row_blocks
+    inclusive = scan_warp(own)
+    if lane == 31:
+        st_shared_32(smem + warp * 4, inclusive)
+    cute.arch.barrier()
+    before, total = Int32(0), Int32(0)
+    for w in cutlass.range_constexpr(4):
+        sums = ld_shared_32(smem + w * 4)
+        before = before + Int32(cutlass.select_(Int32(w) < warp, sums, Int32(0)))
+        total = total + sums
+    total = total * args.kv_heads
+    begin = Int32(Int64(block) * Int64(total) // Int64(blocks))
+    end = Int32(Int64(block + 1) * Int64(total) // Int64(blocks))
+    start = (before + inclusive - own) * args.kv_heads
+    if (start <= begin) & (begin < start + own * args.kv_heads):
+        st_shared_32(smem + 16, first)
+        st_shared_32(smem + 20, start)
+    cute.arch.barrier()
+    return begin, end, total, ld_shared_32(smem + 16), ld_shared_32(smem + 20)
+
+
+def owner_of(tile, total):
+    """The block whose share holds `tile`."""
+    blocks, _, _ = cute.arch.grid_dim()
+    return Int32(((Int64(tile) + 1) * Int64(blocks) - 1) // Int64(total))
