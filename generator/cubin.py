@@ -1,9 +1,9 @@
 """Turns a cubin into the compiler's facts: kernel, code target, registers, stack frame, argument and code size.
 
 A cubin is an ELF image of machine EM_CUDA; facts are read from the very bytes that ship. The attribute numbers are
-those that NVIDIA's own cuobjdump prints by name. A frame is
-what a thread keeps in local memory: registers that were spilled and arrays that are indexed at run time look alike
-in it, so a kernel without such arrays spills exactly its frame.
+those that NVIDIA's own cuobjdump prints by name. A frame is what a thread keeps in local memory: registers that were
+spilled and arrays that are indexed at run time look alike in it, so a kernel without such arrays spills exactly its
+frame.
 """
 
 from __future__ import annotations
@@ -16,9 +16,7 @@ _ELF_MAGIC = b"\x7fELF"
 _EM_CUDA = 190
 _NEWER_ABI = 8  # from this ABI version on, flags hold the SM as a number in bits 8-23
 _ACCELERATED = 0x800
-_SUFFIXES = {
-    0x0A: "a"
-}  # in bits 0-7 of the newer flags; other values say nothing: nvcc 13.0 writes 4 for 80, 90 and 90a
+_SUFFIXES = {0x0A: "a"}  # by bits 0-7 of the newer flags; other values say nothing: nvcc 13.0 writes 4 for 80 and 90a
 _INFO_SECTION = ".nv.info"
 _KERNEL_SECTION = ".nv.info."  # the kernel's symbol follows
 _FORMAT_SIZED = 4  # attribute formats below it carry their value in the two bytes that hold the size here

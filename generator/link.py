@@ -1,7 +1,7 @@
 """Turns cubins into one library that needs nothing but libtvm_ffi and the C library.
 
-Each image lies in the library as it is, beside a call that launches it through the driver (launch.c), so a product
-runs with any CUDA of its driver's generation, any torch and any Python. The kernels' own symbols are all it exports.
+Each image lies in the library as it is, beside the C code that launches it through the driver, so a product runs with
+any CUDA of its driver's generation, any torch and any Python. It exports a symbol a kernel and the one that calls them.
 """
 
 from __future__ import annotations

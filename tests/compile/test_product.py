@@ -20,6 +20,7 @@ from pa_ops.generator.link import SYMBOL_PREFIX
 from pa_ops.generator.plan import Planner
 from pa_ops.generator.toolchain import Toolchain
 from pa_ops.manifest import Entry, Manifest
+from pa_ops.registry import CALLER
 from pa_ops.spec import Family, InstanceSpec
 
 pytestmark = pytest.mark.compile
@@ -43,7 +44,7 @@ def test_G2_manifest_rows_template_parameters_and_symbols_are_one_set(product: L
     assert names == [spec.name for spec in declared]
     assert [InstanceSpec.parse(name) for name in names] == list(declared)
     exported = [line.split()[-1] for line in output("nm", "-D", "--defined-only", product.library).splitlines()]
-    assert sorted(exported) == sorted(SYMBOL_PREFIX + name for name in names)
+    assert sorted(exported) == sorted(SYMBOL_PREFIX + name for name in (*names, CALLER))
     module = tvm_ffi.load_module(str(product.library))
     for entry in rows(product):
         assert callable(module[entry.symbol])
