@@ -35,16 +35,7 @@ DECODE_TILES: dict[int, Tile] = {
 }
 DECODE_MASKS = (Mask.CAUSAL, Mask.WINDOW)
 DTYPES: tuple[DType, ...] = (DType.FP16, DType.BF16)
-KV_  # Tile of each head size for few query rows: as many stages as let two blocks share an SM, or else one.
-DECODE_TILES: dict[int, Tile] = {
-    64: Tile(16, 128, 3, 4),
-    96: Tile(16, 64, 4, 4),
-    128: Tile(16, 64, 3, 4),
-    192: Tile(16, 64, 2, 4),
-    256: Tile(16, 64, 3, 4),
-}
-DECODE_MASKS = (Mask.CAUSAL, Mask.WINDOW)
-DTYPES: tuple[DType, ...] = (DType.FP16, DType.BF16, DType.E4M3FN, DType.E5M2, DType.INT8)
+KV_DTYPES: tuple[DType, ...] = (DType.FP16, DType.BF16, DType.E4M3FN, DType.E5M2, DType.INT8)
 
 
 @dataclass(frozen=True)
