@@ -51,12 +51,13 @@ def division(problem: Problem, rows: int) -> Division:
 
     Sequences of at most rows / G tokens are its. Where the host cannot tell whether there are others, both kernels
     are launched and share the sequences out on the device; the one without work costs 3 us. Beyond 1024 tokens a
-    sequence on average that is no longer worth it.
+    sequence on average that is no longer worth it. With no more tokens than sequences it is a decode step, or nearly:
+    a longer sequence among them takes several tiles of few rows, which costs time and nothing else.
     """
     few = rows // problem.group
     if few == 0 or (problem.batch == 1 and problem.tokens > few):
         return Division.PREFILL
-    if problem.tokens <= few or (problem.max_q is not None and problem.max_q <= few):
+    if problem.tokens <= max(few, problem.batch) or (problem.max_q is not None and problem.max_q <= few):
         return Division.DECODE
     return Division.BOTH if query_rows(replace(problem, max_q=None)) <= MIXED_TOKENS else Division.PREFILL
 

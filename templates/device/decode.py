@@ -224,7 +224,7 @@ class Decode:
             offset = cute.arch.shuffle_sync(where[1], row + step)
             k_row = k_base + Int64(page) * args.k_page_stride + Int64(offset) * args.k_token_stride
             v_row = v_base + Int64(page) * args.v_page_stride + Int64(offset) * args.v_token_stride
-            target = shape.address(keys_at, row, chunk) + step * shape.pitch
+            target = shape.address(keys_at, row + step, chunk)  # a pass is shorter than the swizzle's eight rows
             for j in range(shape.chunks_a_lane):
                 column = chunk + j * shape.lanes_a_row
                 limit = cutlass.select_(column * 8 < args.head_dim, Int32(EVERY), Int32(0))
