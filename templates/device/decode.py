@@ -403,7 +403,7 @@ class Decode:
         top, total = Float32(-Float32.inf), Float32(0.0)
         if parts == 0:
             top, total = self.take_warps(smem, row, column, step, values)
-        for part in cutlass.range(parts, unroll=1):
+        for part in cutlass.range(parts, unroll=4):  # several parts on their way at once
             slot = opener * 2 + Int64(part) * 2 + Int64(cutlass.select_(part == 0, Int32(1), Int32(0)))
             top, total = self.take_part(self.slot_address(args, slot), row, column, step, values, top, total)
         sink = Float32(-Float32.inf)

@@ -13,6 +13,7 @@ from pa_ops.templates.device.ptx import ld_global_i32, ld_shared_32, st_shared_3
 from pa_ops.templates.device.worklist import length_at
 
 WORDS = 8  # of shared memory that `find_share` needs
+LEAST = 4  # tiles of a share
 
 
 @cute.jit
@@ -52,7 +53,6 @@ def find_share(args, smem: Int32, rows: cutlass.Constexpr, keys: cutlass.Constex
     """
     tid, _, _ = cute.arch.thread_idx()
     block, _, _ = cute.arch.block_idx()
-    blocks, _, _ = cute.arch.grid_dim()
     warp, lane = tid // 32, tid % 32
     run = (args.sequences + 127) // 128
     first = tid * run
@@ -72,8 +72,11 @@ def find_share(args, smem: Int32, rows: cutlass.Constexpr, keys: cutlass.Constex
         before = before + Int32(cutlass.select_(Int32(w) < warp, sums, Int32(0)))
         total = total + sums
     total = total * args.kv_heads
-    begin = Int32(Int64(block) * Int64(total) // Int64(blocks))
-    end = Int32(Int64(block + 1) * Int64(total) // Int64(blocks))
+    blocks = workers(total)
+    begin, end = Int32(0), Int32(0)
+    if block < blocks:
+        begin = Int32(Int64(block) * Int64(total) // Int64(blocks))
+        end = Int32(Int64(block + 1) * Int64(total) // Int64(blocks))
     start = (before + inclusive - own) * args.kv_heads
     if (start <= begin) & (begin < start + own * args.kv_heads):
         st_shared_32(smem + 16, first)
@@ -82,7 +85,12 @@ def find_share(args, smem: Int32, rows: cutlass.Constexpr, keys: cutlass.Constex
     return begin, end, total, ld_shared_32(smem + 16), ld_shared_32(smem + 20)
 
 
+def workers(total):
+    """How many blocks have a share: few enough for LEAST tiles each, so that none is empty and merges stay short."""
+    blocks, _, _ = cute.arch.grid_dim()
+    return cutlass.max(cutlass.min(blocks, total // LEAST), 1)
+
+
 def owner_of(tile, total):
     """The block whose share holds `tile`."""
-    blocks, _, _ = cute.arch.grid_dim()
-    return Int32(((Int64(tile) + 1) * Int64(blocks) - 1) // Int64(total))
+    return Int32(((Int64(tile) + 1) * Int64(workers(total)) - 1) // Int64(total))

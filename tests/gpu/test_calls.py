@@ -93,11 +93,11 @@ def test_B26_the_kernel_that_ran_is_on_record(device: torch.device) -> None:
     call = paged(MIXED, Shape(128, dtype=torch.bfloat16), device)
     with pa_ops.trace.recording() as calls:
         call.run()
-    assert [made.op for made in calls] == ["paged_attention"]
-    assert calls[0].family == "flash_sm80"
+    assert [(made.op, made.family) for made in calls] == [(call.op, "decode"), (call.op, "flash_sm80")]
     names = {entry.name for entry in registry.for_device(0).entries}
-    assert calls[0].instance in names
-    assert calls[0].instance.startswith("pa_attn_flash_sm80_bf16_kvbf16_d128v128_gather_causal_")
+    for made in calls:
+        assert made.instance in names
+        assert made.instance.startswith(f"pa_attn_{made.family}_bf16_kvbf16_d128v128_gather_causal_")
 
 
 def test_B26_debug_prints_the_decision(device: torch.device) -> None:
@@ -117,8 +117,11 @@ def test_B26_debug_prints_the_decision(device: torch.device) -> None:
 def test_overrides_reach_the_kernels(device: torch.device) -> None:
     call = paged(MIXED, Shape(64), device)
     plain, _ = call.run()
-    forced, _ = call.run(backend="flash_sm80")
-    assert torch.equal(plain[: call.rows], forced[: call.rows])
+    for family in ("flash_sm80", "decode"):
+        with pa_ops.trace.recording() as calls:
+            forced, _ = call.run(backend=family)
+        assert [made.family for made in calls] == [family]
+        error_of(forced[: call.rows], plain[: call.rows], plain.dtype, family)
     with pytest.raises(pa_ops.NoInstance, match="k_scale"):
         paged(MIXED, Shape(64), device, k_scale=torch.ones(1, device=device)).run(backend="flash_sm80")
 
