@@ -128,7 +128,7 @@ def _run(op: str, tensors: tuple[Tensor, ...], options: Options, given: Given, *
     plan = plan_of(kind, op, made, sizes, now)
     if plan.program is None:
         _refer(op, tensors, options, results)
-        record(plan.decisions[0])
+        record(now, *plan.decisions)
     elif not _launched(plan, given):
         raise AssertionError(f"{op}: a program does not fit the call that it was made for")
 
@@ -146,7 +146,7 @@ def _launched(plan: Plan, given: Given) -> bool:
     """Whether the plan's program fits and its kernels are on their way, or there are no rows to do."""
     done = 0 if plan.program is None else plan.run(plan.program.address, *given)
     if done == 1:
-        record(*plan.decisions)
+        record(plan.settings, *plan.decisions)
     return bool(done)
 
 

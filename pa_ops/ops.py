@@ -34,7 +34,7 @@ def _on_cpu(op: str) -> Callable[..., Any]:
         if settings().checked:
             check_values(op, arguments)
         results = function(**arguments)
-        record(REFERENCE_DECISIONS[op])
+        record(settings(), REFERENCE_DECISIONS[op])
         return None if writes_buffers(op) else results
 
     return run

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
-from pa_ops.environment import settings
+from pa_ops.environment import Settings
 
 KEPT = 256
 
@@ -30,12 +30,12 @@ _history: deque[Decision] = deque(maxlen=KEPT)
 _recordings: list[list[Decision]] = []
 
 
-def record(*decisions: Decision) -> None:
-    """Adds a call's launches to the history and to every open recording; prints them where PA_OPS_DEBUG=1."""
+def record(now: Settings, *decisions: Decision) -> None:
+    """Adds a call's launches to the history and to every open recording; prints them where the settings say so."""
     _history.extend(decisions)
     for calls in _recordings:
         calls.extend(decisions)
-    if settings().debug:
+    if now.debug:
         print(*decisions, sep="\n", file=sys.stderr)
 
 

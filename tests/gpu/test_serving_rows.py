@@ -105,6 +105,8 @@ def test_B25_choices_coexist_and_auto_is_no_choice(device: torch.device) -> None
     with pa_ops.backend("reference"):
         other = serve(twin(call))
         with pa_ops.backend("flash"):
+            error_of(serve(twin(call)), other, plain.dtype, "flash")
+        with pa_ops.backend("auto"):
             assert torch.equal(serve(twin(call)), plain)
     error_of(plain, other, plain.dtype, "the reference")
     assert torch.equal(serve(twin(call)), plain)
