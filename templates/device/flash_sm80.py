@@ -10,16 +10,12 @@ import cutlass
 import cutlass.cute as cute
 from cutlass import Float32, Int32, Int64
 
-from pa_ops.templates.device import pages, softmax
+from pa_ops.templates.device import pages, products, softmax
 from pa_ops.templates.device.ptx import (
     cp_async_16,
-    ld_global_f32,
-    ld_global_half,
     ld_global_i32,
     ld_shared_128,
-    mma_m16n8k16,
     opaque,
-    pack_pair,
     st_global_128,
     st_global_f32,
     st_shared_32,
@@ -172,22 +168,13 @@ class FlashSm80:
             for _ in cutlass.range(opaque(outgrown), unroll=1):
                 softmax.rescale(acc_s, acc_o, row_max, row_sum, args.log2_scale, self.n_tiles, self.d_tiles)
             softmax.exponentiate(acc_s, row_max, row_sum, args.log2_scale, self.n_tiles)
-            self.accumulate(frag_v, acc_s, acc_o)
+            products.accumulate(self.dtype, acc_s, frag_v, self.m_tiles, self.n_tiles, self.d_tiles, acc_o)
 
         sink = Float32(-Float32.inf)
         if args.sinks != 0:
-            sink = self.sink_of(args, head) * LOG2_E
+            sink = softmax.sink_of(self.dtype, args, head) * LOG2_E
         factors = softmax.finish(row_max, row_sum, args.log2_scale, sink, self.m_tiles)
         self.store(args, s_q, acc_o, factors, q_start + row_first, row_last - row_first + 1, head, warp, lane)
-
-    @cute.jit
-    def sink_of(self, args, head: Int32):
-        value = Float32(0.0)
-        if args.sinks_fp32 != 0:
-            value = ld_global_f32(args.sinks + Int64(head) * 4)
-        else:
-            value = ld_global_half(self.dtype, args.sinks + Int64(head) * 2)
-        return value
 
     def load_queries(self, args, s_q, rows_base, count, tid):
         """Start copying the block's query rows; rows beyond `count` and columns beyond the head size become zeros."""
@@ -227,37 +214,11 @@ class FlashSm80:
 
     def scores(self, frag_q, frag_k, acc_s):
         """acc_s = Q K^T for this warp's rows and the block's keys."""
-        zero = Float32(0.0)
-        s = [[[zero] * 4 for _ in range(self.n_tiles)] for _ in range(self.m_tiles)]
-        for column in range(0, self.head_dim, 16):
-            a = [frag_q.load(mt * 16, column) for mt in range(self.m_tiles)]
-            for pair in range(self.n_tiles // 2):
-                b = frag_k.load(pair * 16, column)
-                for mt in range(self.m_tiles):
-                    for half in range(2):
-                        nt = pair * 2 + half
-                        s[mt][nt] = mma_m16n8k16(self.dtype, a[mt], b[2 * half : 2 * half + 2], s[mt][nt])
-        for mt in range(self.m_tiles):
-            for nt in range(self.n_tiles):
-                for i in range(4):
-                    acc_s[(mt * self.n_tiles + nt) * 4 + i] = s[mt][nt][i]
 
-    def accumulate(self, frag_v, acc_s, acc_o):
-        """acc_o += P V, P being acc_s rounded to the element type."""
-        for key in range(0, self.keys, 16):
-            a = []
-            for mt in range(self.m_tiles):
-                at = (mt * self.n_tiles + key // 8) * 4
-                a.append([pack_pair(self.dtype, acc_s[at + 2 * i], acc_s[at + 2 * i + 1]) for i in range(4)])
-            for pair in range(self.d_tiles // 2):
-                b = frag_v.load(key, pair * 16, transpose=True)
-                for mt in range(self.m_tiles):
-                    for half in range(2):
-                        at = (mt * self.d_tiles + pair * 2 + half) * 4
-                        c = [acc_o[at + i] for i in range(4)]
-                        c = mma_m16n8k16(self.dtype, a[mt], b[2 * half : 2 * half + 2], c)
-                        for i in range(4):
-                            acc_o[at + i] = c[i]
+        def queries(column):
+            return [frag_q.load(mt * 16, column) for mt in range(self.m_tiles)]
+
+        products.scores(self.dtype, queries, frag_k, self.head_dim, self.m_tiles, self.n_tiles, acc_s)
 
     def mask(self, args, acc_s, position, column, k_len, live_pages, lane):
         """-inf wherever a row (first at `position`) must not see a key (this thread's first at `column`)."""

@@ -5,9 +5,9 @@ A thread owns, of every 16x8 accumulator, two columns of rows g and g + 8 (g = l
 
 import cutlass
 import cutlass.cute as cute
-from cutlass import Float32
+from cutlass import Float32, Int32, Int64
 
-from pa_ops.templates.device.ptx import ex2, fma, lg2, pack_pair, rcp
+from pa_ops.templates.device.ptx import ex2, fma, ld_global_f32, ld_global_half, lg2, pack_pair, rcp
 
 RESCALE_BITS = 8.0
 
@@ -76,6 +76,17 @@ def exponentiate(acc_s, row_max, row_sum, log2_scale, n_tiles):
             acc_s[i] = p
             total = total + p
         row_sum[row] = total
+
+
+@cute.jit
+def sink_of(dtype: cutlass.Constexpr, args, head: Int32):
+    """The sink of a query head, in fp32."""
+    value = Float32(0.0)
+    if args.sinks_fp32 != 0:
+        value = ld_global_f32(args.sinks + Int64(head) * 4)
+    else:
+        value = ld_global_half(dtype, args.sinks + Int64(head) * 2)
+    return value
 
 
 def finish(row_max, row_sum, log2_scale, sink, m_tiles):
