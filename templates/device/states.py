@@ -3,6 +3,7 @@
 A state is rows of fp32 outputs relative to a maximum, then (maximum, sum) a row, in base 2. Warps leave theirs in
 shared memory; a block whose share was cut leaves the sum of its warps in the workspace, and the last to arrive adds
 up all parts in their order, so that results depend on no timing.
+"""
 
 import cutlass
 import cutlass.cute as cute
