@@ -127,9 +127,7 @@ def call(op: str, *tensors: Tensor, **options: Any) -> Any:
     return cuda.IMPLEMENTATIONS[op](*tensors, **options)
 
 
-@pytest.mark.parametrize(
-    ("new", "family", "grid"), [(3, "decode", (2 * SM90.num_sms, 1)), (40, "flash_sm80", (1, 8))]
-)
+@pytest.mark.parametrize(("new", "family", "grid"), [(3, "decode", (2 * SM90.num_sms, 1)), (40, "flash_sm80", (1, 8))])
 def test_one_call_is_one_launch_and_one_record(
     launches: Launches, new: int, family: str, grid: tuple[int, int]
 ) -> None:
