@@ -22,9 +22,10 @@ from pa_ops.spec import DType, InstanceSpec, Mask, Op, Word
 
 Key = tuple[str, str]  # instance name, target
 
-HEAD_DIMS = (8, 40, 64, 72, 96, 104, 128, 136, 256)  # both sides of every row's head size, and the ends
+HEAD_DIMS = (8, 40, 64, 72, 96, 104, 128, 136, 192, 200, 256)  # both sides of every row's head size, and the ends
 DTYPES = (DType.FP16, DType.BF16, DType.FP32)
 CACHE_DTYPES = (None, DType.E4M3FN, DType.INT8)  # None: the query's
+TOKENS = {Op.PAGED_ATTENTION: (1, 512)}  # of one sequence: few query rows and many, which have a family each; else 1
 
 
 class State(Word):
@@ -127,13 +128,14 @@ class Coverage:
 
 
 def domain() -> Iterator[Problem]:
-    """The declared problem domain: every operator, type, mask and option, at the head sizes where rows change."""
+    """The declared problem domain: every operator, type, mask and option, at the sizes where rows change."""
     for op, dtype, kv_dtype, head_dim in product(Op, DTYPES, CACHE_DTYPES, HEAD_DIMS):
         if op is Op.MERGE_STATES and kv_dtype is not None:
             continue
         attends = op in (Op.PAGED_ATTENTION, Op.VARLEN_ATTENTION)
         options = (False, True) if attends else (False,)
-        for mask, extras, split in product(Mask if attends else (Mask.FULL,), options, options):
+        masks = Mask if attends else (Mask.FULL,)
+        for mask, extras, split, tokens in product(masks, options, options, TOKENS.get(op, (1,))):
             yield Problem(
                 op=op,
                 dtype=dtype,
@@ -144,17 +146,19 @@ def domain() -> Iterator[Problem]:
                 window=mask is Mask.WINDOW,
                 softcap=extras,
                 sinks=extras,
+                tokens=tokens,
             )
 
 
 def survey(entries: Iterable[Entry], sms: Iterable[int] = tuple(MODELS)) -> tuple[frozenset[Key], tuple[Hole, ...]]:
     """The rows that selection picks for some problem of the domain on some SM, and the problems that it cannot serve.
 
-    A hole is told once, for the oldest SM that shows it; problems that are declared unsupported are no holes.
+    A hole is told once, whatever its sizes, for the oldest SM that shows it; problems that are declared unsupported are
+    no holes.
     """
     rows, problems = tuple(entries), tuple(domain())
     reached: set[Key] = set()
-    holes: dict[Problem, Hole] = {}
+    holes: dict[tuple[object, ...], Hole] = {}
     for sm in sorted(sms):
         capability = Capability.of_sm(sm)
         loadable = [row for row in rows if not set(row.code_targets).isdisjoint(capability.targets)]
@@ -164,7 +168,7 @@ def survey(entries: Iterable[Entry], sms: Iterable[int] = tuple(MODELS)) -> tupl
             try:
                 entry = select_entry(loadable, problem, capability).entry
             except NoInstance as error:
-                holes.setdefault(problem, Hole(problem, sm, str(error)))
+                holes.setdefault(problem.facts, Hole(problem, sm, str(error)))
             else:
                 reached.add((entry.name, entry.target))
     return frozenset(reached), tuple(holes.values())

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from itertools import islice
 
 from pa_ops.capability import Capability, Feature, min_sm
 from pa_ops.manifest import Entry
@@ -191,8 +192,8 @@ def _heads(head_dim: int, head_dim_v: int) -> str:
 
 def family_rejections(family: Family, problem: Problem, capability: Capability) -> tuple[Rejection, ...]:
     """The gates that all rows of `family` share and that are not passed; the operator alone when that is another."""
-    failed = tuple(check.rejection() for check in family_checks(family, problem, capability) if not check.passed)
-    return failed[:1] if GATES[family].op is not problem.kernel_op else failed
+    failed = (check.rejection() for check in family_checks(family, problem, capability) if not check.passed)
+    return tuple(failed if GATES[family].op is problem.kernel_op else islice(failed, 1))
 
 
 def row_rejections(entry: Entry, problem: Problem, capability: Capability) -> Iterator[Rejection]:

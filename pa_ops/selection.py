@@ -9,6 +9,7 @@ from dataclasses import dataclass, field, replace
 from pa_ops.capability import Capability
 from pa_ops.errors import InvalidArgument, NoInstance
 from pa_ops.families import (
+    GATES,
     Rejection,
     attention_families,
     families_of,
@@ -202,4 +203,7 @@ def _beyond_a_build(verdict: Verdict) -> bool:
 def _filter(family: Family, problem: Problem) -> str:
     """A glob of the instances that would serve the problem; head sizes are left open because rows pad them."""
     head = f"pa_{problem.kernel_op}_{family}_{problem.dtype}_kv{problem.kv_dtype}_*"
-    return f"{head}_{problem.layout}_{problem.mask}_*" if problem.kernel_op is KernelOp.ATTN else head
+    if problem.kernel_op is not KernelOp.ATTN:
+        return head
+    mask = next(mask for mask, served in GATES[family].masks.items() if problem.mask in served)
+    return f"{head}_{problem.layout}_{mask}_*"

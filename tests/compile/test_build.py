@@ -26,7 +26,8 @@ from pa_ops.spec import Family
 
 pytestmark = pytest.mark.compile
 TARGET = "sm_80"
-FEW = "*_fp16_*"  # 8 instances of the smoke preset: 6 of attention, append, merge
+FEW = "*_fp16_*"  # of the smoke preset: 6 instances of flash_sm80, 3 of decode, append, merge
+ALL = 11
 QUICK = "*append*"  # 2 instances that no worker needs the DSL for
 RUN = """
 import sys
@@ -81,7 +82,7 @@ def test_G1_second_build_rebuilds_nothing_and_an_edit_rebuilds_what_it_touches(t
     home = tmp_path / "home"
     first = run(home, toy)
     everything = check_whole(Layout(home / TARGET))
-    assert sorted(first.compiled) == everything and len(everything) == 8
+    assert sorted(first.compiled) == everything and len(everything) == ALL
     before = stamps(home)
     second = run(home, toy)
     assert second.compiled == () and sorted(second.fresh) == everything
@@ -94,7 +95,7 @@ def test_G1_second_build_rebuilds_nothing_and_an_edit_rebuilds_what_it_touches(t
     assert list(run(home, toy).compiled) == append
     after = stamps(home)
     untouched = [path for path in before if path.suffix == ".cubin" and "_append_" not in path.name]
-    assert len(untouched) == 7 and all(after[path] == before[path] for path in untouched)
+    assert len(untouched) == ALL - 1 and all(after[path] == before[path] for path in untouched)
 
     edit(toy / "device" / "scale.cuh", "THREADS = 128", "THREADS = 64")
     assert stale(home, toy) == append
@@ -162,10 +163,10 @@ def test_G1_killed_build_leaves_no_writer_and_the_next_one_completes(tmp_path: P
     wait_until(lambda: not processes_naming(home), 10, "the workers of a killed build end")
     assert not Layout(home / TARGET).manifest.exists()
     done = len(list(objects.glob("*.json")))
-    assert 2 <= done < 8
+    assert 2 <= done < ALL
     outcome = run(home, toy)
-    assert len(outcome.compiled) == 8 - done and len(outcome.fresh) == done
-    assert len(check_whole(Layout(home / TARGET))) == 8
+    assert len(outcome.compiled) == ALL - done and len(outcome.fresh) == done
+    assert len(check_whole(Layout(home / TARGET))) == ALL
 
 
 def test_G1_two_builds_at_once_take_turns(tmp_path: Path, toy: Path) -> None:
@@ -173,8 +174,8 @@ def test_G1_two_builds_at_once_take_turns(tmp_path: Path, toy: Path) -> None:
     children = [start(home, toy), start(home, toy)]
     answers = [child.communicate(timeout=120) for child in children]
     assert [child.returncode for child in children] == [0, 0], answers
-    assert sorted(int(out) for out, _ in answers) == [0, 8]
-    assert len(check_whole(Layout(home / TARGET))) == 8
+    assert sorted(int(out) for out, _ in answers) == [0, ALL]
+    assert len(check_whole(Layout(home / TARGET))) == ALL
 
 
 def test_G1_a_build_that_waits_too_long_says_for_whom(tmp_path: Path, toy: Path) -> None:
@@ -193,7 +194,7 @@ def test_G1_a_build_that_waits_too_long_says_for_whom(tmp_path: Path, toy: Path)
 
 
 BROKEN = """def cubin(arch):
-    # % if spec.layout == "gather" and spec.mask == "window"
+    # % if spec.family == "flash_sm80" and spec.layout == "gather" and spec.mask == "window"
     {statement}
     # % endif
 """
@@ -214,11 +215,11 @@ def test_G1_compile_error_names_the_instance_and_the_rest_compiles(tmp_path: Pat
     assert f"--only {error.instance}" in error.command
     again = subprocess.run(error.command.split(), capture_output=True, text=True)
     assert again.returncode == 1 and layout.failure(error.instance).is_file()
-    assert not layout.manifest.exists() and len(list(layout.objects.glob("*.json"))) == 7
+    assert not layout.manifest.exists() and len(list(layout.objects.glob("*.json"))) == ALL - 1
 
     edit(toy / "flash_sm80.py.j2", 'raise RuntimeError("a register too few")', "pass")
     assert set(run(home, toy).compiled) >= {error.instance}
-    assert len(check_whole(layout)) == 8 and not layout.failure(error.instance).exists()
+    assert len(check_whole(layout)) == ALL and not layout.failure(error.instance).exists()
 
 
 def test_G1_an_error_of_nvrtc_names_the_instance_and_carries_its_log(tmp_path: Path, toy: Path) -> None:
@@ -243,7 +244,7 @@ def test_G1_crash_of_the_compiler_costs_its_instance_only(tmp_path: Path, toy: P
     with pytest.raises(BuildError, match=r"^pa_attn_\w+_gather_window_\w+: the build failed") as caught:
         run(tmp_path / "home", toy)
     assert "worker died" in caught.value.command
-    assert len(list(Layout(tmp_path / "home" / TARGET).objects.glob("*.json"))) == 7
+    assert len(list(Layout(tmp_path / "home" / TARGET).objects.glob("*.json"))) == ALL - 1
 
 
 def test_G1_templates_edited_during_a_build_are_not_mixed(tmp_path: Path, toy: Path) -> None:
@@ -284,6 +285,12 @@ def test_G6_an_image_with_other_arguments_than_its_record_is_refused(family: Fam
     assert caught.value.instance.startswith("pa_")
 
 
+def test_G6_a_kernel_with_other_shared_memory_than_its_spec_is_refused(tmp_path: Path, toy: Path) -> None:
+    edit(toy / "flash_sm80.py.j2", "smem_bytes=", "smem_bytes=16 + ")
+    with pytest.raises(BuildError, match="needs 16 B of shared memory, its spec says 0 B"):
+        run(tmp_path / "home", toy, "*_merge_fp16_*")
+
+
 def test_G1_an_undefined_name_in_a_template_is_an_error(tmp_path: Path, toy: Path) -> None:
     edit(toy / "flash_sm80.py.j2", "spec.head_dim", "spec.head_size")
     with pytest.raises(BuildError, match="head_size"):
@@ -291,7 +298,7 @@ def test_G1_an_undefined_name_in_a_template_is_an_error(tmp_path: Path, toy: Pat
 
 
 def test_G1_an_empty_selection_is_an_error(tmp_path: Path, toy: Path) -> None:
-    with pytest.raises(InvalidArgument, match="filter: must match one of 16 instances"):
+    with pytest.raises(InvalidArgument, match="filter: must match one of 22 instances"):
         run(tmp_path / "home", toy, "*nothing*")
     assert not (tmp_path / "home").exists()
 
@@ -300,6 +307,7 @@ def test_shards_hold_everything_once_and_start_with_the_dear(tmp_path: Path, toy
     whole = Request(tmp_path, "serving", (TARGET,), None, 2, toy)
     (plan,) = [plan for _, plan in plans(whole)]
     shards = shards_of(plan.stale, 2)
-    assert sorted(item.name for shard in shards for item in shard) == [s.name for s in matrix.declared("serving")]
+    declared = matrix.declared("serving", (TARGET,))
+    assert sorted(item.name for shard in shards for item in shard) == [spec.name for spec in declared]
     assert max(map(len, shards)) <= 6
     assert all(shard[0].spec.head_dim == 256 for shard in shards)

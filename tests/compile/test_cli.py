@@ -33,14 +33,14 @@ def test_list_filters_and_tells_axes_as_json(capsys: Capture) -> None:
     assert "filter" in capsys.readouterr().err
     assert cli.main(["list", "--filter", "*bf16*d256*", "--arch", "sm_90", "--json"]) == 0
     rows = json.loads(capsys.readouterr().out)
-    assert len(rows) == 6
+    assert len(rows) == 6 + 2, "flash_sm80 of every layout and mask, decode of both its masks"
     assert all(row["head_dim"] == 256 and row["targets"] == ["sm_90a"] and row["built"] == [] for row in rows)
 
 
 @pytest.mark.parametrize(
     ("command", "words"),
     [
-        (["build", "--filter", "*nothing*"], "filter: must match one of 52 instances"),
+        (["build", "--filter", "*nothing*"], "filter: must match one of 68 instances"),
         (["build", "--arch", "sm_52"], "arch: must be one of sm_53"),
         (["build", "--preset", "huge"], "preset: must be one of smoke, serving, full"),
         (["build", "--jobs", "-1"], "jobs: must be an integer >= 0"),
@@ -57,11 +57,12 @@ def test_bad_command_lines_say_what_is_wrong(command: list[str], words: str, cap
     assert not empty_home.exists()
 
 
-def test_G8_explain_prints_every_row_with_its_reasons(capsys: Capture) -> None:
-    words = ["paged_attention", "dtype=bf16", "head_dim=128", "page_size=16", "tokens=64", "kv=8192", "sm=90"]
+@pytest.mark.parametrize(("tokens", "family"), [(64, "flash_sm80"), (1, "decode")])
+def test_G8_explain_prints_every_row_with_its_reasons(tokens: int, family: str, capsys: Capture) -> None:
+    words = ["paged_attention", "dtype=bf16", "head_dim=128", "page_size=16", f"tokens={tokens}", "kv=8192", "sm=90"]
     assert cli.main(["explain", *words]) == 0
     out = capsys.readouterr().out
-    assert "selected: pa_attn_flash_sm80_bf16_kvbf16_d128v128_gather_causal_" in out
+    assert f"selected: pa_attn_{family}_bf16_kvbf16_d128v128_gather_causal_" in out
     rows = [line for line in out.splitlines() if line.startswith("  pa_")]
     assert len(rows) == len(matrix.declared("full", ("sm_90a",)))
     assert all("selected" in row or "eligible" in row or "needs" in row for row in rows)
@@ -103,7 +104,7 @@ def test_G4_report_forms_tell_the_same(coverage: Coverage) -> None:
     assert f"| `{tested[0]['name']}` | sm_90a | tested | 255 | 24 |" in text
     assert "0 undeclared holes, 0 unreachable kernels" in text
     assert "quantised caches are served by the reference only" in text
-    assert "begin at SM 8.0" in text
+    assert "begin at SM 8.0" in text and "more shared memory than a block may have" in text
 
 
 def test_the_heat_map_of_every_declared_target_fits_the_demo_s_130_columns(coverage: Coverage) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import struct
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,7 +16,7 @@ from pa_ops.generator import matrix, ninja, targets
 from pa_ops.generator.cubin import read_facts
 from pa_ops.generator.digest import Digester
 from pa_ops.generator.language import OLDEST_CUTE_SM, Language, language_of
-from pa_ops.generator.matrix import FLASH_SM80_TILES, RULES, declared, refusals
+from pa_ops.generator.matrix import DECODE_MASKS, DECODE_TILES, FLASH_SM80_TILES, RULES, declared, refusals
 from pa_ops.generator.render import CUDA_TYPES, Renderer
 from pa_ops.manifest import Entry
 from pa_ops.problem import Problem
@@ -35,9 +36,9 @@ def test_G3_declared_names_are_sorted_unique_and_invertible(preset: str) -> None
 def test_presets_nest() -> None:
     smoke, serving, full = (set(declared(name)) for name in ("smoke", "serving", "full"))
     assert smoke < serving == full
-    assert sum(spec.op is KernelOp.ATTN for spec in smoke) == 12
-    attention = [spec for spec in serving if spec.op is KernelOp.ATTN]
-    assert len(attention) == len(FLASH_SM80_TILES) * 2 * len(Layout) * len(Mask)
+    counts = [Counter(spec.family for spec in specs) for specs in (smoke, serving)]
+    assert [count[Family.FLASH_SM80] for count in counts] == [12, len(FLASH_SM80_TILES) * 2 * len(Layout) * len(Mask)]
+    assert [count[Family.DECODE] for count in counts] == [6, len(DECODE_TILES) * 2 * len(DECODE_MASKS)]
     assert {spec.op for spec in smoke} == set(KernelOp)
 
 
@@ -47,8 +48,8 @@ def test_G4_every_candidate_is_declared_or_refused_with_a_reason() -> None:
         built = set(declared("full", (target,)))
         assert refused.isdisjoint(built)
         assert refused | built == set(matrix.candidates("full"))
-    assert {refusal.rule for refusal in refusals()} == {"kv-dtype", "before-sm80"}
-    assert {refusal.rule for refusal in refusals("full", ("sm_80", "sm_90a"))} == {"kv-dtype"}
+    assert {refusal.rule for refusal in refusals()} == {"kv-dtype", "before-sm80", "shared-memory"}
+    assert {refusal.rule for refusal in refusals("full", ("sm_90a", "sm_100f"))} == {"kv-dtype"}
     assert all(refusal.reason for refusal in refusals())
     assert all(rule.reason for rule in RULES)
 
@@ -65,6 +66,15 @@ def test_G5_targets_before_sm_80_get_append_and_the_reason_for_each_refusal() ->
         assert same == {"before-sm80"}
 
 
+def test_decode_of_the_largest_head_is_refused_where_a_block_may_have_99_kib() -> None:
+    refused = [refusal for refusal in refusals() if refusal.rule == "shared-memory"]
+    assert {refusal.target for refusal in refused} == {"sm_80", "sm_120f"}
+    assert {refusal.spec for refusal in refused} == {
+        spec for spec in declared() if spec.family is Family.DECODE and spec.head_dim == 256
+    }
+    assert all("more shared memory than a block may have" in refusal.reason for refusal in refused)
+
+
 def test_G4_rules_refuse_what_they_name() -> None:
     spec = next(spec for spec in declared("smoke") if spec.op is KernelOp.ATTN)
     big = replace(spec, tile=replace(spec.tile, n=512), head_dim=256, head_dim_v=256)
@@ -78,12 +88,14 @@ def test_G4_rules_refuse_what_they_name() -> None:
 
 @pytest.mark.parametrize("sm", [80, 86, 87, 89, 90, 100, 103, 120, 121])
 @pytest.mark.parametrize("dtype", ["fp16", "bf16"])
-@pytest.mark.parametrize("head_dim", [8, 64, 72, 128, 256])
-def test_declared_targets_serve_every_sm_from_80_on(sm: int, dtype: str, head_dim: int) -> None:
+@pytest.mark.parametrize("head_dim", [8, 64, 72, 128, 192, 256])
+@pytest.mark.parametrize("tokens", [1, 512])
+def test_declared_targets_serve_every_sm_from_80_on(sm: int, dtype: str, head_dim: int, tokens: int) -> None:
     entries = [Entry.declared(spec, t) for t in targets.DECLARED_TARGETS for spec in declared("full", (t,))]
-    problem = Problem(op="paged_attention", dtype=dtype, head_dim=head_dim)
+    problem = Problem(op="paged_attention", dtype=dtype, head_dim=head_dim, tokens=tokens)
     entry = select_entry(entries, problem, Capability.of_sm(sm)).entry
-    assert entry.spec.head_dim == min(tile for tile in FLASH_SM80_TILES if tile >= head_dim)
+    tiles = DECODE_TILES if entry.spec.family is Family.DECODE else FLASH_SM80_TILES
+    assert entry.spec.head_dim == min(tile for tile in tiles if tile >= head_dim)
     assert entry.target == targets.target_of_sm(sm)
 
 

@@ -11,6 +11,7 @@ import tvm_ffi
 
 from pa_ops.arguments import RECORDS
 from pa_ops.capability import parse_target
+from pa_ops.families import attention_families
 from pa_ops.generator import matrix
 from pa_ops.generator.build import Request, build
 from pa_ops.generator.cubin import is_code_for, read_facts
@@ -21,12 +22,12 @@ from pa_ops.generator.plan import Planner
 from pa_ops.generator.toolchain import Toolchain
 from pa_ops.manifest import Entry, Manifest
 from pa_ops.registry import CALLER
-from pa_ops.spec import Family, InstanceSpec
+from pa_ops.spec import Family, InstanceSpec, KernelOp
 
 pytestmark = pytest.mark.compile
 REGISTERS = 255  # what an instruction can name; more means the parser read something else
 BLOCK_REGISTERS = 32768  # of one block on SM 5.3 and 6.2, which have the fewest
-Everywhere = dict[tuple[Family, str], tuple[Entry, ...]]  # rows by family and target
+Everywhere = dict[tuple[KernelOp, str], tuple[Entry, ...]]  # rows by operator and target
 BINDS = {Language.CUTE: 'NAME = "{name}"\n', Language.CUDA: " {name}(const Arguments args)\n"}
 
 
@@ -94,36 +95,39 @@ def test_no_kernel_spills(product: Layout) -> None:
     assert [(entry.name, entry.spill_bytes) for entry in rows(product) if entry.spill_bytes] == []
 
 
-PATTERNS = {Family.FLASH_SM80: "*flash*_fp16_*_d64*_gather_causal_*", Family.APPEND: "*append*"}
+PATTERNS = {KernelOp.ATTN: "*_fp16_*_d64*_gather_causal_*", KernelOp.APPEND_KV: "*append*"}
 CUTE_TARGETS = [target for target in matrix.DECLARED_TARGETS if parse_target(target) >= OLDEST_CUTE_SM]
-TARGETS = {Family.FLASH_SM80: (*CUTE_TARGETS, "sm_100a", "sm_120a"), Family.APPEND: matrix.DECLARED_TARGETS}
+TARGETS = {KernelOp.ATTN: (*CUTE_TARGETS, "sm_100a", "sm_120a"), KernelOp.APPEND_KV: matrix.DECLARED_TARGETS}
 
 
 @pytest.fixture(scope="module")
 def everywhere(tmp_path_factory: pytest.TempPathFactory) -> Everywhere:
-    """Both families for their targets; two builds at a time, because most of one is a single process."""
+    """Attention and append for their targets; two builds at a time, because most of one is a single process."""
     home = tmp_path_factory.mktemp("everywhere")
 
-    def entries(key: tuple[Family, str]) -> tuple[Entry, ...]:
-        family, target = key
-        (outcome,) = build(Request(home / family, "smoke", (target,), PATTERNS[family]))
+    def entries(key: tuple[KernelOp, str]) -> tuple[Entry, ...]:
+        op, target = key
+        (outcome,) = build(Request(home / op, "smoke", (target,), PATTERNS[op]))
         return Manifest.load(outcome.manifest).entries
 
-    keys = [(family, target) for family, targets in TARGETS.items() for target in targets]
+    keys = [(op, target) for op, targets in TARGETS.items() for target in targets]
     with ThreadPoolExecutor(2) as pool:
         return dict(zip(keys, pool.map(entries, keys), strict=True))
 
 
-@pytest.mark.parametrize("target", TARGETS[Family.FLASH_SM80])
-def test_G5_attention_compiles_for_every_target_without_a_gpu(target: str, everywhere: Everywhere) -> None:
-    (entry,) = everywhere[Family.FLASH_SM80, target]
-    assert entry.code_targets == (target,)
-    assert entry.registers <= REGISTERS
+@pytest.mark.parametrize("target", TARGETS[KernelOp.ATTN])
+def test_G5_attention_compiles_for_every_target_and_never_spills(target: str, everywhere: Everywhere) -> None:
+    entries = everywhere[KernelOp.ATTN, target]
+    assert {entry.spec.family for entry in entries} == set(attention_families()) and len(entries) == 2
+    for entry in entries:
+        assert entry.code_targets == (target,)
+        assert entry.registers <= REGISTERS
+        assert entry.spill_bytes == 0
 
 
-@pytest.mark.parametrize("target", TARGETS[Family.APPEND])
+@pytest.mark.parametrize("target", TARGETS[KernelOp.APPEND_KV])
 def test_G5_append_compiles_for_every_declared_target_and_never_spills(target: str, everywhere: Everywhere) -> None:
-    entries = everywhere[Family.APPEND, target]
+    entries = everywhere[KernelOp.APPEND_KV, target]
     assert [entry.spec.family for entry in entries] == [Family.APPEND] * 2
     assert {entry.code_targets for entry in entries} == {(target,)}
     assert [entry.spill_bytes for entry in entries] == [0, 0]

@@ -11,9 +11,10 @@ from core_rows import declared_pairs, declared_rows
 
 from pa_ops.coverage import Coverage, Evidence, Inputs, State, cover, domain, load_evidence, survey
 from pa_ops.errors import InvalidArgument
+from pa_ops.families import attention_families
 from pa_ops.generator import matrix
 from pa_ops.manifest import Entry, Manifest
-from pa_ops.spec import InstanceSpec, Mask
+from pa_ops.spec import Family, InstanceSpec, Layout, Mask, Op
 
 SMALL = [row for row in declared_rows() if row.target == "sm_90a"][:4]
 PAIRS = [(row.spec, row.target) for row in SMALL]
@@ -51,14 +52,16 @@ def test_G4_a_missing_row_is_a_hole() -> None:
     without_window = [row for row in rows if row.spec.mask is not Mask.WINDOW]
     assert survey(rows, [90])[1] == ()
     holes = survey(without_window, [90])[1]
-    assert holes
+    assert holes and len({hole.problem.facts for hole in holes}) == len(holes)
     assert {hole.problem.mask for hole in holes} == {Mask.WINDOW}
     assert "pa-ops build" in holes[0].reason
 
 
-def test_G4_a_row_that_nothing_selects_is_unreachable() -> None:
-    row = next(row for row in SMALL if row.spec.head_dim == 128)
-    twin = replace(row, name=row.name.replace("s1w4", "s2w4"), symbol="", smem_bytes=row.smem_bytes + 1)
+@pytest.mark.parametrize("family", attention_families())
+def test_G4_a_row_that_nothing_selects_is_unreachable(family: Family) -> None:
+    row = next(r for r in declared_rows() if (r.spec.family, r.target) == (family, "sm_90a"))
+    stages = f"s{row.spec.tile.stages}w4"
+    twin = replace(row, name=row.name.replace(stages, "s9w4"), symbol="", smem_bytes=row.smem_bytes + 1)
     reached, _ = survey([*declared_rows(), twin], [90])
     assert (row.name, "sm_90a") in reached
     assert (twin.name, "sm_90a") not in reached
@@ -67,8 +70,17 @@ def test_G4_a_row_that_nothing_selects_is_unreachable() -> None:
 def test_G4_the_domain_holds_every_option() -> None:
     problems = list(domain())
     assert len(set(problems)) == len(problems)
-    for field in ("op", "dtype", "kv_dtype", "mask", "softcap", "sinks", "layout"):
+    for field in ("op", "dtype", "kv_dtype", "mask", "softcap", "sinks", "layout", "tokens"):
         assert len({getattr(problem, field) for problem in problems}) > 1, field
+
+
+def test_G4_without_a_size_its_family_is_out_of_reach(monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = [row for row in declared_rows() if row.target == "sm_90a" and row.spec.layout is Layout.GATHER]
+    rows = [row for row in rows if row.spec.family in attention_families()]
+    for tokens, family in ((1, Family.DECODE), (512, Family.FLASH_SM80)):
+        monkeypatch.setattr("pa_ops.coverage.TOKENS", {Op.PAGED_ATTENTION: (tokens,)})
+        reached, _ = survey(rows, [90])
+        assert {name for name, _ in reached} == {row.name for row in rows if row.spec.family is family}
 
 
 def test_a_kernel_rises_through_its_states() -> None:

@@ -9,15 +9,19 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from torch import Tensor
 
 import pa_ops
 from helpers import programs
 from pa_ops import Capability, InvalidArgument, NoInstance, calls, cuda, registry, trace
 from pa_ops.arguments import RECORDS
+from pa_ops.launch import INT32_MAX
 from pa_ops.manifest import FILE_NAME, Manifest
+from pa_ops.scratch import MAX_STATE_WORDS, blocks_of, counters_at
 from pa_ops.selecting import declared_entries
-from pa_ops.spec import InstanceSpec
+from pa_ops.spec import Family, InstanceSpec
 
 SM90 = Capability.of_sm(90)
 LIBRARY = b"a library"
@@ -48,6 +52,15 @@ class Made:
     x: int
     y: int
 
+    @property
+    def family(self) -> Family:
+        """The family of the kernel."""
+        return InstanceSpec.parse(self.symbol).family
+
+    def serves(self, new: int) -> bool:
+        """Whether an attention launch takes a sequence of `new` tokens, as its kernel decides."""
+        return self.fields["skip_up_to"] < new <= self.fields.get("skip_above", INT32_MAX)
+
 
 class Launches(list[Made]):
     """A library whose kernels are known by a number, and which notes what a program asks for."""
@@ -55,6 +68,12 @@ class Launches(list[Made]):
     def __init__(self) -> None:
         super().__init__()
         self.symbols: list[str] = []
+        self.workspace = torch.empty(counters_at(SM90.num_sms) // 4 + blocks_of(SM90.num_sms), dtype=torch.int32)
+
+    @property
+    def families(self) -> list[str]:
+        """Those of the launches, in order."""
+        return [str(made.family) for made in self]
 
     def __getitem__(self, symbol: Any) -> Any:
         if not isinstance(symbol, str):
@@ -85,52 +104,85 @@ def launches(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Launches:
     monkeypatch.setattr(registry, "capability_of", lambda index: SM90)
     mask = torch.zeros(1, dtype=torch.int32)
     monkeypatch.setattr(calls, "mask_of", lambda device: mask)
+    monkeypatch.setattr(cuda, "_workspace", lambda out: made.workspace)
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
     calls._plans.clear()
     return made
 
 
-def paged(new: int = 3, dim: int = 64, dtype: torch.dtype = torch.float16) -> tuple[Tensor, ...]:
-    q = torch.zeros(new, 8, dim, dtype=dtype)
+def batch(*news: int, dim: int = 64, dtype: torch.dtype = torch.float16, heads: int = 8) -> tuple[Tensor, ...]:
+    """Sequences of `news` new tokens, 20 keys each, 2 KV heads."""
+    q = torch.zeros(sum(news), heads, dim, dtype=dtype)
     k_cache, v_cache = torch.zeros(2, 4, 16, 2, dim, dtype=dtype)
-    return q, k_cache, v_cache, int32(0, new), int32(20), int32(1, 3).reshape(1, 2)
+    cu_seqlens = int32(0, *torch.tensor(news, dtype=torch.int64).cumsum(0).tolist())
+    return q, k_cache, v_cache, cu_seqlens, int32(*[20] * len(news)), int32(1, 3).repeat(len(news), 1)
+
+
+def paged(new: int = 3, dim: int = 64, dtype: torch.dtype = torch.float16) -> tuple[Tensor, ...]:
+    """One sequence: with up to 4 new tokens its 4 query heads a KV head fill no tile of 16 rows, which is decode's."""
+    return batch(new, dim=dim, dtype=dtype)
 
 
 def call(op: str, *tensors: Tensor, **options: Any) -> Any:
     return cuda.IMPLEMENTATIONS[op](*tensors, **options)
 
 
-def test_one_call_is_one_launch_and_one_record(launches: Launches) -> None:
+@pytest.mark.parametrize(("new", "family", "grid"), [(3, "decode", (2 * SM90.num_sms, 1)), (40, "flash_sm80", (1, 8))])
+def test_one_call_is_one_launch_and_one_record(
+    launches: Launches, new: int, family: str, grid: tuple[int, int]
+) -> None:
     with trace.recording() as decisions:
-        out, lse = call("paged_attention", *paged())
-    assert out.shape == (3, 8, 64) and out.dtype == torch.float16
-    assert lse.shape == (8, 3) and lse.dtype == torch.float32
+        out, lse = call("paged_attention", *paged(new))
+    assert out.shape == (new, 8, 64) and out.dtype == torch.float16
+    assert lse.shape == (8, new) and lse.dtype == torch.float32
     [made] = launches
-    assert made.symbol.startswith("pa_attn_flash_sm80_fp16_kvfp16_d64v64_gather_causal_m")
+    assert made.symbol.startswith(f"pa_attn_{family}_fp16_kvfp16_d64v64_gather_causal_m")
     assert (made.fields["out"], made.fields["lse"]) == (out.data_ptr(), lse.data_ptr())
-    assert (made.x, made.y, made.fields["tokens"], made.fields["group"]) == (1, 8, 3, 4)
+    assert ((made.x, made.y), made.fields["tokens"], made.fields["group"]) == (grid, new, 4)
     [decision] = decisions
-    assert (decision.op, decision.family, decision.instance) == ("paged_attention", "flash_sm80", made.symbol)
+    assert (decision.op, decision.family, decision.instance) == ("paged_attention", family, made.symbol)
     assert any("row mask" in reason for reason in decision.reasons) and trace.last() == decision
 
 
 @pytest.mark.parametrize(
-    ("options", "words"),
+    ("options", "many", "few"),
     [
-        ({}, "gather_causal"),
-        ({"causal": False}, "gather_full"),
-        ({"sliding_window": 9, "causal": False}, "gather_window"),
+        ({}, "gather_causal", ("gather_causal", 1)),
+        ({"causal": False}, "gather_full", ("gather_causal", 0)),
+        ({"sliding_window": 9, "causal": False}, "gather_window", ("gather_window", 1)),
     ],
 )
-def test_the_mask_decides_the_instance(launches: Launches, options: dict[str, Any], words: str) -> None:
-    call("paged_attention", *paged(), **options)
-    assert words in launches[0].symbol
+def test_the_mask_decides_the_instance(
+    launches: Launches, options: dict[str, Any], many: str, few: tuple[str, int]
+) -> None:
+    for new in (40, 3):
+        call("paged_attention", *paged(new), **options)
+    assert launches.families == ["flash_sm80", "decode"]
+    words, causal = few
+    assert many in launches[0].symbol and words in launches[1].symbol
+    assert launches[1].fields["causal"] == causal, "a causal row of few queries serves full by a flag"
 
 
-@pytest.mark.parametrize(("dim", "served"), [(8, 64), (40, 64), (64, 64), (72, 96), (104, 128), (136, 256), (256, 256)])
-def test_head_sizes_go_to_the_smallest_instance_that_holds_them(launches: Launches, dim: int, served: int) -> None:
-    call("paged_attention", *paged(dim=dim, dtype=torch.bfloat16))
-    assert f"_bf16_kvbf16_d{served}v{served}_" in launches[0].symbol
+@pytest.mark.parametrize(
+    ("dim", "many", "few"),
+    [
+        (8, 64, 64),
+        (40, 64, 64),
+        (64, 64, 64),
+        (72, 96, 96),
+        (104, 128, 128),
+        (136, 256, 192),
+        (200, 256, 256),
+        (256, 256, 256),
+    ],
+)
+def test_head_sizes_go_to_the_smallest_instance_that_holds_them(
+    launches: Launches, dim: int, many: int, few: int
+) -> None:
+    for new in (40, 3):
+        call("paged_attention", *paged(new, dim=dim, dtype=torch.bfloat16))
+    for made, family, served in zip(launches, ("flash_sm80", "decode"), (many, few), strict=True):
+        assert made.family == family and f"_bf16_kvbf16_d{served}v{served}_" in made.symbol
 
 
 def test_a_plan_is_made_once_for_a_decode_loop(launches: Launches, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -143,12 +195,12 @@ def test_a_plan_is_made_once_for_a_decode_loop(launches: Launches, monkeypatch: 
 
     monkeypatch.setattr(cuda, "validate", counting)
     for length in range(1000, 1020):
-        call("paged_attention", *paged(new=4 + length % 4), max_seqlen_q=1, max_seqlen_k=length)
+        call("paged_attention", *batch(*[1] * (4 + length % 3)), max_seqlen_q=1, max_seqlen_k=length)
     assert len(launches) == 20 and made == ["paged_attention"], "lengths and tokens within a power of two are one kind"
-    call("paged_attention", *paged(new=4), max_seqlen_q=1, max_seqlen_k=1024)
-    call("paged_attention", *paged(new=4))
-    call("paged_attention", *paged(new=4, dim=72), max_seqlen_q=1, max_seqlen_k=1000)
-    assert len(launches) == 23 and len(made) == 4
+    call("paged_attention", *batch(1, 1, 1, 1), max_seqlen_q=1, max_seqlen_k=1024)
+    call("paged_attention", *batch(1, 1, 1, 1))
+    call("paged_attention", *batch(1, 1, 1, 1, dim=72), max_seqlen_q=1, max_seqlen_k=1000)
+    assert launches.families == ["decode"] * 23 and len(made) == 4
 
 
 def test_a_hit_is_checked_as_a_miss_is(launches: Launches) -> None:
@@ -197,14 +249,14 @@ def test_varlen_append_and_merge_reach_their_kernels(launches: Launches) -> None
     assert symbols[2].startswith("pa_append_kv_append_fp16") and symbols[3].startswith("pa_merge_states_merge_fp16")
 
 
-def serving_call(*, rotary: bool, packed: bool = True, **options: Any) -> tuple[dict[str, Any], Tensor]:
-    """One call of the serving operator: 3 tokens, 8 / 2 heads of 64; its arguments and its output."""
-    _, k_cache, v_cache, cu_seqlens, _, table = paged()
-    rows = torch.zeros(3, 12 * 64).half()
+def serving_call(*news: int, rotary: bool, packed: bool = True, **options: Any) -> tuple[dict[str, Any], Tensor]:
+    """One call of the serving operator: new tokens after 17, 8 / 2 heads of 64; its arguments and its output."""
+    _, k_cache, v_cache, cu_seqlens, lengths, table = batch(*news)
+    rows = torch.zeros(sum(news), 12 * 64).half()
     query, key, value = (rows, None, None) if packed else rows.split((8 * 64, 2 * 64, 2 * 64), 1)
     if rotary:
         options.update(cos=torch.zeros(32, 16), sin=torch.zeros(32, 16))
-    tensors = (query, key, value, k_cache, v_cache, cu_seqlens, int32(17), table)
+    tensors = (query, key, value, k_cache, v_cache, cu_seqlens, torch.full_like(lengths, 17), table)
     out = call("paged_attention_", *tensors, num_heads=8, num_kv_heads=2, **options)
     names = ("query", "key", "value", "k_cache", "v_cache", "cu_seqlens_q", "past_lens", "block_table")
     return dict(zip(names, tensors, strict=True)), out
@@ -212,14 +264,16 @@ def serving_call(*, rotary: bool, packed: bool = True, **options: Any) -> tuple[
 
 @pytest.mark.parametrize("packed", [True, False])
 @pytest.mark.parametrize("rotary", [True, False])
+@pytest.mark.parametrize(("new", "family"), [(3, "decode"), (40, "flash_sm80")])
 def test_A12_a_serving_call_is_two_launches_on_one_set_of_buffers(
-    launches: Launches, rotary: bool, packed: bool
+    launches: Launches, rotary: bool, packed: bool, new: int, family: str
 ) -> None:
-    tensors, out = serving_call(rotary=rotary, packed=packed)
+    tensors, out = serving_call(new, rotary=rotary, packed=packed)
     stored, attended = launches
+    assert attended.family == family
     append, attend = stored.fields, attended.fields
     start = tensors["query"].data_ptr()
-    assert append["key"] == start + 8 * 64 * 2 and append["value"] == start + 10 * 64 * 2 and stored.x == 3
+    assert append["key"] == start + 8 * 64 * 2 and append["value"] == start + 10 * 64 * 2 and stored.x == new
     assert append["query"] == (start if rotary else 0) and append["query_out"] == (out.data_ptr() if rotary else 0)
     assert attend["q"] == (out.data_ptr() if rotary else start) and attend["out"] == out.data_ptr()
     assert attend["q_token_stride"] == (8 if rotary else 12) * 64 * 2
@@ -230,8 +284,74 @@ def test_A12_a_serving_call_is_two_launches_on_one_set_of_buffers(
 
 def test_X3_slots_replace_the_block_table(launches: Launches) -> None:
     slots = torch.arange(3)
-    serving_call(rotary=False, slot_mapping=slots)
+    serving_call(3, rotary=False, slot_mapping=slots)
     assert launches[0].fields["slots"] == slots.data_ptr()
+
+
+def test_a_decode_step_is_append_and_decode(launches: Launches) -> None:
+    serving_call(1, 1, 1, 1, 1, rotary=True)
+    assert launches.families == ["append", "decode"]
+    made, start = launches[1], launches.workspace.data_ptr()
+    blocks, fields = blocks_of(SM90.num_sms), made.fields
+    assert (made.x, made.y) == (blocks, 1)
+    assert (fields["partials"], fields["kv_heads"], fields["causal"]) == (start, 2, 1)
+    assert fields["counters"] == start + 2 * blocks * MAX_STATE_WORDS * 4, "two states a block come first"
+    assert fields["counters"] + 4 * blocks == start + 4 * launches.workspace.numel()
+    assert made.serves(1) and made.serves(INT32_MAX), "decode alone takes whatever comes"
+
+
+def test_a_mixed_batch_is_append_and_two_launches_that_share_it(launches: Launches) -> None:
+    serving_call(1, 1, 40, 1, rotary=True)
+    assert launches.families == ["append", "decode", "flash_sm80"]
+    _, few, many = (made.fields for made in launches)
+    assert few["skip_above"] == many["skip_up_to"] == 16 // 4 and few["skip_up_to"] == 0
+    assert {name for name in many if many[name] != few[name]} == {"skip_up_to"}, "all else is one call's"
+
+
+@pytest.mark.parametrize("news", [(1, 1, 1, 1), (1, 1, 40, 1), (40,), (3,)])
+@pytest.mark.parametrize("backend", ["flash_sm80", "flash", "decode"])
+def test_a_forced_family_takes_every_sequence_in_one_launch(
+    launches: Launches, news: tuple[int, ...], backend: str
+) -> None:
+    call("paged_attention", *batch(*news), backend=backend)
+    [made] = launches
+    assert made.family.startswith(backend) and all(map(made.serves, (1, *news, INT32_MAX)))
+
+
+@pytest.mark.parametrize("news", [(1, 1, 1, 1), (1, 1, 40, 1), (40,)])
+def test_batch_invariance_leaves_flash_alone(launches: Launches, news: tuple[int, ...]) -> None:
+    with pa_ops.batch_invariant():
+        call("paged_attention", *batch(*news))
+    [made] = launches
+    assert made.family == "flash_sm80" and all(map(made.serves, (1, *news, INT32_MAX)))
+
+
+@settings(max_examples=100, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    news=st.lists(st.one_of(st.just(1), st.integers(0, 9), st.integers(10, 200)), min_size=1, max_size=12),
+    later=st.lists(st.integers(0, 200), min_size=1, max_size=12),
+    group=st.sampled_from((1, 2, 3, 5, 8, 16, 17, 40)),
+    bound=st.sampled_from((None, 0, 3, 1000)),
+    backend=st.sampled_from(("auto", "flash", "decode")),
+    steady=st.booleans(),
+)
+def test_every_sequence_is_served_by_exactly_one_launch(
+    launches: Launches,
+    news: list[int],
+    later: list[int],
+    group: int,
+    bound: int | None,
+    backend: str,
+    steady: bool,
+) -> None:
+    """Also those of a later batch that hits the plan of an earlier one."""
+    for lengths in (news, later):
+        launches.clear()
+        slack = None if bound is None else max(lengths) + bound
+        with pa_ops.batch_invariant(steady and backend != "decode"):
+            call("paged_attention", *batch(*lengths, heads=2 * group), max_seqlen_q=slack, backend=backend)
+        assert len(launches) <= (2 if backend == "auto" and not steady else 1)
+        assert all(sum(made.serves(new) for made in launches) == 1 for new in lengths if new)
 
 
 def test_records_have_no_padding_and_pack_what_they_unpack() -> None:
@@ -289,17 +409,24 @@ def test_B4_overrides_reach_the_selection(launches: Launches, monkeypatch: pytes
         call("paged_attention", *tensors, backend="mea")
     with pa_ops.backend("mea"), pytest.raises(NoInstance, match=r"pa_ops.backend\(\)"):
         call("paged_attention", *tensors)
-    monkeypatch.setenv("PA_OPS_BACKEND", "decode")
-    with pytest.raises(NoInstance, match=r"decode \(PA_OPS_BACKEND\)"):
+    monkeypatch.setenv("PA_OPS_BACKEND", "mea")
+    with pytest.raises(NoInstance, match=r"mea \(PA_OPS_BACKEND\)"):
         call("paged_attention", *tensors)
     monkeypatch.delenv("PA_OPS_BACKEND")
-    monkeypatch.setenv("PA_OPS_DISABLE", "flash")
+    monkeypatch.setenv("PA_OPS_DISABLE", "flash,decode")
     with pytest.raises(NoInstance, match="PA_OPS_DISABLE=flash"):
         call("paged_attention", *tensors)
+    assert launches.families == ["flash_sm80"] * 3
+    for disabled, left, new in (("flash", "decode", 40), ("decode", "flash_sm80", 3)):
+        monkeypatch.setenv("PA_OPS_DISABLE", disabled)
+        call("paged_attention", *paged(new))
+        assert launches[-1].family == left and launches[-1].serves(new)
     monkeypatch.delenv("PA_OPS_DISABLE")
     with pa_ops.batch_invariant():
         call("paged_attention", *tensors)
-    assert len(launches) == 4
+    assert launches[-1].family == "flash_sm80" and len(launches) == 6
+    with pa_ops.batch_invariant(), pytest.raises(NoInstance, match="backend: needs decode"):
+        call("paged_attention", *tensors, backend="decode")
 
 
 def test_B27_the_reference_runs_on_cuda_tensors_when_asked_by_name(launches: Launches) -> None:
@@ -348,8 +475,10 @@ def test_B26_debug_prints_each_decision(
     call("paged_attention", *paged())
     assert capsys.readouterr().err == ""
     monkeypatch.setenv("PA_OPS_DEBUG", "1")
-    call("paged_attention", *paged())
-    assert "paged_attention -> flash_sm80 (pa_attn_flash_sm80_fp16_" in capsys.readouterr().err
+    call("paged_attention", *batch(1, 1, 40))
+    first, second = (line for line in capsys.readouterr().err.splitlines() if " -> " in line)
+    assert "paged_attention -> decode (pa_attn_decode_fp16_" in first
+    assert "paged_attention -> flash_sm80 (pa_attn_flash_sm80_fp16_" in second
 
 
 def test_two_targets_merge_and_the_better_one_wins(launches: Launches, tmp_path: Path) -> None:
@@ -364,8 +493,10 @@ def test_two_targets_merge_and_the_better_one_wins(launches: Launches, tmp_path:
 def test_select_answers_for_devices_that_are_not_here(
     launches: Launches, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    problem = pa_ops.Problem(op="paged_attention", dtype="bf16", head_dim=128)
+    step = pa_ops.Problem(op="paged_attention", dtype="bf16", head_dim=128)
+    problem = replace(step, tokens=512)
     built = pa_ops.select(problem, device=90)
+    assert pa_ops.select(step, device=90).family == pa_ops.select(step, device=86).family == "decode"
     assert built.entry.built and built.entry.target == "sm_90a" and built.family == "flash_sm80"
     declared = pa_ops.select(problem, device=86)
     assert not declared.entry.built and declared.entry.target == "sm_80"

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import ast
+import re
 from dataclasses import replace
+from fnmatch import fnmatchcase
 from typing import Any
 
 import pytest
@@ -25,6 +27,11 @@ H200 = Capability.of_sm(90)
 
 def paged(**changes: Any) -> Problem:
     return Problem(**{"op": "paged_attention", "dtype": "bf16", "head_dim": 128, **changes})
+
+
+def prefill(**changes: Any) -> Problem:
+    """More query rows than `decode` is made for."""
+    return paged(**{"tokens": 512, **changes})
 
 
 def refusal(problem: Problem, sm: int, rows: tuple[Entry, ...] = ROWS, policy: Policy | None = None) -> str:
@@ -66,14 +73,17 @@ def test_B5_rows_without_a_family_still_answer_or_say_what_to_build() -> None:
     assert refusal(paged(), 90, ()) == text
 
 
-def test_B5_the_build_command_names_rows_that_would_serve() -> None:
-    from fnmatch import fnmatchcase
-
-    text = refusal(paged(window=True), 90, ())
-    pattern = text.split("--filter '")[1].split("'")[0]
-    matching = [row for row in ROWS if fnmatchcase(row.name, pattern)]
-    assert select_entry(matching, paged(window=True), H200).family is Family.FLASH_SM80
-    assert all(row.spec.mask == "window" and row.spec.layout == "gather" for row in matching)
+@pytest.mark.parametrize("mask", ["full", "causal", "window"])
+def test_B5_the_build_commands_name_rows_that_would_serve(mask: str) -> None:
+    problem = paged(causal=mask == "causal", window=mask == "window")
+    patterns = re.findall("--filter '(.*?)'", refusal(problem, 90, ()))
+    served = []
+    for pattern in patterns:
+        matching = [row for row in ROWS if fnmatchcase(row.name, pattern)]
+        served.append(select_entry(matching, problem, H200).family)
+        assert all(problem.mask in GATES[row.spec.family].masks[row.spec.mask] for row in matching)
+        assert all(row.spec.layout is Layout.GATHER for row in matching)
+    assert served == list(attention_families())
 
 
 def test_B6_the_error_lists_gates_values_overrides_and_leaves_out_useless_commands() -> None:
@@ -90,27 +100,36 @@ def test_B6_the_error_lists_gates_values_overrides_and_leaves_out_useless_comman
 
 
 def test_B6_an_override_that_leaves_nothing_raises_and_is_named() -> None:
+    neither = Policy(disabled=frozenset({"flash", "decode"}))
     text = refusal(paged(), 90, policy=Policy("mea", "PA_OPS_BACKEND"))
-    assert "backend: needs mea (PA_OPS_BACKEND), got flash_sm80" in text
-    assert "families: flash_sm80" in text
+    for family in ("flash_sm80", "decode"):
+        assert f"backend: needs mea (PA_OPS_BACKEND), got {family}" in text
+    assert "families: flash_sm80, decode" in text
     assert "pa-ops build" not in text
-    text = refusal(paged(), 90, policy=Policy(disabled=frozenset({"flash"})))
-    assert "PA_OPS_DISABLE=flash" in text
+    text = refusal(paged(), 90, policy=neither)
+    assert "PA_OPS_DISABLE=flash" in text and "PA_OPS_DISABLE=decode" in text
+    assert "PA_OPS_DISABLE decode,flash" in text
     assert "pa-ops build" not in text
-    for overruled in (Policy("mea"), Policy(disabled=frozenset({"flash"}))):
+    for overruled in (Policy("mea"), neither):
         assert "pa-ops build" not in refusal(paged(), 90, (), overruled)
     with pytest.raises(InvalidArgument, match=r"^backend: "):
         Policy("")
 
 
 def test_B6_overrides_reach_families_their_first_words_and_instances() -> None:
-    chosen = select_entry(ROWS, paged(), H200)
-    for word in ("flash_sm80", "flash", chosen.instance):
-        assert select_entry(ROWS, paged(), H200, Policy(word)).entry == chosen.entry
-    same = {"dtype": "bf16", "layout": chosen.entry.spec.layout, "mask": chosen.entry.spec.mask, "head_dim": 256}
-    (bigger,) = {row.name for row in ROWS if all(getattr(row.spec, axis) == value for axis, value in same.items())}
-    assert select_entry(ROWS, paged(), H200, Policy(bigger)).instance == bigger
-    assert select_entry(ROWS, paged(), H200, Policy(disabled=frozenset({"flas", "decode"}))).entry == chosen.entry
+    few, many = (select_entry(ROWS, problem, H200) for problem in (paged(), prefill()))
+    assert (few.family, many.family) == (Family.DECODE, Family.FLASH_SM80)
+    words = {"flash_sm80": many, "flash": many, many.instance: many, "decode": few, few.instance: few}
+    for problem in (paged(), prefill()):
+        for word, chosen in words.items():
+            assert select_entry(ROWS, problem, H200, Policy(word)).entry == chosen.entry
+        for chosen in (few, many):
+            axes = ("family", "dtype", "layout", "mask")
+            same = {**{axis: getattr(chosen.entry.spec, axis) for axis in axes}, "head_dim": 256}
+            (bigger,) = {row.name for row in ROWS if all(getattr(row.spec, axis) == same[axis] for axis in same)}
+            assert select_entry(ROWS, problem, H200, Policy(bigger)).instance == bigger
+        for words_, chosen in (({"flas", "decode"}, many), ({"flash"}, few)):
+            assert select_entry(ROWS, problem, H200, Policy(disabled=frozenset(words_))).entry == chosen.entry
     append = Problem(op="append_kv", dtype="bf16", head_dim=128)
     strict = Policy("flash", disabled=frozenset({"append", "flash"}))
     assert select_entry(ROWS, append, H200, strict).family is Family.APPEND
@@ -124,11 +143,12 @@ def serves(row: Entry, problem: Problem, capability: Capability) -> bool:
         return False
     fits = problem.head_dim <= spec.head_dim and problem.head_dim_v <= spec.head_dim_v
     pages = (problem.op == "paged_attention") == (spec.layout == "gather")
-    windowed = "window" if problem.window else "causal" if problem.causal else "full"
+    asked = "window" if problem.window else "causal" if problem.causal else "full"
+    masked = asked == spec.mask or (spec.family == "decode" and (asked, spec.mask) == ("full", "causal"))
     whole = problem.head_dim % 8 == 0 and problem.head_dim == problem.head_dim_v
     same = problem.dtype == spec.dtype and problem.kv_dtype == spec.kv_dtype
     loads = row.target in capability.targets and row.smem_bytes <= capability.smem_optin_bytes
-    return fits and pages and windowed == spec.mask and whole and same and loads and problem.aligned
+    return fits and pages and masked and whole and same and loads and problem.aligned
 
 
 @st.composite
@@ -195,12 +215,13 @@ def test_B7_sizes_never_make_a_row_eligible(problem: Problem, sm: int, batch: in
 
 
 def test_B7_batch_invariant_ranking_ignores_sizes() -> None:
-    finer = tuple(replace(row, name=row.name.replace("m128", "m16"), symbol="") for row in ROWS)
+    flash = [row for row in ROWS if row.spec.family is Family.FLASH_SM80]
+    finer = [replace(row, name=row.name.replace("m128", "m16"), symbol="") for row in flash]
     one, many = paged(max_q=1), paged(max_q=1 << 14, tokens=1 << 20, batch=64)
-    picks = {select_entry((*ROWS, *finer), problem, H200).entry.spec.tile.m for problem in (one, many)}
+    picks = {select_entry((*flash, *finer), problem, H200).entry.spec.tile.m for problem in (one, many)}
     assert picks == {16, 128}
     steady = Policy(batch_invariant=True)
-    assert len({select_entry((*ROWS, *finer), problem, H200, steady).instance for problem in (one, many)}) == 1
+    assert len({select_entry((*flash, *finer), problem, H200, steady).instance for problem in (one, many)}) == 1
 
 
 GATED = {"head_dim", "head_dim_v", "sm", "smem_bytes", "smem_optin_bytes", "page_size", "num_heads", "num_kv_heads"}
@@ -223,11 +244,19 @@ def test_B7_no_numeric_gate_outside_the_table() -> None:
 
 @pytest.mark.parametrize("head_dim", range(8, 257, 8))
 @pytest.mark.parametrize("dtype", ["fp16", "bf16"])
-def test_B8_every_multiple_of_8_has_the_tightest_row(head_dim: int, dtype: str) -> None:
-    sizes = sorted({row.spec.head_dim for row in ROWS if row.spec.op is KernelOp.ATTN})
+@pytest.mark.parametrize("tokens", [1, 512])
+def test_B8_every_multiple_of_8_has_the_tightest_row(head_dim: int, dtype: str, tokens: int) -> None:
+    sizes = {family: sorted({row.spec.head_dim for row in ROWS if row.spec.family is family}) for family in Family}
     for sm in (80, 86, 90, 100, 121):
-        chosen = select_entry(ROWS, paged(head_dim=head_dim, dtype=dtype), Capability.of_sm(sm))
-        assert chosen.entry.spec.head_dim == next(size for size in sizes if size >= head_dim)
+        problem = paged(head_dim=head_dim, dtype=dtype, tokens=tokens)
+        chosen = select_entry(ROWS, problem, Capability.of_sm(sm))
+        assert chosen.entry.spec.head_dim == next(size for size in sizes[chosen.family] if size >= head_dim)
+
+
+@pytest.mark.parametrize(("sm", "few"), [(80, "flash_sm80"), (90, "decode"), (100, "decode"), (121, "flash_sm80")])
+def test_B9_few_rows_of_a_head_size_without_room_for_their_tiles_go_to_flash(sm: int, few: str) -> None:
+    for head_dim, family in ((192, "decode"), (200, few), (256, few)):
+        assert select_entry(ROWS, paged(head_dim=head_dim), Capability.of_sm(sm)).family == family
 
 
 @pytest.mark.parametrize("head_dim", [4, 12, 20, 250])
@@ -243,13 +272,14 @@ def test_B8_a_head_size_beyond_the_limit_names_it(head_dim: int) -> None:
 
 
 @pytest.mark.parametrize("sm", [80, 86, 89, 90, 120])
-def test_B9_shared_memory_is_a_gate(sm: int) -> None:
-    capability = Capability.of_sm(sm)
-    row = select_entry(ROWS, paged(), capability).entry
+@pytest.mark.parametrize("family", ["flash_sm80", "decode"])
+def test_B9_shared_memory_is_a_gate(sm: int, family: str) -> None:
+    capability, policy = Capability.of_sm(sm), Policy(family)
+    row = select_entry(ROWS, paged(), capability, policy).entry
     just_fits = replace(row, smem_bytes=capability.smem_optin_bytes)
     too_big = replace(row, smem_bytes=capability.smem_optin_bytes + 1)
     assert select_entry([just_fits], paged(), capability).entry == just_fits
-    text = refusal(paged(), sm, (too_big,))
+    text = refusal(paged(), sm, (too_big,), policy)
     assert f"shared memory: needs {too_big.smem_bytes} B of shared memory a block" in text
     assert f"got {capability.smem_optin_bytes} B" in text
     assert "pa-ops build" not in text
@@ -274,9 +304,10 @@ def test_D3_sizes_cannot_pick_a_kernel_of_the_wrong_layout(head_dim: int) -> Non
 
 
 @pytest.mark.parametrize("sm", [121, 122, 129, 88, 105])
-def test_D13_the_newest_and_unknown_sms_of_a_known_major_get_flash(sm: int) -> None:
+def test_D13_the_newest_and_unknown_sms_of_a_known_major_get_attention(sm: int) -> None:
     for dtype in ("fp16", "bf16"):
-        assert select_entry(ROWS, paged(dtype=dtype), Capability.of_sm(sm)).family is Family.FLASH_SM80
+        assert select_entry(ROWS, prefill(dtype=dtype), Capability.of_sm(sm)).family is Family.FLASH_SM80
+        assert select_entry(ROWS, paged(dtype=dtype), Capability.of_sm(sm)).family is Family.DECODE
     assert "NO  dtype: needs bf16 or fp16, got fp32" in refusal(paged(dtype="fp32"), sm)
 
 
@@ -304,9 +335,17 @@ def test_C10_no_row_of_one_head_size_serves_two(head_dim_v: int) -> None:
 @pytest.mark.parametrize("mask", ["full", "causal", "window"])
 @pytest.mark.parametrize("op", ["paged_attention", "varlen_attention"])
 def test_each_mask_has_its_own_row(op: str, mask: str) -> None:
-    problem = Problem(op=op, dtype="fp16", head_dim=64, causal=mask == "causal", window=mask == "window")
+    options = {"causal": mask == "causal", "window": mask == "window"}
+    problem = Problem(op=op, dtype="fp16", head_dim=64, tokens=512, **options)
     spec = select_entry(ROWS, problem, H200).entry.spec
     assert (spec.mask, spec.layout) == (mask, problem.layout)
+
+
+@pytest.mark.parametrize(("mask", "row"), [("full", "causal"), ("causal", "causal"), ("window", "window")])
+def test_a_causal_row_of_few_queries_serves_full_too(mask: str, row: str) -> None:
+    problem = paged(causal=mask == "causal", window=mask == "window")
+    spec = select_entry(ROWS, problem, H200).entry.spec
+    assert (spec.family, spec.mask, spec.layout) == ("decode", row, "gather")
 
 
 def test_unaligned_tensors_are_refused_by_attention_and_taken_by_helpers() -> None:

@@ -9,8 +9,8 @@ THREADS = 128
 class Scale:
     """out[i] *= factor for i < tokens, of any argument record that holds both."""
 
-    def __init__(self, dtype, factor):
-        self.dtype, self.factor = dtype, factor
+    def __init__(self, dtype, factor, smem_bytes):
+        self.dtype, self.factor, self.smem_bytes = dtype, factor, smem_bytes
 
     @cute.jit
     def __call__(self, args):
