@@ -15,7 +15,7 @@ from torch import Tensor
 
 import pa_ops
 from helpers import programs
-from pa_ops import Capability, InvalidArgument, NoInstance, calls, cuda, registry, trace
+from pa_ops import Capability, InvalidArgument, NoInstance, calls, cuda, registry, steps, trace
 from pa_ops.arguments import RECORDS
 from pa_ops.launch import INT32_MAX
 from pa_ops.manifest import FILE_NAME, Manifest
@@ -103,7 +103,7 @@ def launches(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Launches:
     monkeypatch.setattr("tvm_ffi.load_module", lambda path: made)
     monkeypatch.setattr(registry, "capability_of", lambda index: SM90)
     mask = torch.zeros(1, dtype=torch.int32)
-    monkeypatch.setattr(calls, "mask_of", lambda device: mask)
+    monkeypatch.setattr(steps, "mask_of", lambda device: mask)
     monkeypatch.setattr(cuda, "_workspace", lambda out: made.workspace)
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
     calls._plans.clear()

@@ -1,0 +1,263 @@
+"""Turns a checked call on CUDA tensors into its launches: which kernels, in which order, and why these.
+
+Paged attention is one launch, or two that share a batch's sequences out; the serving operator stores first.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from pa_ops.checks import Arguments, Sizes
+from pa_ops.faults import mask_of
+from pa_ops.heuristics import Division, division
+from pa_ops.launch import (
+    INT32_MAX,
+    Keys,
+    Rotary,
+    Rows,
+    Scores,
+    append_launch,
+    attention_launch,
+    decode_launch,
+    merge_launch,
+)
+from pa_ops.manifest import Entry
+from pa_ops.overrides import policy
+from pa_ops.problem import Problem
+from pa_ops.program import Launch
+from pa_ops.registry import Registry
+from pa_ops.schema import base_of
+from pa_ops.selection import AUTO, Selection
+from pa_ops.spec import Family
+from pa_ops.trace import Decision
+
+ALIGNMENT = 16  # bytes; what `Problem.aligned` promises
+WORD = {
+    torch.float16: "fp16",
+    torch.bfloat16: "bf16",
+    torch.float8_e4m3fn: "e4m3fn",
+    torch.float8_e5m2: "e5m2",
+    torch.int8: "int8",
+}
+
+
+class Step(NamedTuple):
+    """One launch, the record of why it is this one, the tensors whose rows it takes to be 16-byte aligned."""
+
+    launch: Launch
+    decision: Decision
+    aligned: tuple[str, ...]
+
+
+def _select(op: str, problem: Problem, arguments: Arguments, registry: Registry) -> tuple[int, Entry, Decision]:
+    """The kernel that serves `problem`, its row, and the record of the choice."""
+    selection = registry.select(problem, arguments.get("backend", AUTO))
+    return registry.kernel(selection.entry), selection.entry, _decision(op, selection)
+
+
+def _scores(arguments: Arguments, head_dim: int) -> Scores:
+    """The options of attention that are numbers; a bound stands for every bound of its kind."""
+    scale, bound = arguments["softmax_scale"], arguments["max_seqlen_q"]
+    return Scores(
+        head_dim**-0.5 if scale is None else scale,
+        arguments["sliding_window"],
+        arguments["softcap"],
+        None if bound is None else (1 << bound.bit_length()) - 1,
+    )
+
+
+def _attention_steps(op: str, arguments: Arguments, sizes: Sizes, registry: Registry) -> Iterator[Step]:
+    paged = base_of(op) == "paged_attention"
+    k, v, lengths = ("k_cache", "v_cache", "seqlens_k") if paged else ("k", "v", "cu_seqlens_k")
+    keys = Keys(k, v, lengths, sizes["Hkv"], sizes.get("page_size", 0))
+    problem = problem_of(op, arguments, sizes)
+    yield from _attend(op, problem, arguments, sizes, registry, Rows.of("q"), Rows.of("out"), keys, ("q", k, v, "out"))
+
+
+def _attend(
+    op: str,
+    problem: Problem,
+    arguments: Arguments,
+    sizes: Sizes,
+    registry: Registry,
+    q: Rows,
+    out: Rows,
+    keys: Keys,
+    aligned: tuple[str, ...],
+) -> Iterator[Step]:
+    """One launch, or two that share the sequences of a paged batch out: those of few query rows, and the others."""
+    few, many = _division(problem, arguments, registry)
+    rest: dict[str, Any] = {
+        "q": q,
+        "out": out,
+        "keys": keys,
+        "heads": sizes["Hq"],
+        "head_dim": sizes["D"],
+        "scores": _scores(arguments, sizes["D"]),
+        "lse": None if arguments["lse"] is None else "lse",
+        "sinks": arguments["sinks"],
+    }
+    limit = 0 if few is None else few.entry.spec.tile.m // problem.group
+    if few is not None:
+        launch = decode_launch(
+            registry.kernel(few.entry),
+            **rest,
+            causal=arguments["causal"] or problem.window,
+            skip_above=INT32_MAX if many is None else limit,
+            num_sms=registry.capability.num_sms,
+        )
+        yield Step(launch, _decision(op, few), aligned)
+    if many is not None:
+        launch = attention_launch(registry.kernel(many.entry), many.entry.spec, **rest, skip_up_to=limit)
+        yield Step(launch, _decision(op, many), aligned)
+
+
+def _division(problem: Problem, arguments: Arguments, registry: Registry) -> tuple[Selection | None, Selection | None]:
+    """The kernels for sequences of few query rows and for the others; None where all go to the one that is there."""
+    backend = arguments["backend"]
+    few = registry.find(problem, backend, Family.DECODE)
+    if few is None or policy(backend).batch_invariant:
+        return None, registry.select(problem, backend, without=Family.DECODE)
+    many = registry.find(problem, backend, Family.FLASH_SM80)
+    if many is None:
+        return few, None
+    chosen = division(problem, few.entry.spec.tile.m)
+    return None if chosen is Division.PREFILL else few, None if chosen is Division.DECODE else many
+
+
+def _decision(op: str, selection: Selection) -> Decision:
+    return Decision(op, str(selection.family), selection.instance, tuple(map(str, selection.reasons)))
+
+
+def _append_steps(op: str, arguments: Arguments, sizes: Sizes, registry: Registry) -> Iterator[Step]:
+    kernel, _, decision = _select(op, problem_of(op, arguments, sizes), arguments, registry)
+    names = ("key", "value", "k_cache", "v_cache")
+    aligned = _aligned(arguments, *names)
+    launch = append_launch(
+        kernel,
+        key=Rows.of("key"),
+        value=Rows.of("value"),
+        k_cache=arguments["k_cache"],
+        v_cache=arguments["v_cache"],
+        tokens="slot_mapping",
+        slots="slot_mapping",
+        serving=False,
+        rotary=None,
+        aligned=aligned,
+        faults=_faults(arguments["key"]),
+    )
+    yield Step(launch, decision, names if aligned else ())
+
+
+def _merge_steps(op: str, arguments: Arguments, sizes: Sizes, registry: Registry) -> Iterator[Step]:
+    kernel, entry, decision = _select(op, problem_of(op, arguments, sizes), arguments, registry)
+    yield Step(merge_launch(kernel, entry.spec, heads=sizes["Hq"], width=sizes["Dv"]), decision, ())
+
+
+def _serving_steps(op: str, arguments: Arguments, sizes: Sizes, registry: Registry) -> Iterator[Step]:
+    """Store and rotate, then attend. Rotated queries wait in the output: a block reads its rows, then writes them."""
+    heads, kv_heads, head_dim = sizes["Hq"], sizes["Hkv"], sizes["D"]
+    packed, rotated = arguments["key"] is None, arguments["cos"] is not None
+    where = (("query", heads), ("query", heads + kv_heads)) if packed else (("key", 0), ("value", 0))
+    key, value = (Rows.packed(name, head_dim, first) for name, first in where)
+    query, out = (Rows.packed(name, head_dim) for name in ("query", "out"))
+    tensors = ("query", "key", "value", "k_cache", "v_cache", "out", "cos", "sin")
+    aligned = _aligned(arguments, *tensors)
+    view = _as_paged(arguments, rotated)
+    sizes = {**sizes, "Dv": head_dim}
+    kernel, _, decision = _select(op, problem_of("append_kv", view, sizes), arguments, registry)
+    launch = append_launch(
+        kernel,
+        key=key,
+        value=value,
+        k_cache=arguments["k_cache"],
+        v_cache=arguments["v_cache"],
+        tokens="query",
+        slots=None if arguments["slot_mapping"] is None else "slot_mapping",
+        serving=True,
+        rotary=Rotary(query, out, heads, arguments["cos"], arguments["rotary_interleaved"]) if rotated else None,
+        aligned=aligned,
+        faults=_faults(arguments["query"]),
+    )
+    yield Step(launch, decision, tensors if aligned else ())
+    problem = problem_of("paged_attention", view, sizes)
+    keys = Keys("k_cache", "v_cache", "past_lens", kv_heads, sizes["page_size"], past=True)
+    read = ("out" if rotated else "query", "k_cache", "v_cache", "out")
+    yield from _attend(op, problem, arguments, sizes, registry, out if rotated else query, out, keys, read)
+
+
+def _as_paged(arguments: Arguments, rotated: bool) -> Arguments:
+    """The serving operator's arguments under the names that its two halves know them by."""
+    query = arguments["query"]
+    rows = arguments["out"] if rotated else query
+    stand_in = query if arguments["key"] is None else arguments["key"]
+    return {**arguments, "q": rows, "key": stand_in, "value": stand_in}
+
+
+def _faults(tensor: Tensor) -> int:
+    """The address of the fault mask of a tensor's device."""
+    return mask_of(tensor.device.index or 0).data_ptr()
+
+
+MAKERS: dict[str, Callable[[str, Arguments, Sizes, Registry], Iterator[Step]]] = {
+    "paged_attention": _attention_steps,
+    "varlen_attention": _attention_steps,
+    "paged_attention_": _serving_steps,
+    "append_kv": _append_steps,
+    "merge_states": _merge_steps,
+}
+
+
+def problem_of(op: str, arguments: Arguments, sizes: Sizes) -> Problem:
+    """The problem that a checked call poses; raises InvalidArgument."""
+    name = base_of(op)
+    if name == "merge_states":
+        dtype = WORD[arguments["out_a"].dtype]
+        return Problem(op=name, dtype=dtype, head_dim=sizes["Dv"], num_heads=sizes["Hq"], tokens=sizes["T"])
+    if name == "append_kv":
+        return Problem(
+            op=name,
+            dtype=WORD[arguments["key"].dtype],
+            kv_dtype=WORD[arguments["k_cache"].dtype],
+            head_dim=sizes["D"],
+            head_dim_v=sizes["Dv"],
+            num_heads=sizes["Hkv"],
+            page_size=sizes["page_size"],
+            aligned=_aligned(arguments, "key", "value", "k_cache", "v_cache"),
+            tokens=sizes["T"],
+        )
+    k, v = ("k_cache", "v_cache") if name == "paged_attention" else ("k", "v")
+    return Problem(
+        op=name,
+        dtype=WORD[arguments["q"].dtype],
+        kv_dtype=WORD[arguments[k].dtype],
+        head_dim=sizes["D"],
+        head_dim_v=sizes["Dv"],
+        num_heads=sizes["Hq"],
+        num_kv_heads=sizes["Hkv"],
+        causal=arguments["causal"],
+        window=arguments["sliding_window"] > 0,
+        softcap=arguments["softcap"] > 0,
+        sinks=arguments["sinks"] is not None,
+        page_size=sizes.get("page_size"),
+        aligned=_aligned(arguments, "q", k, v, "out"),
+        batch=sizes["B"],
+        tokens=sizes["T"],
+        max_q=arguments["max_seqlen_q"],
+        max_k=arguments["max_seqlen_k"],
+    )
+
+
+def _aligned(arguments: Arguments, *names: str) -> bool:
+    """Whether every row of the tensors starts at a multiple of 16 bytes; a tensor still to be allocated does."""
+    return all(_rows_aligned(tensor) for name in names if (tensor := arguments.get(name)) is not None)
+
+
+def _rows_aligned(tensor: Tensor) -> bool:
+    steps = zip(tensor.shape[:-1], tensor.stride()[:-1], strict=True)
+    strides = [stride for size, stride in steps if size > 1]
+    return tensor.data_ptr() % ALIGNMENT == 0 and all(s * tensor.element_size() % ALIGNMENT == 0 for s in strides)
