@@ -1,0 +1,94 @@
+"""What sizes decide: which family is preferred, and how a paged batch is divided between two."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from core_rows import declared_rows
+from hypothesis import given
+from hypothesis import strategies as st
+
+from pa_ops.capability import Capability
+from pa_ops.heuristics import DECODE_ROWS, MIXED_TOKENS, Division, division
+from pa_ops.problem import Problem
+from pa_ops.selection import select_entry
+
+ROWS = 16  # of a tile
+ONE, BOTH, MANY = Division.DECODE, Division.BOTH, Division.PREFILL
+
+
+def paged(group: int = 4, **sizes: Any) -> Problem:
+    heads = {"num_heads": 2 * group, "num_kv_heads": 2}
+    return Problem(op="paged_attention", dtype="bf16", head_dim=128, **heads, **sizes)
+
+
+@pytest.mark.parametrize(
+    ("batch", "tokens", "max_q", "group", "wanted"),
+    [
+        (1, 1, None, 4, ONE),
+        (1, 4, None, 4, ONE),  # 4 tokens of 4 heads fill the tile
+        (1, 5, None, 4, MANY),
+        (1, 5, 4, 4, MANY),  # one sequence has all tokens, whatever bound is given
+        (1, 16, None, 1, ONE),
+        (1, 1, None, 16, ONE),
+        (1, 1, None, 17, MANY),  # the heads of one token do not fit
+        (64, 64, 1, 17, MANY),
+        (64, 64, None, 4, ONE),
+        (64, 64, 4, 4, ONE),
+        (64, 65, None, 4, BOTH),
+        (64, 256, 4, 4, ONE),  # speculative decoding with a bound, ...
+        (64, 256, 5, 4, BOTH),
+        (64, 256, None, 4, BOTH),  # ... and without
+        (16, 10, None, 4, ONE),  # no more tokens than sequences: some are empty
+        (16, 10, 10, 4, ONE),
+        (3, 4, None, 4, ONE),  # so few tokens that no sequence has more
+        (3, 5, None, 4, BOTH),
+        (8, 8 * MIXED_TOKENS, None, 4, BOTH),
+        (8, 8 * MIXED_TOKENS + 1, None, 4, MANY),
+        (8, 8 * MIXED_TOKENS + 1, 1 << 15, 4, MANY),
+        (0, 0, None, 4, ONE),
+    ],
+)
+def test_how_a_batch_is_divided(batch: int, tokens: int, max_q: int | None, group: int, wanted: Division) -> None:
+    assert division(paged(group, batch=batch, tokens=tokens, max_q=max_q), ROWS) is wanted
+
+
+@given(
+    lengths=st.lists(st.one_of(st.integers(0, 3), st.integers(0, 5000)), min_size=1, max_size=40),
+    slack=st.none() | st.integers(0, 100),
+    group=st.integers(1, 40),
+    rows=st.sampled_from((16, 32)),
+)
+def test_one_family_alone_is_sure_of_its_work_or_loses_little(
+    lengths: list[int], slack: int | None, group: int, rows: int
+) -> None:
+    batch, tokens, longest = len(lengths), sum(lengths), max(lengths)
+    max_q = None if slack is None else longest + slack
+    problem = paged(group, batch=batch, tokens=tokens, max_q=max_q)
+    found = division(problem, rows)
+    if found is Division.DECODE:
+        bounded = max_q is not None and max_q * group <= rows
+        assert bounded or tokens <= max(rows // group, batch)
+        assert longest * group <= rows or tokens <= batch, "or some sequences are empty"
+    else:
+        assert found is Division.PREFILL or batch > 1
+        assert longest == 0 or tokens * group > rows or group > rows
+    if found is Division.PREFILL:
+        assert group > rows or batch == 1 or tokens > MIXED_TOKENS * batch
+    assert group <= rows or found is Division.PREFILL
+
+
+@pytest.mark.parametrize("group", [1, 4, 8])
+@pytest.mark.parametrize("batch", [1, 16])
+def test_selection_prefers_the_family_made_for_the_rows_of_the_longest_sequence(group: int, batch: int) -> None:
+    few, bound = DECODE_ROWS // group, 1 << 12
+    sizes = [
+        ({"tokens": few * batch}, "decode"),
+        ({"tokens": few * batch + 1}, "flash_sm80"),
+        ({"tokens": bound * batch, "max_q": few}, "decode"),
+        ({"tokens": batch, "max_q": few + 1}, "flash_sm80"),
+    ]
+    for size, family in sizes:
+        problem = paged(group, batch=batch, **size)
+        assert select_entry(declared_rows(), problem, Capability.of_sm(90)).family == family
