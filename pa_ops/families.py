@@ -21,7 +21,8 @@ class Gates:
 
     needs: features by dtype of the query. masks: which masks of a problem a row of each mask serves. head_multiple and
     head_max bind both head sizes. split_heads: K and V may differ in head size. aligned: pointers and strides must be
-    multiples of 16 bytes. quantised: the cache may have another type than the query.
+    multiples of 16 bytes. quantised: the cache may have another type than the query. invariant: what a row makes of a
+    sequence depends on nothing else in the batch.
     """
 
     op: KernelOp
@@ -35,6 +36,7 @@ class Gates:
     sinks: bool
     aligned: bool
     quantised: bool
+    invariant: bool
 
 
 _OWN_MASK = {mask: frozenset({mask}) for mask in Mask}
@@ -56,6 +58,7 @@ GATES: dict[Family, Gates] = {
         sinks=True,
         aligned=True,
         quantised=False,
+        invariant=True,
     ),
     Family.DECODE: Gates(
         op=KernelOp.ATTN,
@@ -76,6 +79,7 @@ GATES: dict[Family, Gates] = {
         sinks=True,
         aligned=True,
         quantised=False,
+        invariant=False,
     ),
     Family.APPEND: Gates(
         op=KernelOp.APPEND_KV,
@@ -89,6 +93,7 @@ GATES: dict[Family, Gates] = {
         sinks=True,
         aligned=False,
         quantised=False,
+        invariant=True,
     ),
     Family.MERGE: Gates(
         op=KernelOp.MERGE_STATES,
@@ -102,6 +107,7 @@ GATES: dict[Family, Gates] = {
         sinks=True,
         aligned=False,
         quantised=False,
+        invariant=True,
     ),
 }
 

@@ -48,8 +48,8 @@ class Policy:
     """What the user overrides, for attention rows only: helpers have no rival.
 
     backend: "auto", a family, its first words, or an instance name; backend_source: where it was said, for messages;
-    disabled: families (or first words) taken out; batch_invariant: rank without sizes, so that a sequence's row never
-    depends on its neighbours.
+    disabled: families (or first words) taken out; batch_invariant: leave out families whose bits depend on a sequence's
+    neighbours, and rank without sizes, so that its row does not either.
     """
 
     backend: str = AUTO
@@ -66,7 +66,8 @@ class Policy:
     def leaves(self, family: Family) -> bool:
         """Whether the overrides leave the family in."""
         asked = self.backend == AUTO or _means(self.backend, family) or self.backend.startswith(f"pa_attn_{family}_")
-        return asked and not any(_means(word, family) for word in self.disabled)
+        steady = GATES[family].invariant or not self.batch_invariant
+        return asked and steady and not any(_means(word, family) for word in self.disabled)
 
     def rejections(self, entry: Entry) -> Iterator[Rejection]:
         """Why the overrides take `entry` out; nothing when they do not."""
@@ -78,10 +79,13 @@ class Policy:
         for word in sorted(self.disabled):
             if _means(word, spec.family):
                 yield Rejection("backend", f"a family that PA_OPS_DISABLE={word} leaves in", str(spec.family))
+        if self.batch_invariant and not GATES[spec.family].invariant:
+            yield Rejection("backend", "a family that batch invariance leaves in", str(spec.family))
 
     def __str__(self) -> str:
         disabled = ",".join(sorted(self.disabled)) or "unset"
-        return f"backend {self.backend} (set by backend= or PA_OPS_BACKEND), PA_OPS_DISABLE {disabled}"
+        steady = ", batch invariance on" if self.batch_invariant else ""
+        return f"backend {self.backend} (set by backend= or PA_OPS_BACKEND), PA_OPS_DISABLE {disabled}{steady}"
 
 
 DEFAULT_POLICY = Policy()

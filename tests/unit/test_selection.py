@@ -224,6 +224,16 @@ def test_B7_batch_invariant_ranking_ignores_sizes() -> None:
     assert len({select_entry((*flash, *finer), problem, H200, steady).instance for problem in (one, many)}) == 1
 
 
+def test_B7_batch_invariance_leaves_out_a_family_that_cuts_sequences_by_their_neighbours() -> None:
+    steady = Policy(batch_invariant=True)
+    assert select_entry(ROWS, paged(), H200).family is Family.DECODE
+    assert select_entry(ROWS, paged(), H200, steady).family is Family.FLASH_SM80
+    text = refusal(paged(), 90, tuple(row for row in ROWS if row.spec.family is Family.DECODE), steady)
+    assert "backend: needs a family that batch invariance leaves in, got decode" in text
+    assert "PA_OPS_DISABLE unset, batch invariance on" in text
+    assert text.count("pa-ops build") == 1 and "'pa_attn_flash_sm80_" in text
+
+
 GATED = {"head_dim", "head_dim_v", "sm", "smem_bytes", "smem_optin_bytes", "page_size", "num_heads", "num_kv_heads"}
 TABLES = {"families.py", "capability.py"}
 
