@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from core_rows import declared_rows
 
 from pa_ops.arguments import RECORDS
 from pa_ops.capability import MODELS, Capability, parse_target
@@ -18,7 +19,6 @@ from pa_ops.generator.digest import Digester
 from pa_ops.generator.language import OLDEST_CUTE_SM, Language, language_of
 from pa_ops.generator.matrix import DECODE_MASKS, DECODE_TILES, FLASH_SM80_TILES, RULES, declared, refusals
 from pa_ops.generator.render import CUDA_TYPES, Renderer
-from pa_ops.manifest import Entry
 from pa_ops.problem import Problem
 from pa_ops.selection import select_entry
 from pa_ops.spec import DType, Family, InstanceSpec, KernelOp, Layout, Mask
@@ -91,9 +91,8 @@ def test_G4_rules_refuse_what_they_name() -> None:
 @pytest.mark.parametrize("head_dim", [8, 64, 72, 128, 192, 256])
 @pytest.mark.parametrize("tokens", [1, 512])
 def test_declared_targets_serve_every_sm_from_80_on(sm: int, dtype: str, head_dim: int, tokens: int) -> None:
-    entries = [Entry.declared(spec, t) for t in targets.DECLARED_TARGETS for spec in declared("full", (t,))]
     problem = Problem(op="paged_attention", dtype=dtype, head_dim=head_dim, tokens=tokens)
-    entry = select_entry(entries, problem, Capability.of_sm(sm)).entry
+    entry = select_entry(declared_rows(), problem, Capability.of_sm(sm)).entry
     tiles = DECODE_TILES if entry.spec.family is Family.DECODE else FLASH_SM80_TILES
     assert entry.spec.head_dim == min(tile for tile in tiles if tile >= head_dim)
     assert entry.target == targets.target_of_sm(sm)
@@ -102,8 +101,8 @@ def test_declared_targets_serve_every_sm_from_80_on(sm: int, dtype: str, head_di
 @pytest.mark.parametrize("sm", [53, 60, 61, 62, 70, 72, 75, 80, 86, 89, 90, 103, 120, 121])
 @pytest.mark.parametrize("dtype", ["fp16", "bf16"])
 def test_declared_targets_append_on_every_sm_from_53_on(sm: int, dtype: str) -> None:
-    entries = [Entry.declared(spec, t) for t in targets.DECLARED_TARGETS for spec in declared("full", (t,))]
-    entry = select_entry(entries, Problem(op="append_kv", dtype=dtype, head_dim=128), Capability.of_sm(sm)).entry
+    problem = Problem(op="append_kv", dtype=dtype, head_dim=128)
+    entry = select_entry(declared_rows(), problem, Capability.of_sm(sm)).entry
     assert entry.spec.family is Family.APPEND and entry.target == targets.target_of_sm(sm)
 
 
