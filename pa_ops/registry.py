@@ -39,23 +39,19 @@ class Registry:
         self._kernels: dict[str, int] = {}
         self._libraries: dict[Path, Any] = {}
 
-    def select(self, problem: Problem, backend: str = AUTO, without: Family | None = None) -> Selection:
-        """The kernel that serves `problem` under the overrides in force, of the family `without` never.
-
-        Raises NoInstance with every reason.
-        """
+    def select(self, problem: Problem, backend: str = AUTO) -> Selection:
+        """The kernel that serves `problem` under the overrides in force; raises NoInstance with every reason."""
         chosen = policy(backend)
-        key = (problem.facts, size_class(problem), chosen, without)
+        key = (problem.facts, size_class(problem), chosen)
         found = self._selections.get(key)
         if found is None:
-            entries = [entry for entry in self.entries if entry.spec.family is not without]
-            found = self._selections[key] = select_entry(entries, problem, self.capability, chosen)
+            found = self._selections[key] = select_entry(self.entries, problem, self.capability, chosen)
         return found
 
     def find(self, problem: Problem, backend: str, family: Family) -> Selection | None:
         """The kernel of `family` that serves `problem` under the overrides in force; None where there is none."""
         chosen = policy(backend)
-        key = (problem.facts, size_class(problem), chosen, family, True)
+        key = (problem.facts, size_class(problem), chosen, family)
         if key not in self._found:
             entries = [entry for entry in self.entries if entry.spec.family is family]
             able = any(v.eligible for v in verdicts(entries, problem, self.capability, chosen))

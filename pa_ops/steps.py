@@ -26,7 +26,6 @@ from pa_ops.launch import (
     merge_launch,
 )
 from pa_ops.manifest import Entry
-from pa_ops.overrides import policy
 from pa_ops.problem import Problem
 from pa_ops.program import Launch
 from pa_ops.registry import Registry
@@ -120,8 +119,8 @@ def _division(problem: Problem, arguments: Arguments, registry: Registry) -> tup
     """The kernels for sequences of few query rows and for the others; None where all go to the one that is there."""
     backend = arguments["backend"]
     few = registry.find(problem, backend, Family.DECODE)
-    if few is None or policy(backend).batch_invariant:
-        return None, registry.select(problem, backend, without=Family.DECODE)
+    if few is None:
+        return None, registry.select(problem, backend)
     many = registry.find(problem, backend, Family.FLASH_SM80)
     if many is None:
         return few, None

@@ -37,6 +37,12 @@ def state_of(coverage: Coverage, row: Entry) -> tuple[State, str]:
     return next((cell.state, cell.reason) for cell in coverage.cells if cell.name == row.name)
 
 
+@pytest.fixture
+def states_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No survey, which costs half a second and says nothing of a kernel's state."""
+    monkeypatch.setattr("pa_ops.coverage.survey", lambda entries: (frozenset(), ()))
+
+
 def test_G4_no_undeclared_hole_and_no_unreachable_row() -> None:
     refused = matrix.refusals()
     coverage = cover(Inputs(declared_pairs(), refused))
@@ -83,6 +89,7 @@ def test_G4_without_a_size_its_family_is_out_of_reach(monkeypatch: pytest.Monkey
         assert {name for name, _ in reached} == {row.name for row in rows if row.spec.family is family}
 
 
+@pytest.mark.usefixtures("states_alone")
 def test_a_kernel_rises_through_its_states() -> None:
     row = SMALL[0]
     key, digest = (row.name, row.target), DIGESTS[row.name]
@@ -107,6 +114,7 @@ def test_a_kernel_rises_through_its_states() -> None:
     assert state_of(cover(base), row) == (State.BENCHMARKED, "")
 
 
+@pytest.mark.usefixtures("states_alone")
 def test_evidence_counts_for_the_digest_that_it_was_gathered_on() -> None:
     row = SMALL[0]
     base = Inputs(PAIRS, manifests=(built(row),))
@@ -125,6 +133,7 @@ def test_evidence_counts_for_the_digest_that_it_was_gathered_on() -> None:
     assert state_of(cover(inputs), row) == (State.TESTED, "")
 
 
+@pytest.mark.usefixtures("states_alone")
 def test_evidence_of_another_target_leaves_a_kernel_compiled() -> None:
     here = SMALL[0]
     other = replace(here, target="sm_80", code_targets=("sm_80",), digest="d" * 64)
@@ -134,6 +143,7 @@ def test_evidence_of_another_target_leaves_a_kernel_compiled() -> None:
     assert states == {"sm_80": State.TESTED, "sm_90a": State.COMPILED}
 
 
+@pytest.mark.usefixtures("states_alone")
 def test_refused_and_dropped_kernels_say_why() -> None:
     first, second = SMALL[0], SMALL[1]
     refused = Refusal(first.spec, first.target, "needs tcgen05")
