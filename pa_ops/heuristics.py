@@ -16,7 +16,7 @@ from pa_ops.spec import Family, InstanceSpec, Word
 # again in loads. An estimate; it ranks tiles of one head size, and today each head size has one tile.
 LOAD_ROWS = 64
 
-DECODE_ROWS = 32  # beyond so many rows a tile of 64 or 128 query rows is better filled than two of 16
+DECODE_ROWS = 16  # of a decode tile; beyond so many, one of 64 or 128 query rows is better filled than two
 MIXED_TOKENS = 1024
 
 Cost = tuple[bool, int, int, int, int, str]

@@ -6,9 +6,11 @@ Usage: launch_script.py SCENE LIBRARY KERNEL
 from __future__ import annotations
 
 import json
+import os
 import random
 import struct
 import sys
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -71,6 +73,14 @@ def misfits(tensors: list[Tensor | None]) -> list[list[Any]]:
     ]
 
 
+def attempt(call: Callable[..., Any], *arguments: Any) -> None:
+    """Prints the error of a call."""
+    try:
+        call(*arguments)
+    except Exception as error:
+        print(type(error).__name__, error)
+
+
 def main(scene: str, library: str, name: str) -> None:
     """Plays one scene."""
     module = tvm_ffi.load_module(library)
@@ -91,20 +101,17 @@ def main(scene: str, library: str, name: str) -> None:
                 assert programs.run(program.address, *given) == 0
                 print("refused", call(program.address, *given))
         print("empty", call(program.address, *tensors_of(0, 3)))
-    elif scene == "no program":
-        call("text", *tensors)
-    elif scene == "too few tensors":
-        call(program.address, tensors[0])
-    elif scene == "another record":
-        other = Record(addresses=("q",))
-        misfit = program_of(kernel, other, tensors, random_)
-        call(misfit.address, *tensors)
+    elif scene == "wrong calls":
+        misfit = program_of(kernel, Record(addresses=("q",)), tensors, random_)
+        for arguments in (("text", *tensors), (program.address, tensors[0]), (misfit.address, *tensors)):
+            attempt(call, *arguments)
+    elif scene == "driver errors":
+        for name in ("cuLibraryLoadData", "cuLibraryGetKernel", "cuLaunchKernel"):
+            os.environ["FAKE_CUDA_ERROR"] = name
+            attempt(call, program.address, *tensors)
     else:
         for _ in range(2 if scene == "devices" else 1):
             call(program.address, *tensors)
 
 
-try:
-    main(*sys.argv[1:])
-except Exception as error:
-    print(type(error).__name__, error)
+attempt(main, *sys.argv[1:])
