@@ -19,6 +19,9 @@ Device = Capability | torch.device | str | int
 def select(problem: Problem, device: Device | None = None, backend: str = AUTO) -> Selection:
     """The kernel that would serve `problem` on `device`, under the overrides in force.
 
+    Where two kernels share the sequences of a paged batch (`pa_ops.heuristics.division`), it is the one for sequences
+    as long as the bound or the mean; `pa_ops.trace` records every launch of a call.
+
     device: a Capability, an SM number such as 90, a torch device or its name ("cuda:1"); None is the current GPU, or
     PA_OPS_SM's. Where nothing has been built for the device, the kernels that a build would make answer. Raises
     NoInstance with every family's gates, InvalidArgument for a device that means nothing.
