@@ -1,7 +1,8 @@
 """Turns a device and its current stream into the memory in which split attention leaves partial results.
 
 Its size depends on the device alone. A stream has its own, so that calls on two streams never meet; graphs captured on
-one stream share it, and must not be replayed at the same time.
+one stream share it, and must not be replayed at the same time. The arrival counters must be zero when a kernel begins,
+and it leaves them so; what is zeroed under capture is zero in that graph's replays alone, and is therefore not kept.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ BLOCKS_AN_SM = 2
 MAX_STATE_WORDS = 32 * (256 + 2)  # outputs, maximum and sum of a row, the most rows that a tile has
 
 _held: dict[tuple[int, int], Tensor] = {}
+_spare: dict[int, Tensor] = {}  # one a device, for the first stream that is met while it is being captured
 
 
 def blocks_of(num_sms: int) -> int:
@@ -28,11 +30,28 @@ def counters_at(num_sms: int) -> int:
 
 
 def workspace(device: int) -> Tensor:
-    """The current stream's, [words] int32; made of zeros at the first call, and kept, for graphs may refer to it."""
+    """The current stream's, [words] int32, kept because graphs may refer to it; waits for the device once, when made.
+
+    A stream that is first met under capture gets the spare one. Where that is gone it gets memory of the graph's own,
+    whose counters every replay sets to zero first.
+    """
     key = (device, stream_of(device))
     found = _held.get(key)
     if found is None:
-        num_sms = torch.cuda.get_device_properties(device).multi_processor_count
-        words = counters_at(num_sms) // 4 + blocks_of(num_sms)
-        found = _held[key] = torch.zeros(words, dtype=torch.int32, device=torch.device("cuda", device))
+        if not torch.cuda.is_current_stream_capturing():
+            found = _held[key] = _made(device)
+            _spare.setdefault(device, _made(device))
+            torch.cuda.synchronize(device)
+        elif device in _spare:
+            found = _held[key] = _spare.pop(device)
+        else:
+            found = _made(device)
     return found
+
+
+def _made(device: int) -> Tensor:
+    num_sms = torch.cuda.get_device_properties(device).multi_processor_count
+    counters = counters_at(num_sms) // 4
+    fresh = torch.empty(counters + blocks_of(num_sms), dtype=torch.int32, device=torch.device("cuda", device))
+    fresh[counters:].zero_()
+    return fresh

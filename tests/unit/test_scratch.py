@@ -1,0 +1,72 @@
+"""Workspaces by stream, with CPU memory in place of a device's: who gets which, eagerly and under capture."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from pa_ops import scratch
+
+NUM_SMS = 2
+COUNTERS = scratch.counters_at(NUM_SMS) // 4
+
+
+class Device:
+    """A device with one current stream, which may be under capture."""
+
+    def __init__(self) -> None:
+        self.stream = 0
+        self.capturing = False
+        self.waits = 0
+
+    def wait(self, device: int) -> None:
+        """Notes a synchronisation, which capture would not allow."""
+        assert not self.capturing
+        self.waits += 1
+
+
+@pytest.fixture
+def device(monkeypatch: pytest.MonkeyPatch) -> Device:
+    made = Device()
+    monkeypatch.setattr(scratch, "_held", {})
+    monkeypatch.setattr(scratch, "_spare", {})
+    monkeypatch.setattr(scratch, "stream_of", lambda device: made.stream)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: made.capturing)
+    monkeypatch.setattr(torch.cuda, "synchronize", made.wait)
+    monkeypatch.setattr(
+        torch.cuda, "get_device_properties", lambda device: SimpleNamespace(multi_processor_count=NUM_SMS)
+    )
+    monkeypatch.setattr(torch, "device", lambda kind, index: "cpu")
+    return made
+
+
+def test_a_stream_keeps_its_own_and_waits_once(device: Device) -> None:
+    first = scratch.workspace(0)
+    assert scratch.workspace(0) is first and device.waits == 1
+    device.stream = 1
+    second = scratch.workspace(0)
+    assert second is not first and scratch.workspace(0) is second
+    device.stream = 0
+    assert scratch.workspace(0) is first
+    for room in (first, second):
+        assert room.numel() == COUNTERS + scratch.blocks_of(NUM_SMS) and not room[COUNTERS:].any()
+
+
+def test_X6_a_stream_met_under_capture_gets_the_spare_and_shares_it_with_later_graphs(device: Device) -> None:
+    eager = scratch.workspace(0)
+    device.stream, device.capturing = 7, True
+    captured = scratch.workspace(0)
+    assert captured is not eager and device.waits == 1
+    assert scratch.workspace(0) is captured, "a second graph must not rely on zeros that the first one's replay writes"
+    assert not captured[COUNTERS:].any()
+
+
+def test_X6_without_a_spare_memory_that_a_graph_zeroes_is_not_kept(device: Device) -> None:
+    device.capturing = True
+    first, second = scratch.workspace(0), scratch.workspace(0)
+    assert first is not second and not first[COUNTERS:].any() and not second[COUNTERS:].any()
+    device.capturing = False
+    kept = scratch.workspace(0)
+    assert kept is not first and scratch.workspace(0) is kept and device.waits == 1
