@@ -36,6 +36,21 @@ def _digests(targets: tuple[str, ...], templates: Path | None) -> dict[Key, str]
     }
 
 
+def _current(tests: Mapping[str, Evidence], targets: tuple[str, ...], templates: Path | None) -> frozenset[str]:
+    """Instances whose evidence has the digest that their sources of today get from the compilers it names."""
+    try:
+        planner = Planner(Toolchain(), templates)
+    except ToolchainError:
+        return frozenset()
+    specs = {spec.name: spec for target in targets for spec in matrix.declared("full", (target,))}
+    return frozenset(
+        name
+        for name, evidence in tests.items()
+        if name in specs and evidence.tools
+        if any(planner.digest_by(specs[name], target, evidence.tools) == evidence.digest for target in targets)
+    )
+
+
 def inputs(
     home: Path,
     tests: Mapping[str, Evidence],
@@ -55,4 +70,5 @@ def inputs(
         digests=_digests(targets, templates),
         tests=tests,
         bench=bench,
+        current=_current(tests, targets, templates),
     )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from functools import cached_property
@@ -97,6 +97,7 @@ class Planner:
         self.tools = tools
         self.renderer = Renderer(templates)
         self.digester = self._digester()
+        self._foreign: dict[tuple[tuple[str, str], ...], Digester] = {}
 
     def _digester(self) -> Digester:
         return Digester(self.renderer, COMPILE_SOURCES, self.tools.compile_versions)
@@ -114,6 +115,15 @@ class Planner:
         """A rendered instance with its digest."""
         source = self.renderer.render(spec)
         return Item(spec, source, self.digester.digest(spec, target, source))
+
+    def digest_by(self, spec: InstanceSpec, target: str, tools: Mapping[str, str]) -> str:
+        """The digest that today's sources would get from compilers of other versions."""
+        key = tuple(sorted(tools.items()))
+        if key not in self._foreign:
+            ours = self.tools.compile_versions
+            theirs = {language: {name: tools.get(name, "") for name in names} for language, names in ours.items()}
+            self._foreign[key] = Digester(self.renderer, COMPILE_SOURCES, theirs)
+        return self._foreign[key].digest(spec, target, self.renderer.render(spec))
 
     def plan(self, layout: Layout, target: str, selected: Sequence[InstanceSpec]) -> Plan:
         """What a build of `selected` has to do, given the products that lie in `layout`."""

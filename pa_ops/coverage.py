@@ -55,13 +55,17 @@ class Refused(Protocol):
 
 @dataclass(frozen=True)
 class Evidence:
-    """What a run on a card showed of one instance; tests: how many passed, worst_error: largest absolute error."""
+    """What a run on a card showed of one instance.
+
+    tests: how many passed; worst_error: largest absolute error; tools: versions of what compiled it, by name.
+    """
 
     digest: str
     tests: int = 0
     worst_error: float | None = None
     commit: str = ""
     card: str = ""
+    tools: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -69,7 +73,8 @@ class Inputs:
     """What is joined. Names are instance names.
 
     declared: kernels that a full build makes; refused: kernels that it does not; manifests: what was built; sources:
-    rendered sources; digests: what a build made now would record; tests, bench: evidence by name.
+    rendered sources; digests: what a build made now would record; tests, bench: evidence by name; current: names whose
+    evidence is of today's sources, whatever compiled them.
     """
 
     declared: Sequence[tuple[InstanceSpec, str]]
@@ -79,6 +84,7 @@ class Inputs:
     digests: Mapping[Key, str] = field(default_factory=dict)
     tests: Mapping[str, Evidence] = field(default_factory=dict)
     bench: Mapping[str, Evidence] = field(default_factory=dict)
+    current: frozenset[str] = frozenset()
 
 
 @dataclass(frozen=True)
@@ -206,6 +212,10 @@ def _built_cell(
     key = (entry.name, entry.target)
     tests, bench = inputs.tests.get(entry.name), inputs.bench.get(entry.name)
     state, reason = _built_state(entry, inputs.digests.get(key), tests, bench, digests)
+    todays = inputs.digests.get(key, entry.digest) == entry.digest
+    if state is State.STALE and todays and tests is not None and entry.name in inputs.current:
+        tools = ", ".join(f"{tool} {version}" for tool, version in sorted(tests.tools.items()))
+        state, reason = State.COMPILED, f"tests ran on these sources as compiled by {tools}"
     if key not in declared:
         state, reason = State.STALE, "built, and no longer declared"
     mine = tests if tests is not None and tests.digest == entry.digest else Evidence("")
@@ -246,7 +256,7 @@ def _built_state(
 def load_evidence(path: str | Path) -> dict[str, Evidence]:
     """Evidence by instance name from a JSON file; empty where there is no file.
 
-    Raises InvalidArgument naming the file and the row that is not {"digest", "tests", "worst_error", "commit", "card"}.
+    Raises InvalidArgument naming the file and the row whose digest, number of tests or tools are none.
     """
     file = Path(path)
     if not file.exists():
@@ -267,4 +277,7 @@ def _evidence(where: str, row: object) -> Evidence:
     tests = row.get("tests", 0)
     if isinstance(tests, bool) or not isinstance(tests, int) or tests < 0:
         raise InvalidArgument(f"{where} tests", "must be an integer >= 0", repr(tests))
+    tools = row.get("tools", {})
+    if not isinstance(tools, dict) or not all(isinstance(version, str) for version in tools.values()):
+        raise InvalidArgument(f"{where} tools", "must be versions by name", repr(tools))
     return Evidence(**{key: value for key, value in row.items() if key in known})

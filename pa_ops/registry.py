@@ -21,6 +21,7 @@ from pa_ops.selection import AUTO, Selection, select_entry, verdicts
 from pa_ops.spec import Family
 
 CALLER = "pa_call"
+COMPILERS = ("cutlass_dsl", "cuda", "nvrtc")  # what a manifest calls the tools that decide a kernel's bytes
 
 
 class Registry:
@@ -67,6 +68,11 @@ class Registry:
                 self._libraries[product.library] = _load(product)
             found = self._kernels[entry.name] = self._libraries[product.library][entry.symbol]()
         return found
+
+    def tools(self, entry: Entry) -> dict[str, str]:
+        """The versions of the compilers that made `entry`, by name."""
+        _, product = self._owners[entry.name]
+        return {tool: product.manifest.toolchain[tool] for tool in COMPILERS if tool in product.manifest.toolchain}
 
     def caller(self) -> Callable[..., int]:
         """The function that runs a program on kernels of any library; one must be loaded."""

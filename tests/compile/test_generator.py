@@ -12,13 +12,16 @@ from core_rows import declared_rows
 
 from pa_ops.arguments import RECORDS
 from pa_ops.capability import MODELS, Capability, parse_target
+from pa_ops.coverage import Evidence
 from pa_ops.errors import BuildError, InvalidArgument
-from pa_ops.generator import matrix, ninja, targets
+from pa_ops.generator import inventory, matrix, ninja, targets
 from pa_ops.generator.cubin import read_facts
 from pa_ops.generator.digest import Digester
 from pa_ops.generator.language import OLDEST_CUTE_SM, Language, language_of
 from pa_ops.generator.matrix import DECODE_MASKS, DECODE_TILES, FLASH_SM80_TILES, RULES, declared, refusals
+from pa_ops.generator.plan import Planner
 from pa_ops.generator.render import CUDA_TYPES, Renderer
+from pa_ops.generator.toolchain import Toolchain
 from pa_ops.problem import Problem
 from pa_ops.selection import select_entry
 from pa_ops.spec import DType, Family, InstanceSpec, KernelOp, Layout, Mask
@@ -165,6 +168,22 @@ def test_digest_changes_with_every_input_and_with_nothing_else() -> None:
         digester(compile_sources=(TOY / "device" / "scale.py",)).digest(spec, "sm_80", "source"),
     ]
     assert len({base, *changed}) == 6
+
+
+def test_evidence_is_of_todays_sources_whatever_compiled_them() -> None:
+    planner = Planner(Toolchain())
+    spec = next(spec for spec in declared("smoke") if spec.op is KernelOp.MERGE_STATES)
+    tools = {"cutlass_dsl": "5.0", "cuda": "cu14", "nvrtc": "14.0"}
+    theirs = planner.digest_by(spec, "sm_90a", tools)
+    assert theirs != planner.item(spec, "sm_90a").digest
+    shown = {
+        spec.name: Evidence(theirs, tests=1, tools=tools),
+        "pa_gone": Evidence(theirs, tests=1, tools=tools),
+    }
+    assert inventory._current(shown, ("sm_80", "sm_90a"), None) == {spec.name}
+    assert inventory._current(shown, ("sm_80",), None) == frozenset(), "another target's code has another digest"
+    untold = {spec.name: Evidence(theirs, tests=1)}
+    assert inventory._current(untold, ("sm_90a",), None) == frozenset()
 
 
 @pytest.mark.parametrize(

@@ -26,6 +26,7 @@ class Row:
     digest: str
     tests: int = 0
     worst_error: float = 0.0
+    tools: dict[str, str] = field(default_factory=dict)
 
 
 @dataclass
@@ -36,9 +37,10 @@ class Evidence:
 
     def add(self, calls: Sequence[Any], error: float) -> None:
         """Counts one comparison that held for every kernel among the recorded `calls`."""
-        digests = {entry.name: entry.digest for entry in registry.for_device(0).entries}
+        here = registry.for_device(0)
+        entries = {entry.name: entry for entry in here.entries}
         for name in {call.instance for call in calls}:
-            row = self.rows.setdefault(name, Row(digests[name]))
+            row = self.rows.setdefault(name, Row(entries[name].digest, tools=here.tools(entries[name])))
             row.tests += 1
             row.worst_error = max(row.worst_error, error)
 

@@ -125,6 +125,10 @@ def test_evidence_counts_for_the_digest_that_it_was_gathered_on() -> None:
     state, reason = state_of(cover(replace(base, digests={(row.name, row.target): "e" * 64})), row)
     assert state is State.STALE
     assert "eeee" in reason
+    elsewhere = replace(base, tests={row.name: replace(old, tools={"dsl": "5"})}, current=frozenset({row.name}))
+    assert state_of(cover(elsewhere), row) == (State.COMPILED, "tests ran on these sources as compiled by dsl 5")
+    edited = replace(elsewhere, digests={(row.name, row.target): "e" * 64})
+    assert state_of(cover(edited), row)[0] is State.STALE
     failed = Evidence(DIGESTS[row.name], tests=0)
     assert state_of(cover(replace(base, tests={row.name: failed})), row) == (State.COMPILED, "")
     timed = Evidence("f" * 64)
