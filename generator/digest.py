@@ -17,7 +17,7 @@ from pa_ops.spec import InstanceSpec
 from .language import Language, language_of
 from .render import Renderer, template_name
 
-HEADERS = {Language.CUTE: ("*.py",), Language.CUDA: ("*.cuh",)}
+HEADERS = {Language.CUTE: "*.py", Language.CUDA: "*.cuh"}
 
 
 def sha256_of(path: Path) -> str:
@@ -44,7 +44,7 @@ class Digester:
 
     def _common(self, language: Language) -> dict[str, object]:
         device = self.renderer.folder / "device"
-        headers = [path for pattern in HEADERS[language] for path in sorted(device.rglob(pattern))]
+        headers = sorted(device.rglob(HEADERS[language]))
         return {
             "files": {path.name: sha256_of(path) for path in (*headers, *self.compile_sources)},
             "toolchain": dict(self.toolchain[language]),

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from pa_ops.coverage import Evidence, Inputs
 from pa_ops.manifest import FILE_NAME, Manifest
+from pa_ops.spec import InstanceSpec
 
 from . import matrix
 from .layout import Layout
@@ -14,7 +15,7 @@ from .plan import Planner
 from .targets import DECLARED_TARGETS, TARGETS
 from .toolchain import Toolchain, ToolchainError
 
-Key = tuple[str, str]
+Declared = tuple[InstanceSpec, str]  # a kernel and its target
 
 
 def manifests(home: Path) -> tuple[Manifest, ...]:
@@ -23,31 +24,21 @@ def manifests(home: Path) -> tuple[Manifest, ...]:
     return tuple(Manifest.load(path) for path in paths if path.is_file())
 
 
-def _digests(targets: tuple[str, ...], templates: Path | None) -> dict[Key, str]:
-    """What a build made now would record; empty where the compilers, which a digest covers, are not installed."""
+def _planner(templates: Path | None) -> Planner | None:
+    """A planner for digests; none where the compilers, which they cover, are not installed."""
     try:
-        planner = Planner(Toolchain(), templates)
+        return Planner(Toolchain(), templates)
     except ToolchainError:
-        return {}
-    return {
-        (spec.name, target): planner.item(spec, target).digest
-        for target in targets
-        for spec in matrix.declared("full", (target,))
-    }
+        return None
 
 
-def _current(tests: Mapping[str, Evidence], targets: tuple[str, ...], templates: Path | None) -> frozenset[str]:
+def current(planner: Planner, tests: Mapping[str, Evidence], declared: Sequence[Declared]) -> frozenset[str]:
     """Instances whose evidence has the digest that their sources of today get from the compilers it names."""
-    try:
-        planner = Planner(Toolchain(), templates)
-    except ToolchainError:
-        return frozenset()
-    specs = {spec.name: spec for target in targets for spec in matrix.declared("full", (target,))}
     return frozenset(
-        name
-        for name, evidence in tests.items()
-        if name in specs and evidence.tools
-        if any(planner.digest_by(specs[name], target, evidence.tools) == evidence.digest for target in targets)
+        spec.name
+        for spec, target in declared
+        if (shown := tests.get(spec.name)) is not None and shown.tools
+        if planner.digest_by(spec, target, shown.tools) == shown.digest
     )
 
 
@@ -62,13 +53,15 @@ def inputs(
     targets = tuple(dict.fromkeys((*DECLARED_TARGETS, *(manifest.target for manifest in built))))
     declared = [(spec, target) for target in targets for spec in matrix.declared("full", (target,))]
     sources = {(spec.name, target) for spec, target in declared if Layout(home / target).source(spec).is_file()}
+    planner = _planner(templates)
+    digests = {(spec.name, target): planner.item(spec, target).digest for spec, target in declared} if planner else {}
     return Inputs(
         declared=declared,
         refused=matrix.refusals("full", targets),
         manifests=built,
         sources=frozenset(sources),
-        digests=_digests(targets, templates),
+        digests=digests,
         tests=tests,
         bench=bench,
-        current=_current(tests, targets, templates),
+        current=current(planner, tests, declared) if planner else frozenset(),
     )

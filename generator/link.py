@@ -34,11 +34,6 @@ FLAGS = (
 LIBRARIES = ("-ltvm_ffi", "-ldl", "-lpthread")
 
 
-def staged_library(layout: Layout) -> Path:
-    """The linker's output; the build publishes it together with its manifest."""
-    return layout.link / layout.library.name
-
-
 def _table(layout: Layout, names: Sequence[str]) -> str:
     """The C source that binds every image to its launch."""
     lines = ['#include "launch.h"']
@@ -54,7 +49,7 @@ def link(tools: Toolchain, layout: Layout, names: Sequence[str]) -> Path:
     table, script = layout.link / "kernels.c", layout.link / "exports.map"
     write_if_changed(table, _table(layout, sorted(names)))
     write_if_changed(script, VERSION_SCRIPT)
-    output = staged_library(layout)
+    output = layout.link / layout.library.name  # the build publishes it together with its manifest
     draft = output.with_name(f"{output.name}{TEMPORARY}")
     command: list[str | Path] = [
         tools.compiler,

@@ -193,7 +193,7 @@ def time_of(call: Callable[[], object]) -> float:
     return 1e3 * float(begin.elapsed_time(end)) / REPEATS
 
 
-def error_of(inputs: Inputs, device: torch.device) -> float:
+def error_of(inputs: Inputs) -> float:
     """The largest difference of output and caches from the reference's."""
     got, want = inputs.clone(), inputs.clone()
     out = torch.ops.pa_ops.paged_attention_(*got.tensors, **got.options)
@@ -205,7 +205,7 @@ def error_of(inputs: Inputs, device: torch.device) -> float:
 def measure(case: ServingCase, device: torch.device) -> ServingRow:
     """Check and time one case."""
     inputs = inputs_of(case, device)
-    worst = error_of(inputs, device)
+    worst = error_of(inputs)
     out = torch.empty(case.tokens, HEADS * HEAD_DIM, dtype=torch.float16, device=device)
     made, emulated = prepare(inputs, out, AUTO), prepare(inputs, out, Family.FLASH_SM80)
     return ServingRow(

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pa_ops.calls import REFERENCES, Plan, kind_of, known, plan_of
+from pa_ops.calls import REFERENCES, TENSORS, Plan, kind_of, known, plan_of
 from pa_ops.checked import check_values
 from pa_ops.checks import validate
 from pa_ops.environment import settings
@@ -30,7 +30,7 @@ def _attention(op: str) -> Callable[..., Results]:
         q, v = tensors[0], tensors[2]
         out = q.new_empty(q.shape[:2] + v.shape[-1:])
         lse = torch.empty(q.shape[1::-1], dtype=torch.float32, device=q.device)
-        _run(op, tensors, options, _attention_given(tensors, options, out, lse), out=out, lse=lse)
+        _run(op, tensors, options, _attention_given(tensors, options, out, lse))
         return out, lse
 
     return run
@@ -56,7 +56,7 @@ def paged_attention_(*tensors: Tensor, **options: Any) -> Tensor:
     query, k_cache = tensors[0], tensors[3]
     width = max(options["num_heads"], 0) * (k_cache.shape[-1] if k_cache.dim() else 0)
     out = query.new_empty((*query.shape[:1], width))
-    _run("paged_attention_", tensors, options, _serving_given(tensors, options, out, None), out=out)
+    _run("paged_attention_", tensors, options, _serving_given(tensors, options, out, None))
     return out
 
 
@@ -86,7 +86,7 @@ def append_kv(*tensors: Tensor, **options: Any) -> None:
 def merge_states(*tensors: Tensor) -> Results:
     """torch.ops.pa_ops.merge_states on CUDA tensors."""
     out, lse = (torch.empty_like(side, memory_format=torch.contiguous_format) for side in tensors[:2])
-    _run("merge_states", tensors, {}, (*tensors, out, lse), out=out, lse=lse)
+    _run("merge_states", tensors, {}, (*tensors, out, lse))
     return out, lse
 
 
@@ -103,7 +103,7 @@ IMPLEMENTATIONS: dict[str, Callable[..., Any]] = {
 """Operator and overload -> what the dispatcher calls for CUDA tensors."""
 
 
-def _run(op: str, tensors: tuple[Tensor, ...], options: Options, given: Given, **results: Tensor) -> None:
+def _run(op: str, tensors: tuple[Tensor, ...], options: Options, given: Given) -> None:
     """Runs the plan that fits; checks the call and makes one where none does. `given` are a program's tensors."""
     now = settings()
     kind = kind_of(op, tensors, options, now)
@@ -124,10 +124,10 @@ def _run(op: str, tensors: tuple[Tensor, ...], options: Options, given: Given, *
         return
     if now.checked and any(_launched(plan, given) for plan in plans):
         return
-    made = {"out": None, "lse": None, "workspace": given[-1], **arguments, **results}
-    plan = plan_of(kind, op, made, sizes, now)
+    named = dict(zip(TENSORS[base_of(op)], given, strict=True))
+    plan = plan_of(kind, op, {**arguments, **named}, sizes, now)
     if plan.program is None:
-        _refer(op, tensors, options, results)
+        _refer(op, tensors, options, {name: named[name] for name in ("out", "lse") if named[name] is not None})
         record(now, *plan.decisions)
     elif not _launched(plan, given):
         raise AssertionError(f"{op}: a program does not fit the call that it was made for")
@@ -150,7 +150,7 @@ def _launched(plan: Plan, given: Given) -> bool:
     return bool(done)
 
 
-def _refer(op: str, tensors: tuple[Tensor, ...], options: Options, results: dict[str, Tensor]) -> None:
+def _refer(op: str, tensors: tuple[Tensor, ...], options: Options, results: dict[str, Tensor | None]) -> None:
     """Runs the reference into the results; `options` are what the caller gave, without defaults."""
     given = {name: value for name, value in options.items() if name != "backend"}
     REFERENCES[base_of(op)](*tensors, **{**given, **results})

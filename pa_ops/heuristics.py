@@ -9,6 +9,7 @@ from dataclasses import replace
 
 from pa_ops.capability import Capability
 from pa_ops.manifest import Entry
+from pa_ops.plan import ceil_div
 from pa_ops.problem import Problem
 from pa_ops.spec import Family, InstanceSpec, Word
 
@@ -22,15 +23,11 @@ MIXED_TOKENS = 1024
 Cost = tuple[bool, int, int, int, int, str]
 
 
-def _ceil_div(a: int, b: int) -> int:
-    return -(-a // b)
-
-
 def query_rows(problem: Problem) -> int:
     """New tokens of the longest sequence as far as the host knows: its bound, else the mean."""
     if problem.max_q is not None:
         return problem.max_q
-    return _ceil_div(problem.tokens, max(problem.batch, 1))
+    return ceil_div(problem.tokens, max(problem.batch, 1))
 
 
 def suits(spec: InstanceSpec, problem: Problem) -> bool:
@@ -70,8 +67,8 @@ def cost(entry: Entry, problem: Problem, capability: Capability) -> Cost:
     """
     spec = entry.spec
     tile_m = max(spec.tile.m, 1)
-    blocks = problem.batch * problem.num_heads * _ceil_div(query_rows(problem), tile_m)
-    slots = _ceil_div(blocks, capability.num_sms) * (tile_m + LOAD_ROWS)
+    blocks = problem.batch * problem.num_heads * ceil_div(query_rows(problem), tile_m)
+    slots = ceil_div(blocks, capability.num_sms) * (tile_m + LOAD_ROWS)
     ranks = [capability.targets.index(target) for target in entry.code_targets if target in capability.targets]
     native = min(ranks, default=len(capability.targets))
     return (not suits(spec, problem), spec.head_dim + spec.head_dim_v, slots, native, entry.smem_bytes, entry.name)

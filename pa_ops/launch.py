@@ -15,14 +15,15 @@ from torch import Tensor
 
 from pa_ops.arguments import APPEND, ATTENTION, DECODE, MERGE
 from pa_ops.errors import InvalidArgument
+from pa_ops.plan import ceil_div
 from pa_ops.program import Address, Grid, GridRule, Launch, Size, Source, Stride
 from pa_ops.scratch import blocks_of, counters_at
 from pa_ops.spec import InstanceSpec
 
 LOG2_E = math.log2(math.e)
-INT32_MAX = 2**31 - 1
 WINDOW_LIMIT = 1 << 30  # keeps pos - W inside an int32; no sequence is that long
 HALF = 2  # bytes of an element of fp16 or bf16
+ALIGNMENT = 16  # bytes of a vector access; what `Problem.aligned` promises
 APPEND_THREADS = 128
 FILLING_BLOCKS = 1024  # of `append`: below that many, a token is cut into slices, one run of elements a thread
 
@@ -49,7 +50,7 @@ class Rows(NamedTuple):
 class Keys:
     """How attention finds K and V: tensor names, lengths, and the block table where there are pages.
 
-    total: rows of K, or the room of a sequence's row of pages. past: lengths leave the new tokens out.
+    past: lengths leave the new tokens out.
     """
 
     k: str
@@ -69,93 +70,82 @@ class Scores(NamedTuple):
     max_seqlen_q: int | None
 
 
-def attention_launch(
-    kernel: int,
-    spec: InstanceSpec,
-    *,
-    q: Rows,
-    out: Rows,
-    keys: Keys,
-    heads: int,
-    head_dim: int,
-    scores: Scores,
-    lse: str | None,
-    sinks: Tensor | None,
-    skip_up_to: int = 0,
-) -> Launch:
-    """Attend: q, out [T, Hq, D]; k, v paged [pages, page_size, Hkv, D] or ragged [total_k, Hkv, D]; lse [Hq, T].
+@dataclass(frozen=True)
+class Attention:
+    """One attention, whichever kernel computes it: q, out [T, Hq, D]; k, v paged [pages, page_size, Hkv, D] or ragged
+    [total_k, Hkv, D]; lse [Hq, T] by name, None where nobody reads it.
 
-    The bound of lengths holds for every call to come. `out` may be the memory of `q`: a block writes only the rows
-    and the head that it alone has read. Raises InvalidArgument for a scale that is not a positive number: a maximum
-    of scores is only a maximum of scaled scores if the scale is positive. Sequences of `skip_up_to` tokens or fewer
-    are left to `decode_launch`.
+    `out` may be the memory of `q`: a block writes only the rows and the head that it alone has read.
     """
-    sources = _attention_sources(q, out, keys, heads, head_dim, scores, lse, sinks)
-    bound = -1 if scores.max_seqlen_q is None else scores.max_seqlen_q
-    grid = Grid(GridRule.TILES, spec.tile.m, bound, heads)
-    return Launch(kernel, ATTENTION, {**sources, "skip_up_to": skip_up_to}, grid)
+
+    q: Rows
+    out: Rows
+    keys: Keys
+    heads: int
+    head_dim: int
+    scores: Scores
+    lse: str | None
+    sinks: Tensor | None
+
+    def sources(self) -> dict[str, Source]:
+        """The fields that every kernel is told.
+
+        Raises InvalidArgument for a scale that is not a positive number: a maximum of scores is only a maximum of
+        scaled scores if the scale is positive.
+        """
+        keys, lse, sinks = self.keys, self.lse, self.sinks
+        scale, softcap = self.scores.softmax_scale, self.scores.softcap
+        if not 0.0 < scale < math.inf:
+            raise InvalidArgument("softmax_scale", "must be a positive, finite number", repr(scale))
+        return {
+            "q": self.q.address,
+            "k": Address(keys.k),
+            "v": Address(keys.v),
+            "out": self.out.address,
+            "lse": 0 if lse is None else Address(lse),
+            "cu_seqlens_q": Address("cu_seqlens_q"),
+            "kv_lengths": Address(keys.lengths),
+            "sinks": 0 if sinks is None else Address("sinks"),
+            "q_token_stride": self.q.token,
+            "q_head_stride": self.q.head,
+            "out_token_stride": self.out.token,
+            "out_head_stride": self.out.head,
+            "lse_head_stride": 0 if lse is None else Stride(lse, 0, 4),
+            "tokens": _tokens(self.q),
+            "sequences": Size("cu_seqlens_q", 0, 1, -1),
+            "heads": self.heads,
+            "group": self.heads // keys.kv_heads,
+            "head_dim": self.head_dim,
+            "window": min(self.scores.sliding_window, WINDOW_LIMIT),
+            "sinks_fp32": int(sinks is not None and sinks.dtype is torch.float32),
+            "past_lengths": int(keys.past),
+            "softcap_in": scale / softcap if softcap else 0.0,
+            "log2_scale": (softcap or scale) * LOG2_E,
+            **_key_sources(keys),
+        }
 
 
-def decode_launch(
-    kernel: int,
-    *,
-    q: Rows,
-    out: Rows,
-    keys: Keys,
-    heads: int,
-    head_dim: int,
-    scores: Scores,
-    lse: str | None,
-    sinks: Tensor | None,
-    causal: bool,
-    skip_above: int,
-    num_sms: int,
-) -> Launch:
-    """Attend as `attention_launch`, every block an equal share of all keys; sequences of more tokens are left out."""
-    sources = _attention_sources(q, out, keys, heads, head_dim, scores, lse, sinks)
+def attention_launch(kernel: int, spec: InstanceSpec, call: Attention, *, skip_up_to: int) -> Launch:
+    """Attend by tiles of query rows; sequences of `skip_up_to` tokens or fewer are left to `decode_launch`.
+
+    The bound of lengths holds for every call to come.
+    """
+    bound = -1 if call.scores.max_seqlen_q is None else call.scores.max_seqlen_q
+    grid = Grid(GridRule.TILES, spec.tile.m, bound, call.heads)
+    return Launch(kernel, ATTENTION, {**call.sources(), "skip_up_to": skip_up_to}, grid)
+
+
+def decode_launch(kernel: int, call: Attention, *, causal: bool, skip_above: int, num_sms: int) -> Launch:
+    """Attend with an equal share of all keys for every block; sequences of more than `skip_above` tokens are left."""
     more: dict[str, Source] = {
         "partials": Address("workspace"),
         "counters": Address("workspace", counters_at(num_sms)),
-        "kv_heads": keys.kv_heads,
+        "kv_heads": call.keys.kv_heads,
         "causal": int(causal),
         "skip_up_to": 0,
         "skip_above": skip_above,
     }
-    return Launch(kernel, DECODE, {**sources, **more}, Grid(GridRule.FIXED, blocks_of(num_sms), 1))
-
-
-def _attention_sources(
-    q: Rows, out: Rows, keys: Keys, heads: int, head_dim: int, scores: Scores, lse: str | None, sinks: Tensor | None
-) -> dict[str, Source]:
-    scale, softcap = scores.softmax_scale, scores.softcap
-    if not 0.0 < scale < math.inf:
-        raise InvalidArgument("softmax_scale", "must be a positive, finite number", repr(scale))
-    return {
-        "q": q.address,
-        "k": Address(keys.k),
-        "v": Address(keys.v),
-        "out": out.address,
-        "lse": 0 if lse is None else Address(lse),
-        "cu_seqlens_q": Address("cu_seqlens_q"),
-        "kv_lengths": Address(keys.lengths),
-        "sinks": 0 if sinks is None else Address("sinks"),
-        "q_token_stride": q.token,
-        "q_head_stride": q.head,
-        "out_token_stride": out.token,
-        "out_head_stride": out.head,
-        "lse_head_stride": 0 if lse is None else Stride(lse, 0, 4),
-        "tokens": _tokens(q),
-        "sequences": Size("cu_seqlens_q", 0, 1, -1),
-        "heads": heads,
-        "group": heads // keys.kv_heads,
-        "head_dim": head_dim,
-        "window": min(scores.sliding_window, WINDOW_LIMIT),
-        "sinks_fp32": int(sinks is not None and sinks.dtype is torch.float32),
-        "past_lengths": int(keys.past),
-        "softcap_in": scale / softcap if softcap else 0.0,
-        "log2_scale": (softcap or scale) * LOG2_E,
-        **_key_sources(keys),
-    }
+    return Launch(kernel, DECODE, {**call.sources(), **more}, Grid(GridRule.FIXED, blocks_of(num_sms), 1))
 
 
 def _tokens(rows: Rows) -> Size:
@@ -219,7 +209,7 @@ def append_launch(
     head_dim_v = v_cache.shape[3]
     rotary_dim = 0 if rotary is None else 2 * rotary.cos.shape[1]
     runs = (head_dim, head_dim_v, rotary_dim // 2)
-    vectors = aligned and all(HALF * run % 16 == 0 for run in runs)
+    vectors = aligned and all(HALF * run % ALIGNMENT == 0 for run in runs)
     nothing = Rows(0, 0, 0)
     query, query_out = (nothing, nothing) if rotary is None else (rotary.query, rotary.query_out)
     heads = 0 if rotary is None else rotary.heads
@@ -268,7 +258,7 @@ def append_launch(
     }
     run = 8 if vectors else 1
     units = ((heads + kv_heads) * (head_dim - rotary_dim // 2) + kv_heads * head_dim_v) // run
-    slices = -(-units // APPEND_THREADS)
+    slices = ceil_div(units, APPEND_THREADS)
     return Launch(kernel, APPEND, sources, Grid(GridRule.TOKENS, slices, FILLING_BLOCKS))
 
 

@@ -30,7 +30,6 @@ DTYPES = {  # DLPack's code and bits
 FREE_DIMS = ("T", "B", "max_pages", "pages", "total_k", "max_position")  # may differ from call to call
 WIDTHS = {ADDRESS: 8, INT64: 8, INT32: 4}
 
-
 # The handle of a device's current stream, in a tenth of the time that a torch.cuda.Stream takes to be made.
 stream_of: Callable[[int], int] = getattr(torch._C, "_cuda_getCurrentRawStream", lambda device: 0)
 
@@ -114,7 +113,6 @@ class Program:
             words += _guard_words(guard, names)
         for launch in launches:
             words += _launch_words(launch, places)
-        self.words = tuple(words)
         self._memory = (ctypes.c_int64 * len(words))(*words)
         self.address = ctypes.addressof(self._memory)
 
@@ -148,10 +146,9 @@ def _launch_words(launch: Launch, places: Mapping[str, int]) -> Iterator[int]:
     format_, values, patches, offset = "<", [], [], 0
     for name, letter in fields:
         source = launch.sources[name]
-        constant = isinstance(source, (int, float)) and not isinstance(source, tuple)
-        values.append(source if constant else 0)
-        if not constant:
-            patches.append((offset, WIDTHS[letter], *_patch(source, places)))  # type: ignore[arg-type]
+        if isinstance(source, (Address, Stride, Size)):
+            patches.append((offset, WIDTHS[letter], *_patch(source, places)))
+        values.append(0 if isinstance(source, tuple) else source)
         format_ += letter
         offset += struct.calcsize(f"<{letter}")
     data = struct.pack(format_, *values)

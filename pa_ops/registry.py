@@ -12,12 +12,12 @@ import torch
 
 from pa_ops.capability import Capability
 from pa_ops.environment import settings
-from pa_ops.errors import InvalidArgument
+from pa_ops.errors import InvalidArgument, NoInstance
 from pa_ops.homes import Product, home, products
 from pa_ops.manifest import Entry
 from pa_ops.overrides import policy
 from pa_ops.problem import Problem
-from pa_ops.selection import AUTO, Selection, select_entry, verdicts
+from pa_ops.selection import AUTO, Selection, select_entry
 from pa_ops.spec import Family
 
 CALLER = "pa_call"
@@ -55,8 +55,10 @@ class Registry:
         key = (problem.facts, size_class(problem), chosen, family)
         if key not in self._found:
             entries = [entry for entry in self.entries if entry.spec.family is family]
-            able = any(v.eligible for v in verdicts(entries, problem, self.capability, chosen))
-            self._found[key] = select_entry(entries, problem, self.capability, chosen) if able else None
+            try:
+                self._found[key] = select_entry(entries, problem, self.capability, chosen)
+            except NoInstance:
+                self._found[key] = None
         return self._found[key]
 
     def kernel(self, entry: Entry) -> int:

@@ -6,16 +6,17 @@ Paged attention is one launch, or two that share a batch's sequences out; the se
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from pa_ops.checks import Arguments, Sizes
+from pa_ops.checks import INT32_MAX, Arguments, Sizes
 from pa_ops.faults import mask_of
 from pa_ops.heuristics import Division, division
 from pa_ops.launch import (
-    INT32_MAX,
+    ALIGNMENT,
+    Attention,
     Keys,
     Rotary,
     Rows,
@@ -34,7 +35,6 @@ from pa_ops.selection import AUTO, Selection
 from pa_ops.spec import Family
 from pa_ops.trace import Decision
 
-ALIGNMENT = 16  # bytes; what `Problem.aligned` promises
 WORD = {
     torch.float16: "fp16",
     torch.bfloat16: "bf16",
@@ -69,49 +69,37 @@ def _scores(arguments: Arguments, head_dim: int) -> Scores:
     )
 
 
+def _attention(arguments: Arguments, sizes: Sizes, q: Rows, out: Rows, keys: Keys) -> Attention:
+    lse = None if arguments["lse"] is None else "lse"
+    heads, head_dim = sizes["Hq"], sizes["D"]
+    return Attention(q, out, keys, heads, head_dim, _scores(arguments, head_dim), lse, arguments["sinks"])
+
+
 def _attention_steps(op: str, arguments: Arguments, sizes: Sizes, registry: Registry) -> Iterator[Step]:
     paged = base_of(op) == "paged_attention"
     k, v, lengths = ("k_cache", "v_cache", "seqlens_k") if paged else ("k", "v", "cu_seqlens_k")
     keys = Keys(k, v, lengths, sizes["Hkv"], sizes.get("page_size", 0))
-    problem = problem_of(op, arguments, sizes)
-    yield from _attend(op, problem, arguments, sizes, registry, Rows.of("q"), Rows.of("out"), keys, ("q", k, v, "out"))
+    call = _attention(arguments, sizes, Rows.of("q"), Rows.of("out"), keys)
+    yield from _attend(op, problem_of(op, arguments, sizes), arguments, registry, call, ("q", k, v, "out"))
 
 
 def _attend(
-    op: str,
-    problem: Problem,
-    arguments: Arguments,
-    sizes: Sizes,
-    registry: Registry,
-    q: Rows,
-    out: Rows,
-    keys: Keys,
-    aligned: tuple[str, ...],
+    op: str, problem: Problem, arguments: Arguments, registry: Registry, call: Attention, aligned: tuple[str, ...]
 ) -> Iterator[Step]:
     """One launch, or two that share the sequences of a paged batch out: those of few query rows, and the others."""
     few, many = _division(problem, arguments, registry)
-    rest: dict[str, Any] = {
-        "q": q,
-        "out": out,
-        "keys": keys,
-        "heads": sizes["Hq"],
-        "head_dim": sizes["D"],
-        "scores": _scores(arguments, sizes["D"]),
-        "lse": None if arguments["lse"] is None else "lse",
-        "sinks": arguments["sinks"],
-    }
     limit = 0 if few is None else few.entry.spec.tile.m // problem.group
     if few is not None:
         launch = decode_launch(
             registry.kernel(few.entry),
-            **rest,
+            call,
             causal=arguments["causal"] or problem.window,
             skip_above=INT32_MAX if many is None else limit,
             num_sms=registry.capability.num_sms,
         )
         yield Step(launch, _decision(op, few), aligned)
     if many is not None:
-        launch = attention_launch(registry.kernel(many.entry), many.entry.spec, **rest, skip_up_to=limit)
+        launch = attention_launch(registry.kernel(many.entry), many.entry.spec, call, skip_up_to=limit)
         yield Step(launch, _decision(op, many), aligned)
 
 
@@ -186,7 +174,8 @@ def _serving_steps(op: str, arguments: Arguments, sizes: Sizes, registry: Regist
     problem = problem_of("paged_attention", view, sizes)
     keys = Keys("k_cache", "v_cache", "past_lens", kv_heads, sizes["page_size"], past=True)
     read = ("out" if rotated else "query", "k_cache", "v_cache", "out")
-    yield from _attend(op, problem, arguments, sizes, registry, out if rotated else query, out, keys, read)
+    call = _attention(arguments, sizes, out if rotated else query, out, keys)
+    yield from _attend(op, problem, arguments, registry, call, read)
 
 
 def _as_paged(arguments: Arguments, rotated: bool) -> Arguments:

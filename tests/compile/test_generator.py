@@ -180,10 +180,12 @@ def test_evidence_is_of_todays_sources_whatever_compiled_them() -> None:
         spec.name: Evidence(theirs, tests=1, tools=tools),
         "pa_gone": Evidence(theirs, tests=1, tools=tools),
     }
-    assert inventory._current(shown, ("sm_80", "sm_90a"), None) == {spec.name}
-    assert inventory._current(shown, ("sm_80",), None) == frozenset(), "another target's code has another digest"
+    pairs = [(each, target) for target in ("sm_80", "sm_90a") for each in declared("smoke", (target,))]
+    assert inventory.current(planner, shown, pairs) == {spec.name}
+    older = [pair for pair in pairs if pair[1] == "sm_80"]
+    assert inventory.current(planner, shown, older) == frozenset(), "another target's code has another digest"
     untold = {spec.name: Evidence(theirs, tests=1)}
-    assert inventory._current(untold, ("sm_90a",), None) == frozenset()
+    assert inventory.current(planner, untold, pairs) == frozenset()
 
 
 @pytest.mark.parametrize(

@@ -8,10 +8,11 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from pa_ops.checks import INT32_MAX
+from pa_ops.plan import attention_tiles
 from pa_ops.program import DTYPES, DimRule, GridRule
 
 MAX_BLOCKS = 65535
-INT32_MAX = 2**31 - 1
 
 
 @dataclass(frozen=True)
@@ -94,8 +95,7 @@ def _patch(words: Words, record: bytearray, tensors: tuple[Tensor | None, ...]) 
 def grid_of(rule: int, a: int, b: int, c: int, tokens: int, sequences: int) -> tuple[int, int]:
     """Blocks of a launch."""
     if rule == GridRule.TILES:
-        x = (tokens + min(sequences, tokens) * (a - 1)) // a
-        return max(x if b < 0 else min(x, sequences * -(-b // a)), 1), c
+        return attention_tiles(tokens, sequences, a, None if b < 0 else b), c
     if rule == GridRule.TOKENS:
         x = min(tokens, MAX_BLOCKS)
         return x, max(min(a, b // max(x, 1)), 1)

@@ -17,7 +17,7 @@ import pa_ops
 from helpers import programs
 from pa_ops import Capability, InvalidArgument, NoInstance, calls, cuda, registry, steps, trace
 from pa_ops.arguments import RECORDS
-from pa_ops.launch import INT32_MAX
+from pa_ops.checks import INT32_MAX
 from pa_ops.manifest import FILE_NAME, Manifest
 from pa_ops.scratch import MAX_STATE_WORDS, blocks_of, counters_at
 from pa_ops.selecting import declared_entries
