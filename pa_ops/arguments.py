@@ -10,6 +10,7 @@ import struct
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import accumulate
 
 from pa_ops.spec import Family
 
@@ -44,31 +45,30 @@ class Record:
             yield from ((name, letter) for name in names)
 
     @cached_property
+    def _struct(self) -> struct.Struct:
+        return struct.Struct("<" + "".join(letter for _, letter in self.fields))
+
+    @property
     def size(self) -> int:
         """Bytes of the record, padding at its end not counted."""
-        return self.head.size + self._tail.size
+        return self._struct.size
 
     @cached_property
-    def head(self) -> struct.Struct:
-        """Packs the addresses."""
-        return struct.Struct(f"<{len(self.addresses)}{ADDRESS}")
+    def offsets(self) -> Mapping[str, int]:
+        """Where each field begins, in bytes."""
+        sizes = [struct.calcsize(f"<{letter}") for _, letter in self.fields]
+        return dict(zip((name for name, _ in self.fields), accumulate(sizes, initial=0), strict=False))
 
-    @cached_property
-    def _tail(self) -> struct.Struct:
-        counts = (len(self.strides), len(self.counts), len(self.factors))
-        return struct.Struct("<{}q{}i{}f".format(*counts))
-
-    def tail(self, values: Mapping[str, int | float]) -> bytes:
-        """The bytes after the addresses; raises KeyError for a field without a value, ValueError for one too many."""
-        names = (*self.strides, *self.counts, *self.factors)
-        if values.keys() - set(names):
-            raise ValueError(f"no such fields: {sorted(values.keys() - set(names))}")
-        return self._tail.pack(*(values[name] for name in names))
+    def pack(self, values: Mapping[str, int | float]) -> bytes:
+        """The bytes of a launch; raises ValueError unless every field has a value, and nothing else has one."""
+        names = [name for name, _ in self.fields]
+        if values.keys() != set(names):
+            raise ValueError(f"values and fields differ: {sorted(values.keys() ^ set(names))}")
+        return self._struct.pack(*(values[name] for name in names))
 
     def unpack(self, data: bytes) -> dict[str, int | float]:
         """The fields of a packed record by name."""
-        values = (*self.head.unpack_from(data), *self._tail.unpack_from(data, self.head.size))
-        return dict(zip((name for name, _ in self.fields), values, strict=True))
+        return dict(zip((name for name, _ in self.fields), self._struct.unpack_from(data), strict=True))
 
 
 ATTENTION = Record(

@@ -140,19 +140,14 @@ def _guard_words(guard: Guard, names: Mapping[str, int]) -> Iterator[int]:
 
 
 def _launch_words(launch: Launch, places: Mapping[str, int]) -> Iterator[int]:
-    fields = list(launch.record.fields)
-    if launch.sources.keys() != {name for name, _ in fields}:
-        raise ValueError(f"sources and fields differ: {sorted(launch.sources.keys() ^ {name for name, _ in fields})}")
-    format_, values, patches, offset = "<", [], [], 0
-    for name, letter in fields:
-        source = launch.sources[name]
-        if isinstance(source, (Address, Stride, Size)):
-            patches.append((offset, WIDTHS[letter], *_patch(source, places)))
-        values.append(0 if isinstance(source, tuple) else source)
-        format_ += letter
-        offset += struct.calcsize(f"<{letter}")
-    data = struct.pack(format_, *values)
+    record, sources = launch.record, launch.sources
+    data = record.pack({name: 0 if isinstance(source, tuple) else source for name, source in sources.items()})
     padded = data.ljust(-(-len(data) // 8) * 8, b"\0")
+    patches = [
+        (record.offsets[name], WIDTHS[letter], *_patch(source, places))
+        for name, letter in record.fields
+        if isinstance(source := sources[name], tuple)
+    ]
     yield from (launch.kernel, len(data), len(patches), *launch.grid)
     yield from struct.unpack(f"<{len(padded) // 8}q", padded)
     for patch in patches:

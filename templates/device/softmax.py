@@ -12,6 +12,17 @@ from pa_ops.templates.device.ptx import ex2, fma, ld_global_f32, ld_global_half,
 RESCALE_BITS = 8.0
 
 
+def fresh_state(m_tiles, d_tiles):
+    """(outputs, maxima, sums) of a thread's rows that have seen no key."""
+    acc_o = cute.make_rmem_tensor((m_tiles * d_tiles * 4,), Float32)
+    row_max = cute.make_rmem_tensor((m_tiles * 2,), Float32)
+    row_sum = cute.make_rmem_tensor((m_tiles * 2,), Float32)
+    acc_o.fill(0.0)
+    row_max.fill(-Float32.inf)
+    row_sum.fill(0.0)
+    return acc_o, row_max, row_sum
+
+
 def quad(value, combine):
     """Combine one value over the four lanes that share a row."""
     value = combine(value, cute.arch.shuffle_sync_bfly(value, 1))
