@@ -25,13 +25,14 @@ FLASH_SM80_TILES: dict[int, dict[Layout, Tile]] = {
     128: {Layout.DENSE: Tile(128, 32, 1, 4), Layout.GATHER: Tile(128, 32, 1, 4)},
     256: {Layout.DENSE: Tile(64, 64, 1, 4), Layout.GATHER: Tile(64, 64, 1, 4)},
 }
-# Tile of each head size for wgmma: 64 query rows a computing warpgroup, one warpgroup that copies, and as many keys as
-# shared memory has room for in two stages.
-FLASH_SM90_TILES: dict[int, Tile] = {
-    64: Tile(192, 128, 2, 16),
-    128: Tile(128, 128, 2, 12),
-    192: Tile(128, 96, 2, 12),
-    256: Tile(128, 80, 2, 12),
+# Tile of each head size for wgmma, by how keys are found: 64 query rows a computing warpgroup beside one that copies,
+# and as many keys and stages as shared memory and registers hold. Keys are a multiple of 16, the rows of a copy's box
+# for the smallest usual page.
+FLASH_SM90_TILES: dict[int, dict[Layout, Tile]] = {
+    64: {Layout.DENSE: Tile(192, 112, 3, 16), Layout.GATHER: Tile(192, 112, 3, 16)},
+    128: {Layout.DENSE: Tile(128, 128, 3, 12), Layout.GATHER: Tile(128, 128, 3, 12)},
+    192: {Layout.DENSE: Tile(128, 96, 2, 12), Layout.GATHER: Tile(128, 96, 2, 12)},
+    256: {Layout.DENSE: Tile(128, 80, 2, 12), Layout.GATHER: Tile(128, 80, 2, 12)},
 }
 # Tile of each head size for few query rows: as many stages as let two blocks share an SM, or else one.
 DECODE_TILES: dict[int, Tile] = {
@@ -151,7 +152,8 @@ def _flash_sm80_tile(cell: Cell) -> Tile | None:
 
 
 def _flash_sm90_tile(cell: Cell) -> Tile | None:
-    return FLASH_SM90_TILES.get(cell.head_dim)
+    tiles = FLASH_SM90_TILES.get(cell.head_dim)
+    return None if tiles is None else tiles[cell.layout]
 
 
 PREFILL_TILES: dict[Family, Callable[[Cell], Tile | None]] = {
