@@ -194,8 +194,8 @@ def _stages_or_states(spec: InstanceSpec) -> int:
 
 
 def _query_stages_and_barriers(spec: InstanceSpec) -> int:
-    """The Q tile, every stage of K and of V with its barriers and its word of holes, four slots of the work list."""
-    return _query_and_stages(spec) + 36 * spec.tile.stages + 304
+    """The Q tile, every stage of K and of V with its barriers and its word of holes, two slots of the work list."""
+    return _query_and_stages(spec) + 36 * spec.tile.stages + 168
 
 
 _SMEM: dict[Family, Callable[[InstanceSpec], int]] = {

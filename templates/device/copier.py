@@ -21,6 +21,8 @@ from pa_ops.templates.device.shared_sm90 import (
 )
 from pa_ops.templates.device.warpgroup import COLUMN
 
+ASK_AHEAD = 4  # blocks of keys before a tile's last: to list a tile takes about as long as to compute two
+
 
 class Copier:
     """Copies tiles of `rows` query rows and blocks of `keys` keys, in columns of 64 elements."""
@@ -49,12 +51,20 @@ class Copier:
                 tma.arrive_at(smem + self.shared.slot_empty + turn % SLOTS * BARRIER)
             tma.wait_for(smem + self.shared.q_empty, (turn + 1) & 1)
             self.copy_queries(smem, q_map, token, head)
-            if steps > 0:
+            if steps == 0:
+                self.ask(smem, steps == 0)
+            else:
                 where = (sequence, first_key, low, high, end, steps, head // args.group)
                 stage, parity = self.copy_keys(args, smem, k_map, v_map, *where, stage, parity)
             turn = turn + 1
             tma.wait_for(smem + self.shared.slot_full + turn % SLOTS * BARRIER, turn // SLOTS & 1)
             slot = smem + self.shared.slots + turn % SLOTS * SLOT
+
+    @cute.jit
+    def ask(self, smem: Int32, wanted):
+        """Have the next tile listed."""
+        if wanted & (cute.arch.lane_idx() == 0):
+            tma.arrive_at(smem + self.shared.asked)
 
     @cute.jit
     def copy_queries(self, smem: Int32, q_map: Int64, token: Int32, head: Int32):
@@ -88,6 +98,7 @@ class Copier:
         row, page = self.box_of(args, sequence, k_start, (end - 1) * self.keys, low, high)
         last_row, last_page, last_stage, last_parity = row, page, stage, parity
         for i in cutlass.range(steps, unroll=1):
+            self.ask(smem, i == cutlass.max(steps - ASK_AHEAD, 0))
             tma.wait_for(smem + self.shared.k_empty + stage * BARRIER, parity ^ 1)
             if cutlass.const_expr(self.paged):
                 missing = cute.arch.vote_ballot_sync((page < 0) & (cute.arch.lane_idx() < self.keys // args.box_rows))

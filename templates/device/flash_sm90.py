@@ -38,7 +38,7 @@ LOG2_E = 1.4426950408889634
 LN_2 = 0.6931471805599453
 TURNS = 1  # the first of the named barriers by which warpgroups take turns
 TAILS = 8  # the first of those at which one has cleared the tail of a tile
-REGISTERS = {2: (240, 24), 3: (160, 32)}  # of a computing and of a copying thread, by computing warpgroups
+REGISTERS = {2: (232, 40), 3: (160, 32)}  # of a computing and of a copying thread, by computing warpgroups
 
 
 class FlashSm90:

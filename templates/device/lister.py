@@ -1,7 +1,7 @@
 """The listing warp of a persistent block: turns tickets into the tiles of its work list, one slot after another.
 
-Whoever is done first takes the next tile, in an order that keeps a section of heads in the L2 cache and leaves short
-tiles for the end.
+Whoever is nearly done takes the next tile, in an order that keeps a section of heads in the L2 cache and leaves short
+tiles for the end. A ticket taken early would be a tile that waits while another block has nothing to do.
 """
 
 import cutlass
@@ -14,7 +14,7 @@ from pa_ops.templates.device.shared_sm90 import BARRIER, SLOT, SLOTS
 from pa_ops.templates.device.worklist import find_tile, length_at, paged_keys
 
 NEAR_BYTES = 24 << 20  # of keys and values that a section of heads may have: half of an H200's L2 cache
-LATE = 4  # of a causal sequence's row blocks, one in so many comes after all others: the first, which see fewest keys
+LATE = 2  # of a causal sequence's row blocks, one in so many comes after all others: the first, which see fewest keys
 
 
 class Lister:
@@ -31,7 +31,6 @@ class Lister:
         turn = Int32(0)
         sequence, row_first, head = self.tile_at(args, cute.arch.block_idx()[0])
         while sequence >= 0:
-            ticket = self.take_ticket(args)
             q_start, q_len = length_at(args.cu_seqlens_q, sequence, args.tokens)
             first_key, k_len = self.keys_of(args, sequence, q_len)
             live = cutlass.min(q_len - row_first, self.rows)
@@ -50,8 +49,9 @@ class Lister:
             inner = end - (safe_low + (self.keys - 1)) // self.keys
             tile = (sequence, q_start + row_first, live, head, position, k_len, first_key, low, high)
             self.fill(smem, turn, (Int32(1), *tile, steps, end, edges, inner))
+            tma.wait_for(smem + self.shared.asked, turn & 1)
             turn = turn + 1
-            sequence, row_first, head = self.tile_at(args, cute.arch.shuffle_sync(ticket, 0))
+            sequence, row_first, head = self.tile_at(args, self.take_ticket(args))
         self.fill(smem, turn, (Int32(0),))
 
     def fill(self, smem, turn, words):
@@ -70,11 +70,11 @@ class Lister:
 
     @cute.jit
     def take_ticket(self, args):
-        """In lane 0, the rank of the block's next tile."""
+        """The rank of the block's next tile."""
         ticket = Int32(0)
         if cute.arch.lane_idx() == 0:
             ticket = cute.arch.grid_dim()[0] + tma.take(args.tickets)
-        return ticket
+        return cute.arch.shuffle_sync(ticket, 0)
 
     @cute.jit
     def tile_at(self, args, rank: Int32):

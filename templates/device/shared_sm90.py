@@ -1,6 +1,7 @@
 """The shared memory of a warp-specialised block: where its tiles, barriers and slots lie, and how stages follow.
 
-Barriers come in pairs: "full" ends a phase when what it guards has been written, "empty" when it has been read.
+Barriers come in pairs: "full" ends a phase when what it guards has been written, "empty" when it has been read. By
+"asked" the copying warp wants the next tile.
 """
 
 import cutlass
@@ -8,7 +9,7 @@ import cutlass.cute as cute
 from cutlass import Int32
 
 BARRIER = 8  # bytes
-SLOTS = 4  # tiles that the listing warp may be ahead of the computing ones
+SLOTS = 2  # one that is computed, one that is copied
 SLOT = 56  # bytes
 THERE, SEQUENCE, TOKEN, LIVE, HEAD, POSITION, KEYS, FIRST_KEY, LOW, HIGH, STEPS, END, EDGES, INNER = range(0, SLOT, 4)
 
@@ -34,13 +35,14 @@ class Shared:
         self.v_empty = self.v_full + stages * BARRIER
         self.slot_full = self.v_empty + stages * BARRIER
         self.slot_empty = self.slot_full + SLOTS * BARRIER
-        self.holes = self.slot_empty + SLOTS * BARRIER
+        self.asked = self.slot_empty + SLOTS * BARRIER
+        self.holes = self.asked + BARRIER
         self.slots = self.holes + stages * 4
         self.bytes = self.slots + SLOTS * SLOT
 
     def barriers(self):
         """(offset, arrivals a phase) of every barrier; a computing warp arrives once, at slots the copying one too."""
-        yield from ((self.q_full, 1), (self.q_empty, self.warps))
+        yield from ((self.q_full, 1), (self.q_empty, self.warps), (self.asked, 1))
         for stage in range(self.stages):
             at = stage * BARRIER
             yield from ((self.k_full + at, 1), (self.k_empty + at, self.warps))

@@ -36,6 +36,17 @@ def cap(acc_s, scale_in):
         acc_s[i] = fma(Float32(-2.0), rcp(ex2(acc_s[i] * slope) + 1.0), Float32(1.0))
 
 
+def largest(values):
+    """The maximum of many values, by four chains: one alone would wait for every comparison before it."""
+    chains = list(values[:4])
+    for i in range(4, len(values)):
+        chains[i % 4] = cute.arch.fmax(chains[i % 4], values[i])
+    top = chains[0]
+    for chain in chains[1:]:
+        top = cute.arch.fmax(top, chain)
+    return top
+
+
 def row_elements(row, n_tiles):
     """Indices of one row's scores in the accumulator: row 2 mt + r of this thread is half r of the 16 rows mt."""
     return [(row // 2 * n_tiles + nt) * 4 + row % 2 * 2 + c for nt in range(n_tiles) for c in range(2)]
@@ -50,10 +61,7 @@ def outgrown(acc_s, row_max, log2_scale, n_tiles):
     """
     some = False
     for row in range(cute.size(row_max)):
-        first, *others = row_elements(row, n_tiles)
-        top = acc_s[first]
-        for i in others:
-            top = cute.arch.fmax(top, acc_s[i])
+        top = largest([acc_s[i] for i in row_elements(row, n_tiles)])
         some = some | ((top - row_max[row]) * log2_scale > RESCALE_BITS)
     return cute.arch.vote_any_sync(some)
 
@@ -72,9 +80,7 @@ def raise_maxima(acc_s, row_max, row_sum, log2_scale, n_tiles):
     """Move the sums to the maxima of the rows, this block included; the factors that the outputs still have to take."""
     factors = []
     for row in range(cute.size(row_max)):
-        top = row_max[row]
-        for i in row_elements(row, n_tiles):
-            top = cute.arch.fmax(top, acc_s[i])
+        top = cute.arch.fmax(row_max[row], largest([acc_s[i] for i in row_elements(row, n_tiles)]))
         top = quad(top, cute.arch.fmax)
         shrink = ex2(row_max[row] * log2_scale - base_of(top, log2_scale))
         row_max[row] = top
