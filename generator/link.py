@@ -19,8 +19,9 @@ from .ninja import shell
 from .toolchain import Toolchain
 
 SYMBOL_PREFIX = "__tvm_ffi_"
-SOURCES = (Path(__file__).with_name("launch.c"), Path(__file__).with_name("program.c"))
-VERSION_SCRIPT = f"{{ global: {SYMBOL_PREFIX}*; local: *; }};\n"
+EXPORTS = ("pa_attach", "pa_operator", "pa_watch", "pa_keep", "pa_lend", "pa_raise")  # what pa_ops/native.py calls
+SOURCES = tuple(Path(__file__).with_name(name) for name in ("launch.c", "program.c", "operators.cpp"))
+VERSION_SCRIPT = f"{{ global: {SYMBOL_PREFIX}*; {' '.join(f'{name};' for name in EXPORTS)} local: *; }};\n"
 FLAGS = (
     "-shared",
     "-fPIC",
@@ -31,7 +32,7 @@ FLAGS = (
     "-Wl,--build-id=none",
     "-Wl,--exclude-libs,ALL",
 )
-LIBRARIES = ("-ltvm_ffi", "-ldl", "-lpthread")
+LIBRARIES = ("-ltvm_ffi", "-ldl", "-lpthread", "-lstdc++")
 
 
 def _table(layout: Layout, names: Sequence[str]) -> str:

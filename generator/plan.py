@@ -23,7 +23,7 @@ from .toolchain import Toolchain
 
 HERE = Path(__file__).parent
 COMPILE_SOURCES = (HERE / "worker.py", HERE / "cubin.py", HERE / "nvrtc.py", Path(arguments.__file__))
-LINK_SOURCES = (HERE / "launch.c", HERE / "launch.h", HERE / "program.c")
+LINK_SOURCES = tuple(HERE / name for name in ("launch.c", "launch.h", "program.c", "program.h", "operators.cpp"))
 
 
 def select(preset: str, target: str, pattern: str | None) -> tuple[InstanceSpec, ...]:

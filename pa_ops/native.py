@@ -1,0 +1,233 @@
+"""Turns the programs of a process into kernels that PyTorch's dispatcher calls, so that a steady call enters no Python.
+
+generator/operators.cpp has the kernels, in every product; here they are told what an operator's arguments are, which
+functions of PyTorch and Python to use, and which program serves a kind of call. PyTorch has the interface since 2.10;
+where it, or the GIL, is missing, and for whatever the kernels leave to them, the Python implementations serve.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import sys
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from enum import IntEnum
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from pa_ops import scratch
+from pa_ops.calls import KEPT, SIZED, TENSORS, Plan
+from pa_ops.environment import KEYS, RAW, settings_of
+from pa_ops.overrides import BLOCKS
+from pa_ops.program import DTYPES
+from pa_ops.registry import for_device
+from pa_ops.schema import NAMESPACE, SCHEMAS, base_of
+from pa_ops.trace import SINKS, Decision
+
+ABI = 2 << 56 | 10 << 48  # of the interface: PyTorch 2.10's
+# In the order of `api` in operators.cpp; the last of PyTorch's has no place in the interface and may be missing.
+TORCH = (
+    "aoti_torch_get_sizes",
+    "aoti_torch_get_strides",
+    "aoti_torch_get_dim",
+    "aoti_torch_get_dtype",
+    "aoti_torch_get_data_ptr",
+    "aoti_torch_get_device_type",
+    "aoti_torch_get_device_index",
+    "aoti_torch_empty_strided",
+    "aoti_torch_delete_tensor_object",
+    "torch_string_length",
+    "torch_string_c_str",
+    "torch_delete_string",
+    "torch_call_dispatcher",
+    "aoti_torch_grad_mode_is_enabled",
+)
+REQUIRES_GRAD = "_ZNK3c1010TensorImpl13requires_gradEv"
+STREAM = "aoti_torch_get_current_cuda_stream"
+PYTHON = (
+    "PyGILState_Ensure",
+    "PyGILState_Release",
+    "PyDict_GetItem",
+    "PyContextVar_Get",
+    "PyList_GetItem",
+    "PyList_Size",
+    "PyObject_CallOneArg",
+    "PyObject_CallNoArgs",
+    "Py_DecRef",
+    "PyErr_Clear",
+)
+REGISTER = ("aoti_torch_library_init_impl", "torch_library_impl")
+
+
+class Argument(IntEnum):
+    """What an argument is to a kernel."""
+
+    TENSOR = 0
+    MAYBE_TENSOR = 1
+    NUMBER = 2
+    MAYBE_NUMBER = 3
+    BOUND = 4  # an int or None, of which the power of two matters
+    TEXT = 5
+
+
+_TYPES = {
+    "Tensor": Argument.TENSOR,
+    "Optional[Tensor]": Argument.MAYBE_TENSOR,
+    "bool": Argument.NUMBER,
+    "int": Argument.NUMBER,
+    "float": Argument.NUMBER,
+    "Optional[float]": Argument.MAYBE_NUMBER,
+    "Optional[int]": Argument.BOUND,
+    "str": Argument.TEXT,
+}
+
+Implementations = Mapping[str, Callable[..., Any]]
+Values = tuple[object, ...]
+
+
+class Kernels:
+    """The kernels of one library, serving `key` in `namespace`; for good, for PyTorch forgets no such kernel.
+
+    stream: the address of the function that tells a device's stream.
+    """
+
+    def __init__(self, library: Path, python: Implementations, namespace: str, key: str, stream: int) -> None:
+        self._library = ctypes.PyDLL(str(library))
+        self._library.pa_operator.restype = ctypes.c_void_p
+        self._raised = threading.local()
+        self._kept: list[tuple[Plan, tuple[Decision, ...]]] = []
+        self._tokens: dict[object, int] = {}
+        self._watched: Values = ()
+        self._held: list[object] = [self._raise]
+        addresses = (*_addresses("libtorch_cpu.so", TORCH), _requires_grad(), stream, *_addresses(None, PYTHON))
+        numbers = (ABI, *_dtype_numbers())
+        self._library.pa_attach(
+            (ctypes.c_void_p * len(addresses))(*addresses),
+            (ctypes.c_int64 * len(numbers))(*numbers),
+            ctypes.py_object(SINKS),
+            ctypes.py_object(self._held[0]),
+        )
+        twins: Any = torch.library.Library(namespace, "FRAGMENT")  # type: ignore[no-untyped-call]
+        self._held += [twins]  # the twins live as long as this object does
+        torch_, handle = ctypes.CDLL("libtorch_cpu.so"), ctypes.c_void_p()
+        torch_.aoti_torch_library_init_impl(namespace.encode(), key.encode(), b"", 0, ctypes.byref(handle))
+        for index, op in enumerate(SCHEMAS):
+            twins.define(f"_{op}{SCHEMAS[op]}")
+            twins.impl(f"_{op}", self._twin(op, python[op]), key)
+            kernel = self._kernel(index, op, namespace)
+            torch_.torch_library_impl(handle, op.encode(), ctypes.c_void_p(kernel), ctypes.c_uint64(ABI))
+
+    def keep(self, plan: Plan) -> None:
+        """Keeps a plan for the kind of call that a kernel has just left to Python, if it has."""
+        values = tuple(map(RAW.get, KEYS))
+        now = settings_of(values)
+        if plan.program is None or now != plan.settings or now.checked or now.debug or len(self._kept) >= KEPT:
+            return
+        blocks = tuple(variable.get() for variable in BLOCKS)
+        self._watch((*values, *blocks), self._tokens.setdefault((now, blocks), len(self._tokens)))
+        for (device, stream), tensor in scratch.held.items():
+            place = ctypes.c_void_p(stream), ctypes.c_void_p(tensor.data_ptr())
+            self._library.pa_lend(ctypes.c_int64(device), *place, ctypes.c_int64(tensor.numel()))
+        if self._library.pa_keep(ctypes.c_void_p(plan.program.address), ctypes.py_object(plan.decisions)):
+            self._kept.append((plan, plan.decisions))
+
+    def _watch(self, values: Values, token: int) -> None:
+        """Lets kernels run what is kept from now on, as long as overrides and environment are these very objects."""
+        if len(values) == len(self._watched) and all(map(lambda a, b: a is b, values, self._watched)):
+            return
+        owners = [(0, id(RAW), id(key)) for key in KEYS] + [(1, id(variable), 0) for variable in BLOCKS]
+        words = [word for owner, value in zip(owners, values, strict=True) for word in (*owner, _address(value))]
+        count = ctypes.c_int64(len(values))
+        self._library.pa_watch(ctypes.c_int64(token), count, (ctypes.c_int64 * len(words))(*words))
+        self._watched = values
+
+    def _kernel(self, index: int, op: str, namespace: str) -> int:
+        name, _, overload = op.partition(".")
+        words = (index, *_description(op))
+        texts = [f"{namespace}::_{name}".encode(), overload.encode()]
+        self._held += texts
+        kernel: int = self._library.pa_operator(*texts, (ctypes.c_int64 * len(words))(*words))
+        return kernel
+
+    def _twin(self, op: str, run: Callable[..., Any]) -> Callable[..., Any]:
+        """The Python implementation as kernels call it: an error waits here while C++ unwinds, see `_raise`."""
+        results = SCHEMAS[op].rpartition(" -> ")[2].count("Tensor")
+
+        def call(*args: Any, **kwargs: Any) -> Any:
+            try:
+                return run(*args, **kwargs)
+            except BaseException as error:
+                self._raised.error = error
+                self._library.pa_raise()
+                return (None, args[0], (args[0], args[0]))[results]
+
+        return call
+
+    def _raise(self) -> None:
+        raise vars(self._raised).pop("error")
+
+
+def _description(op: str) -> Iterator[int]:
+    """The words of `Operator` in operators.cpp that follow its index."""
+    schema = torch._C.parse_schema(f"{NAMESPACE}::{op}{SCHEMAS[op]}")
+    names = [argument.name for argument in schema.arguments]
+    places = {name: place for place, name in enumerate(TENSORS[base_of(op)])}
+    made = [places[result.name] for result in schema.returns]
+    yield from (len(names), len(places), *(places[names[place]] for place in SIZED[base_of(op)]))
+    yield from (places.get("workspace", -1), len(made), *made, *[0] * (2 - len(made)))
+    for argument in schema.arguments:
+        yield from (_TYPES[str(argument.type)], places.get(argument.name, -1))
+    yield from [0, 0] * (32 - len(names))
+
+
+def _addresses(library: str | None, names: Sequence[str]) -> Iterator[int]:
+    """Where functions are, of a library that is loaded, or of Python; raises AttributeError where there is none."""
+    loaded = ctypes.pythonapi if library is None else ctypes.CDLL(library)
+    for name in names:
+        yield ctypes.cast(getattr(loaded, name), ctypes.c_void_p).value or 0
+
+
+def _requires_grad() -> int:
+    """c10::TensorImpl::requires_grad, which no stable function tells; 0 leaves calls under grad mode to Python."""
+    return next(_addresses("libc10.so", [REQUIRES_GRAD])) if hasattr(ctypes.CDLL("libc10.so"), REQUIRES_GRAD) else 0
+
+
+def _dtype_numbers() -> Iterator[int]:
+    """The table `dtypes` of operators.cpp."""
+    loaded = ctypes.CDLL("libtorch_cpu.so")
+    for dtype, (code, bits) in DTYPES.items():
+        yield from (code << 8 | bits, getattr(loaded, "aoti_torch_dtype_" + str(dtype).removeprefix("torch."))())
+    yield from [-1, -1] * (8 - len(DTYPES))
+
+
+def _address(value: object) -> int:
+    return 0 if value is None else id(value)
+
+
+_kernels: Kernels | None = None
+_lock = threading.Lock()
+
+
+def attach(device: int, python: Implementations) -> None:
+    """Lets the kernels of the first library that a device has loaded serve CUDA tensors, where they can."""
+    global _kernels
+    with _lock:
+        if _kernels is None and (library := for_device(device).library()) is not None and able(library):
+            stream = next(_addresses("libtorch_cuda.so", [STREAM]))
+            _kernels = Kernels(library, python, NAMESPACE, "CUDA", stream)
+
+
+def able(library: Path) -> bool:
+    """Whether this PyTorch, this Python and a product have what the kernels need."""
+    with_gil = getattr(sys, "_is_gil_enabled", lambda: True)()
+    torch_ = ctypes.CDLL("libtorch_cpu.so")
+    interface = all(hasattr(torch_, name) for name in (*TORCH, *REGISTER))
+    return with_gil and interface and hasattr(ctypes.CDLL(str(library)), "pa_attach")
+
+
+def keep(plan: Plan) -> None:
+    """Keeps a plan that has just served a call, for the kernels that are attached."""
+    if _kernels is not None:
+        _kernels.keep(plan)
