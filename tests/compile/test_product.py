@@ -17,7 +17,7 @@ from pa_ops.generator.build import Request, build
 from pa_ops.generator.cubin import is_code_for, read_facts
 from pa_ops.generator.language import OLDEST_CUTE_SM, Language, language_of
 from pa_ops.generator.layout import Layout
-from pa_ops.generator.link import SYMBOL_PREFIX
+from pa_ops.generator.link import EXPORTS, SYMBOL_PREFIX
 from pa_ops.generator.plan import Planner
 from pa_ops.generator.toolchain import Toolchain
 from pa_ops.manifest import Entry, Manifest
@@ -45,7 +45,7 @@ def test_G2_manifest_rows_template_parameters_and_symbols_are_one_set(product: L
     assert names == [spec.name for spec in declared]
     assert [InstanceSpec.parse(name) for name in names] == list(declared)
     exported = [line.split()[-1] for line in output("nm", "-D", "--defined-only", product.library).splitlines()]
-    assert sorted(exported) == sorted(SYMBOL_PREFIX + name for name in (*names, CALLER))
+    assert sorted(exported) == sorted([*EXPORTS, *(SYMBOL_PREFIX + name for name in (*names, CALLER))])
     module = tvm_ffi.load_module(str(product.library))
     for entry in rows(product):
         assert callable(module[entry.symbol])
@@ -75,7 +75,7 @@ def test_G2_facts_are_those_of_the_image_that_ships(product: Layout) -> None:
     assert len(read_facts(library)) == len(rows(product))
 
 
-def test_product_needs_tvm_ffi_and_the_c_library_only_and_tells_no_paths(product: Layout) -> None:
+def test_product_needs_tvm_ffi_and_the_compilers_own_libraries_only_and_tells_no_paths(product: Layout) -> None:
     dynamic = output("readelf", "-d", product.library)
     needed = {line.split("[")[1].rstrip("]") for line in dynamic.splitlines() if "(NEEDED)" in line}
     assert "libtvm_ffi.so" in needed
@@ -83,8 +83,11 @@ def test_product_needs_tvm_ffi_and_the_c_library_only_and_tells_no_paths(product
         "libtvm_ffi.so",
         "libc.so.6",
         "libdl.so.2",
+        "libgcc_s.so.1",
+        "libm.so.6",
         "libpthread.so.0",
         "librt.so.1",
+        "libstdc++.so.6",
         "ld-linux-x86-64.so.2",
     }
     assert "RPATH" not in dynamic and "RUNPATH" not in dynamic
