@@ -219,6 +219,11 @@ def attach(device: int, python: Implementations) -> None:
             _kernels = Kernels(library, python, NAMESPACE, "CUDA", stream)
 
 
+def attached() -> bool:
+    """Whether kernels serve CUDA tensors."""
+    return _kernels is not None
+
+
 def able(library: Path) -> bool:
     """Whether this PyTorch, this Python and a product have what the kernels need."""
     with_gil = getattr(sys, "_is_gil_enabled", lambda: True)()

@@ -79,7 +79,7 @@ def main(runs: int) -> None:
         column = [best(lambda: public(*tensors, **options), runs)]  # noqa: B023
         with torch.no_grad():
             column.append(best(lambda: public(*tensors, **options), runs))  # noqa: B023
-        if native._kernels is not None:
+        if native.attached():
             twin = getattr(getattr(operators, f"_{name}"), overload or "default")
             column.append(best(lambda: twin(*tensors, **options), runs))  # noqa: B023
         print(f"{title:24}" + "".join(f"{value:8.2f}" for value in column) + f"{len(decisions):10}")
