@@ -5,7 +5,7 @@
  * checked, chosen and loaded is Python's, and a steady call never gets there: 25 us become 10. */
 #include "program.h"
 
-#include <cmath>
+#include <cstddef>
 #include <cstring>
 #include <stdexcept>
 #include <utility>
@@ -30,6 +30,8 @@ namespace {
 
 enum { OPERATORS = 16, ARGUMENTS = 32, KIND_WORDS = 24, TEXT_WORDS = 3, DIMENSIONS = 8, RESULTS = 2 };
 enum { HEADS = 1024, WATCHES = 16, STREAMS = 256, DTYPES = 8 };
+enum { OPERATOR, TOKENS, SEQUENCES, TOKEN, FIRST_OPTION }; /* words of a kind */
+constexpr Value ABI = UINT64_C(2) << 56 | UINT64_C(10) << 48; /* of the interface: PyTorch 2.10's */
 enum Type { TENSOR, MAYBE_TENSOR, NUMBER, MAYBE_NUMBER, BOUND, TEXT };
 
 /* Functions of PyTorch and of Python, in the order of native.py's tables. */
@@ -65,7 +67,6 @@ struct {
 /* What Python holds for as long as the process lives, and numbers that are PyTorch's own. */
 struct {
     Object sinks, raise;
-    Word abi;
     Word dtypes[DTYPES][2]; /* DLPack's code and bits, PyTorch's number */
 } world;
 
@@ -174,7 +175,7 @@ bool read(const Operator &op, const Value *stack, Given &given)
     std::memset(&given.kind, 0, sizeof given.kind);
     std::memset(given.call.tensors, 0, sizeof given.call.tensors);
     bool grad = api.grad_mode();
-    Word *words = given.kind.words + 4;
+    Word *words = given.kind.words + FIRST_OPTION;
     for (Word i = 0; i < op.arguments; i++) {
         auto [type, place] = op.argument[i];
         auto *held = reinterpret_cast<const Value *>(stack[i]);
@@ -199,10 +200,9 @@ bool read(const Operator &op, const Value *stack, Given &given)
             words += TEXT_WORDS;
         }
     }
-    Word *first = given.kind.words;
-    first[0] = op.index;
-    first[1] = bit_length(elements(given.views[op.tokens].tensor));
-    first[2] = bit_length(elements(given.views[op.sequences].tensor));
+    given.kind.words[OPERATOR] = op.index;
+    given.kind.words[TOKENS] = bit_length(elements(given.views[op.tokens].tensor));
+    given.kind.words[SEQUENCES] = bit_length(elements(given.views[op.sequences].tensor));
     int32_t device = given.views[op.tokens].tensor.device.device_id;
     return api.current_stream(device, &given.stream) == 0;
 }
@@ -275,7 +275,7 @@ pa_fit find(const Operator &op, Given &given)
     Gil gil;
     if (!unchanged() || !lend_workspace(op, given))
         return PA_MISFIT;
-    given.kind.words[3] = state.token;
+    given.kind.words[TOKEN] = state.token;
     unsigned made = 0;
     for (Word i = 0; i < op.results; i++) {
         View &view = given.views[op.made[i]];
@@ -324,24 +324,17 @@ void release(const Operator &op, const Value *stack)
 }
 
 /* What fails is left to Python, which meets the same error and can say it. */
-bool served(const Operator &op, Value *stack)
+bool served(const Operator &op, Value *stack, Given &given)
 {
-    Given given;
     Tensor made[RESULTS] = {};
-    asking = read(op, stack, given);
-    if (!asking)
-        return false;
-    asked = given.kind;
     pa_fit fit = find(op, given);
     bool done = fit != PA_MISFIT;
     for (Word i = 0; done && i < op.results; i++)
         done = make(*given.call.tensors[op.made[i]], &made[i]);
     if (done && fit == PA_FITS)
         done = pa_start(&given.call, given.stream) == 0;
-    if (done) {
+    if (done)
         release(op, stack);
-        asking = false;
-    }
     for (Word i = 0; i < op.results; i++)
         if (done)
             stack[i] = reinterpret_cast<Value>(made[i]);
@@ -358,13 +351,17 @@ struct Raised : pybind11::builtin_exception {
 
 void serve(const Operator &op, Value *stack)
 {
-    if (served(op, stack))
+    Given given;
+    bool readable = read(op, stack, given);
+    if (readable && served(op, stack, given))
         return;
+    asked = given.kind;
+    asking = readable;
     raised = false;
-    int failed = api.call_dispatcher(op.name, op.overload, stack, static_cast<uint64_t>(world.abi));
+    int failed = api.call_dispatcher(op.name, op.overload, stack, ABI);
     asking = false;
     if (failed)
-        throw std::runtime_error("pa_ops: the Python implementation could not be called");
+        throw std::runtime_error("pa_ops: PyTorch could not call the Python implementation");
     if (raised) {
         for (Word i = 0; i < op.results; i++)
             api.delete_tensor(reinterpret_cast<Tensor>(stack[i]));
@@ -386,41 +383,44 @@ template <size_t... N> void *kernel_of(Word index, std::index_sequence<N...>)
 
 /* The functions below are called by pa_ops/native.py, which holds the GIL and all that it hands over. */
 
-PA_EXPORT void pa_attach(void *const *functions, const Word *numbers, Object sinks, Object raise)
+/* 0, or -1 if the caller's tables are those of another version: functions as in `api`, dtypes as in `world`. */
+PA_EXPORT int pa_attach(Word functions, void *const *addresses, const Word *dtypes, Object sinks, Object raise)
 {
-    std::memcpy(static_cast<void *>(&api), functions, sizeof api);
+    if (functions * sizeof(void *) != sizeof api)
+        return -1;
+    std::memcpy(static_cast<void *>(&api), addresses, sizeof api);
+    std::memcpy(world.dtypes, dtypes, sizeof world.dtypes);
     world.sinks = sinks;
     world.raise = raise;
-    world.abi = numbers[0];
-    std::memcpy(world.dtypes, numbers + 1, sizeof world.dtypes);
+    return 0;
 }
 
-/* The kernel of an operator, its arguments described by words from `index` on; null where there is no room. */
+/* The kernel of an operator, which `words` describe from `index` on; null where there is no room for it. */
 PA_EXPORT void *pa_operator(const char *name, const char *overload, const Word *words)
 {
-    Word index = words[0];
-    if (index >= OPERATORS || words[1] > ARGUMENTS || words[2] > PA_TENSORS)
+    if (words[0] >= OPERATORS || words[1] > ARGUMENTS || words[2] > PA_TENSORS)
         return nullptr;
-    Operator &op = operators[index];
+    Operator &op = operators[words[0]];
     op.name = name;
     op.overload = overload;
     std::memcpy(&op.index, words, sizeof op - offsetof(Operator, index));
-    return kernel_of(index, std::make_index_sequence<OPERATORS>());
+    return kernel_of(op.index, std::make_index_sequence<OPERATORS>());
 }
 
-PA_EXPORT void pa_watch(Word token, Word count, const Word *words)
+/* From now on the token stands for these values; what is kept for another token is not run. */
+PA_EXPORT void pa_watch(Word token, Word count, const Word *watches)
 {
     state.count = count <= WATCHES ? count : 0;
     state.token = token;
-    std::memcpy(state.watches, words, static_cast<size_t>(state.count) * sizeof *state.watches);
+    std::memcpy(state.watches, watches, static_cast<size_t>(state.count) * sizeof *state.watches);
 }
 
-/* Whether the program is now kept for the kind of the call that this thread is serving in Python. */
+/* Whether the program is newly kept, for the kind of the call that this thread is serving in Python. */
 PA_EXPORT int pa_keep(const Word *program, Object decisions)
 {
     if (!asking)
         return 0;
-    asked.words[3] = state.token;
+    asked.words[TOKEN] = state.token;
     Entry **at = place_of(asked, program);
     if (*at != nullptr)
         return 0;
@@ -428,6 +428,7 @@ PA_EXPORT int pa_keep(const Word *program, Object decisions)
     return 1;
 }
 
+/* A stream's workspace, for good. */
 PA_EXPORT void pa_lend(Word device, void *stream, void *data, Word words)
 {
     for (int i = 0; i < streams; i++)
@@ -437,4 +438,5 @@ PA_EXPORT void pa_lend(Word device, void *stream, void *data, Word words)
         workspaces[streams++] = {device, words, stream, data};
 }
 
+/* The Python implementation that this thread has called met an error. */
 PA_EXPORT void pa_raise() { raised = true; }

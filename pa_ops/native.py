@@ -8,6 +8,7 @@ where it, or the GIL, is missing, and for whatever the kernels leave to them, th
 from __future__ import annotations
 
 import ctypes
+import os
 import sys
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -24,9 +25,11 @@ from pa_ops.overrides import BLOCKS
 from pa_ops.program import DTYPES
 from pa_ops.registry import for_device
 from pa_ops.schema import NAMESPACE, SCHEMAS, base_of
-from pa_ops.trace import SINKS, Decision
+from pa_ops.trace import SINKS
 
-ABI = 2 << 56 | 10 << 48  # of the interface: PyTorch 2.10's
+# As in operators.cpp: the version of PyTorch's interface, and the rows of its tables.
+ABI = 2 << 56 | 10 << 48
+ARGUMENTS, RESULTS, DTYPE_ROWS = 32, 2, 8
 # In the order of `api` in operators.cpp; the last of PyTorch's has no place in the interface and may be missing.
 TORCH = (
     "aoti_torch_get_sizes",
@@ -44,6 +47,7 @@ TORCH = (
     "torch_call_dispatcher",
     "aoti_torch_grad_mode_is_enabled",
 )
+TORCH_CPU, TORCH_CUDA, C10 = "libtorch_cpu.so", "libtorch_cuda.so", "libc10.so"
 REQUIRES_GRAD = "_ZNK3c1010TensorImpl13requires_gradEv"
 STREAM = "aoti_torch_get_current_cuda_stream"
 PYTHON = (
@@ -97,33 +101,38 @@ class Kernels:
         self._library = ctypes.PyDLL(str(library))
         self._library.pa_operator.restype = ctypes.c_void_p
         self._raised = threading.local()
-        self._kept: list[tuple[Plan, tuple[Decision, ...]]] = []
+        self._kept: list[Plan] = []
+        self._keeping = threading.Lock()
         self._tokens: dict[object, int] = {}
         self._watched: Values = ()
         self._held: list[object] = [self._raise]
-        addresses = (*_addresses("libtorch_cpu.so", TORCH), _requires_grad(), stream, *_addresses(None, PYTHON))
-        numbers = (ABI, *_dtype_numbers())
-        self._library.pa_attach(
-            (ctypes.c_void_p * len(addresses))(*addresses),
-            (ctypes.c_int64 * len(numbers))(*numbers),
-            ctypes.py_object(SINKS),
-            ctypes.py_object(self._held[0]),
-        )
+        addresses = (*_addresses(TORCH_CPU, TORCH), _requires_grad(), stream, *_addresses(None, PYTHON))
+        tables = (ctypes.c_void_p * len(addresses))(*addresses), _words(*_dtype_numbers())
+        objects = ctypes.py_object(SINKS), ctypes.py_object(self._held[0])
+        _check(self._library.pa_attach(ctypes.c_int64(len(addresses)), *tables, *objects))
         twins: Any = torch.library.Library(namespace, "FRAGMENT")  # type: ignore[no-untyped-call]
-        self._held += [twins]  # the twins live as long as this object does
-        torch_, handle = ctypes.CDLL("libtorch_cpu.so"), ctypes.c_void_p()
-        torch_.aoti_torch_library_init_impl(namespace.encode(), key.encode(), b"", 0, ctypes.byref(handle))
+        self._held.append(twins)
+        torch_, handle = _loaded(TORCH_CPU), ctypes.c_void_p()
+        where = namespace.encode(), key.encode(), b"pa_ops", ctypes.c_uint32(0)
+        _check(torch_.aoti_torch_library_init_impl(*where, ctypes.byref(handle)))
         for index, op in enumerate(SCHEMAS):
             twins.define(f"_{op}{SCHEMAS[op]}")
             twins.impl(f"_{op}", self._twin(op, python[op]), key)
-            kernel = self._kernel(index, op, namespace)
-            torch_.torch_library_impl(handle, op.encode(), ctypes.c_void_p(kernel), ctypes.c_uint64(ABI))
+            kernel = ctypes.c_void_p(self._kernel(index, op, namespace))
+            _check(torch_.torch_library_impl(handle, op.encode(), kernel, ctypes.c_uint64(ABI)))
 
     def keep(self, plan: Plan) -> None:
-        """Keeps a plan for the kind of call that a kernel has just left to Python, if it has."""
+        """Keeps a plan for the kind of call that a kernel has just left to Python; while another is kept, never mind."""
+        if len(self._kept) < KEPT and self._keeping.acquire(blocking=False):
+            try:
+                self._keep(plan)
+            finally:
+                self._keeping.release()
+
+    def _keep(self, plan: Plan) -> None:
         values = tuple(map(RAW.get, KEYS))
         now = settings_of(values)
-        if plan.program is None or now != plan.settings or now.checked or now.debug or len(self._kept) >= KEPT:
+        if plan.program is None or now != plan.settings or now.checked or now.debug:
             return
         blocks = tuple(variable.get() for variable in BLOCKS)
         self._watch((*values, *blocks), self._tokens.setdefault((now, blocks), len(self._tokens)))
@@ -131,7 +140,7 @@ class Kernels:
             place = ctypes.c_void_p(stream), ctypes.c_void_p(tensor.data_ptr())
             self._library.pa_lend(ctypes.c_int64(device), *place, ctypes.c_int64(tensor.numel()))
         if self._library.pa_keep(ctypes.c_void_p(plan.program.address), ctypes.py_object(plan.decisions)):
-            self._kept.append((plan, plan.decisions))
+            self._kept.append(plan)
 
     def _watch(self, values: Values, token: int) -> None:
         """Lets kernels run what is kept from now on, as long as overrides and environment are these very objects."""
@@ -139,16 +148,14 @@ class Kernels:
             return
         owners = [(0, id(RAW), id(key)) for key in KEYS] + [(1, id(variable), 0) for variable in BLOCKS]
         words = [word for owner, value in zip(owners, values, strict=True) for word in (*owner, _address(value))]
-        count = ctypes.c_int64(len(values))
-        self._library.pa_watch(ctypes.c_int64(token), count, (ctypes.c_int64 * len(words))(*words))
+        self._library.pa_watch(ctypes.c_int64(token), ctypes.c_int64(len(values)), _words(*words))
         self._watched = values
 
     def _kernel(self, index: int, op: str, namespace: str) -> int:
         name, _, overload = op.partition(".")
-        words = (index, *_description(op))
         texts = [f"{namespace}::_{name}".encode(), overload.encode()]
         self._held += texts
-        kernel: int = self._library.pa_operator(*texts, (ctypes.c_int64 * len(words))(*words))
+        kernel: int = self._library.pa_operator(*texts, _words(index, *_description(op)))
         return kernel
 
     def _twin(self, op: str, run: Callable[..., Any]) -> Callable[..., Any]:
@@ -176,47 +183,70 @@ def _description(op: str) -> Iterator[int]:
     places = {name: place for place, name in enumerate(TENSORS[base_of(op)])}
     made = [places[result.name] for result in schema.returns]
     yield from (len(names), len(places), *(places[names[place]] for place in SIZED[base_of(op)]))
-    yield from (places.get("workspace", -1), len(made), *made, *[0] * (2 - len(made)))
+    yield from (places.get("workspace", -1), len(made), *made, *[0] * (RESULTS - len(made)))
     for argument in schema.arguments:
         yield from (_TYPES[str(argument.type)], places.get(argument.name, -1))
-    yield from [0, 0] * (32 - len(names))
-
-
-def _addresses(library: str | None, names: Sequence[str]) -> Iterator[int]:
-    """Where functions are, of a library that is loaded, or of Python; raises AttributeError where there is none."""
-    loaded = ctypes.pythonapi if library is None else ctypes.CDLL(library)
-    for name in names:
-        yield ctypes.cast(getattr(loaded, name), ctypes.c_void_p).value or 0
-
-
-def _requires_grad() -> int:
-    """c10::TensorImpl::requires_grad, which no stable function tells; 0 leaves calls under grad mode to Python."""
-    return next(_addresses("libc10.so", [REQUIRES_GRAD])) if hasattr(ctypes.CDLL("libc10.so"), REQUIRES_GRAD) else 0
+    yield from [0, 0] * (ARGUMENTS - len(names))
 
 
 def _dtype_numbers() -> Iterator[int]:
     """The table `dtypes` of operators.cpp."""
-    loaded = ctypes.CDLL("libtorch_cpu.so")
     for dtype, (code, bits) in DTYPES.items():
-        yield from (code << 8 | bits, getattr(loaded, "aoti_torch_dtype_" + str(dtype).removeprefix("torch."))())
-    yield from [-1, -1] * (8 - len(DTYPES))
+        number = getattr(_loaded(TORCH_CPU), "aoti_torch_dtype_" + str(dtype).removeprefix("torch."))
+        yield from (code << 8 | bits, number())
+    yield from [-1, -1] * (DTYPE_ROWS - len(DTYPES))
+
+
+def _requires_grad() -> int:
+    """c10::TensorImpl::requires_grad, which no function of the interface tells; 0 leaves calls in grad mode to Python."""
+    return next(_addresses(C10, [REQUIRES_GRAD])) if _has(C10, REQUIRES_GRAD) else 0
+
+
+def _addresses(library: str | None, names: Sequence[str]) -> Iterator[int]:
+    """Where the functions of a loaded library are, or of Python."""
+    loaded = ctypes.pythonapi if library is None else _loaded(library)
+    for name in names:
+        yield ctypes.cast(getattr(loaded, name), ctypes.c_void_p).value or 0
+
+
+def _loaded(library: str) -> ctypes.CDLL:
+    """A library that this process has loaded; raises OSError where it has not."""
+    return ctypes.CDLL(library, mode=os.RTLD_LAZY | os.RTLD_NOLOAD)
+
+
+def _has(library: str, *names: str) -> bool:
+    """Whether a library is loaded and has these functions."""
+    try:
+        return all(hasattr(_loaded(library), name) for name in names)
+    except OSError:
+        return False
+
+
+def _words(*values: int) -> ctypes.Array[ctypes.c_int64]:
+    return (ctypes.c_int64 * len(values))(*values)
 
 
 def _address(value: object) -> int:
     return 0 if value is None else id(value)
 
 
+def _check(failed: int) -> None:
+    if failed:
+        raise RuntimeError("PyTorch or the product refuses pa_ops' kernels: build the product again")
+
+
 _kernels: Kernels | None = None
-_lock = threading.Lock()
+_attaching = threading.Lock()
 
 
 def attach(device: int, python: Implementations) -> None:
     """Lets the kernels of the first library that a device has loaded serve CUDA tensors, where they can."""
     global _kernels
-    with _lock:
+    with _attaching:
         if _kernels is None and (library := for_device(device).library()) is not None and able(library):
-            stream = next(_addresses("libtorch_cuda.so", [STREAM]))
-            _kernels = Kernels(library, python, NAMESPACE, "CUDA", stream)
+            if _has(TORCH_CUDA, STREAM):
+                stream = next(_addresses(TORCH_CUDA, [STREAM]))
+                _kernels = Kernels(library, python, NAMESPACE, "CUDA", stream)
 
 
 def attached() -> bool:
@@ -227,9 +257,7 @@ def attached() -> bool:
 def able(library: Path) -> bool:
     """Whether this PyTorch, this Python and a product have what the kernels need."""
     with_gil = getattr(sys, "_is_gil_enabled", lambda: True)()
-    torch_ = ctypes.CDLL("libtorch_cpu.so")
-    interface = all(hasattr(torch_, name) for name in (*TORCH, *REGISTER))
-    return with_gil and interface and hasattr(ctypes.CDLL(str(library)), "pa_attach")
+    return with_gil and _has(TORCH_CPU, *TORCH, *REGISTER) and _has(str(library), "pa_attach")
 
 
 def keep(plan: Plan) -> None:
