@@ -78,8 +78,15 @@ struct Operator {
     } argument[ARGUMENTS];
 } operators[OPERATORS];
 
+/* What decides which programs may serve a call, besides its tensors; as many words as its operator fills. */
 struct Kind {
     Word words[KIND_WORDS];
+    int count;
+
+    bool operator==(const Kind &other) const
+    {
+        return count == other.count && std::memcmp(words, other.words, static_cast<size_t>(count) * sizeof(Word)) == 0;
+    }
 };
 
 struct Entry {
@@ -165,6 +172,7 @@ bool text(Value value, Word *words)
     if (api.string_length(handle, &length) || api.string_text(handle, &characters) ||
         length >= TEXT_WORDS * sizeof(Word))
         return false;
+    std::memset(words, 0, TEXT_WORDS * sizeof(Word));
     std::memcpy(words, characters, length);
     return true;
 }
@@ -172,7 +180,6 @@ bool text(Value value, Word *words)
 /* Looks at the arguments without taking them; false where they are beyond what C serves. */
 bool read(const Operator &op, const Value *stack, Given &given)
 {
-    std::memset(&given.kind, 0, sizeof given.kind);
     std::memset(given.call.tensors, 0, sizeof given.call.tensors);
     bool grad = api.grad_mode();
     Word *words = given.kind.words + FIRST_OPTION;
@@ -200,6 +207,7 @@ bool read(const Operator &op, const Value *stack, Given &given)
             words += TEXT_WORDS;
         }
     }
+    given.kind.count = static_cast<int>(words - given.kind.words);
     given.kind.words[OPERATOR] = op.index;
     given.kind.words[TOKENS] = bit_length(elements(given.views[op.tokens].tensor));
     given.kind.words[SEQUENCES] = bit_length(elements(given.views[op.sequences].tensor));
@@ -226,15 +234,15 @@ bool unchanged()
 size_t head_of(const Kind &kind)
 {
     uint64_t hash = 0;
-    for (Word word : kind.words)
-        hash = (hash ^ static_cast<uint64_t>(word)) * UINT64_C(0x9E3779B97F4A7C15);
+    for (int i = 0; i < kind.count; i++)
+        hash = (hash ^ static_cast<uint64_t>(kind.words[i])) * UINT64_C(0x9E3779B97F4A7C15);
     return hash >> 54;
 }
 
 Entry **place_of(const Kind &kind, const Word *program)
 {
     Entry **at = &heads[head_of(kind)];
-    while (*at != nullptr && ((*at)->program != program || std::memcmp(&(*at)->kind, &kind, sizeof kind) != 0))
+    while (*at != nullptr && ((*at)->program != program || !((*at)->kind == kind)))
         at = &(*at)->next;
     return at;
 }
@@ -284,7 +292,7 @@ pa_fit find(const Operator &op, Given &given)
         made |= 1u << op.made[i];
     }
     for (Entry *entry = heads[head_of(given.kind)]; entry != nullptr; entry = entry->next) {
-        if (std::memcmp(&entry->kind, &given.kind, sizeof given.kind) != 0)
+        if (!(entry->kind == given.kind))
             continue;
         pa_fit fit = pa_match(&given.call, entry->program, made);
         if (fit == PA_FITS)

@@ -53,7 +53,7 @@ STREAM = "aoti_torch_get_current_cuda_stream"
 PYTHON = (
     "PyGILState_Ensure",
     "PyGILState_Release",
-    "PyDict_GetItem",
+    "PyDict_GetItemWithError",
     "PyContextVar_Get",
     "PyList_GetItem",
     "PyList_Size",
