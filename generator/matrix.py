@@ -25,6 +25,14 @@ FLASH_SM80_TILES: dict[int, dict[Layout, Tile]] = {
     128: {Layout.DENSE: Tile(128, 32, 1, 4), Layout.GATHER: Tile(128, 32, 1, 4)},
     256: {Layout.DENSE: Tile(64, 64, 1, 4), Layout.GATHER: Tile(64, 64, 1, 4)},
 }
+# Tile of each head size for wgmma: 64 query rows a computing warpgroup, one warpgroup that copies, and as many keys as
+# shared memory has room for in two stages.
+FLASH_SM90_TILES: dict[int, Tile] = {
+    64: Tile(192, 128, 2, 16),
+    128: Tile(128, 128, 2, 12),
+    192: Tile(128, 96, 2, 12),
+    256: Tile(128, 80, 2, 12),
+}
 # Tile of each head size for few query rows: as many stages as let two blocks share an SM, or else one.
 DECODE_TILES: dict[int, Tile] = {
     64: Tile(16, 128, 3, 4),
@@ -74,7 +82,7 @@ _SMOKE = (
     *_grid((64,), (Layout.GATHER,), (Mask.CAUSAL, Mask.WINDOW)),
     *_grid((128,), (Layout.DENSE, Layout.GATHER), (Mask.CAUSAL,)),
 )
-_SERVING = _grid(FLASH_SM80_TILES, Layout, Mask)
+_SERVING = _grid(sorted({*FLASH_SM80_TILES, *FLASH_SM90_TILES}), Layout, Mask)
 _SMOKE_DECODE = ((64, Mask.CAUSAL), (64, Mask.WINDOW), (128, Mask.CAUSAL))
 _SERVING_DECODE = tuple(product(DECODE_TILES, DECODE_MASKS))
 PRESETS: dict[str, Preset] = {
@@ -115,6 +123,11 @@ def _smem_limit(target: str) -> int:
 
 RULES: tuple[Rule, ...] = (
     Rule(
+        "hopper-alone",
+        lambda spec, target: spec.family is Family.FLASH_SM90 and target != "sm_90a",
+        "wgmma is an instruction of SM 9.0 alone",
+    ),
+    Rule(
         "kv-dtype",
         lambda spec, _: spec.kv_dtype is not spec.dtype,
         "kernels read K and V in the query's dtype; quantised caches are served by the reference only",
@@ -132,19 +145,36 @@ RULES: tuple[Rule, ...] = (
 )
 
 
+def _flash_sm80_tile(cell: Cell) -> Tile | None:
+    tiles = FLASH_SM80_TILES.get(cell.head_dim)
+    return None if tiles is None else TILE_EXCEPTIONS.get(cell, tiles[cell.layout])
+
+
+def _flash_sm90_tile(cell: Cell) -> Tile | None:
+    return FLASH_SM90_TILES.get(cell.head_dim)
+
+
+PREFILL_TILES: dict[Family, Callable[[Cell], Tile | None]] = {
+    Family.FLASH_SM80: _flash_sm80_tile,
+    Family.FLASH_SM90: _flash_sm90_tile,
+}
+
+
 def _attention(cells: Sequence[Cell]) -> Iterator[InstanceSpec]:
-    for cell, dtype, kv_dtype in product(cells, DTYPES, KV_DTYPES):
-        yield InstanceSpec(
-            op=KernelOp.ATTN,
-            family=Family.FLASH_SM80,
-            dtype=dtype,
-            kv_dtype=kv_dtype,
-            head_dim=cell.head_dim,
-            head_dim_v=cell.head_dim,
-            layout=cell.layout,
-            mask=cell.mask,
-            tile=TILE_EXCEPTIONS.get(cell, FLASH_SM80_TILES[cell.head_dim][cell.layout]),
-        )
+    for cell, (family, tile_of), dtype, kv_dtype in product(cells, PREFILL_TILES.items(), DTYPES, KV_DTYPES):
+        tile = tile_of(cell)
+        if tile is not None:
+            yield InstanceSpec(
+                op=KernelOp.ATTN,
+                family=family,
+                dtype=dtype,
+                kv_dtype=kv_dtype,
+                head_dim=cell.head_dim,
+                head_dim_v=cell.head_dim,
+                layout=cell.layout,
+                mask=cell.mask,
+                tile=tile,
+            )
 
 
 def _decode(cells: Sequence[tuple[int, Mask]]) -> Iterator[InstanceSpec]:

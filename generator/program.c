@@ -3,7 +3,9 @@
  * A program is an array of 64-bit words that pa_ops/program.py writes:
  *   tensors, steps, device
  *   a tensor:  present, dtype, dimensions, flags; a dimension: rule, name, value
- *   a step:    kernel, record bytes, patches, grid rule and its three numbers; the record; a patch: six words
+ *   a step:    kernel, record bytes, patches, grid rule and its three numbers; the record; its patches
+ *   a patch:   offset, bytes, a value; of a tensor map: offset, bytes, rows of a box, element type, eight values
+ *   a value:   source, tensor and axis, times, plus
  * Dimensions that may differ from call to call have a name: the first tensor that shows it fixes its size. Whatever
  * else selection looked at is compared, so a program never runs on a call that it does not fit. */
 #include "program.h"
@@ -13,10 +15,10 @@
 #include <string.h>
 #include <tvm/ffi/extra/c_env_api.h>
 
-enum { RECORD_WORDS = 64, MAX_BLOCKS = 65535 };
+enum { RECORD_WORDS = 128, MAX_BLOCKS = 65535 };
 enum { ALIGNED = 1, WRITTEN = 2 };                         /* flags of a tensor */
 enum { CONSTANT, EQUAL, AT_LEAST };                        /* rules of a dimension */
-enum { ADDRESS, STRIDE, SIZE };                            /* sources of a patch */
+enum { ADDRESS, STRIDE, SIZE, CONSTANT_VALUE };            /* sources of a value */
 enum { GRID_TILES, GRID_TOKENS, GRID_ROWS, GRID_FIXED };              /* rules of a grid */
 enum { VECTOR_BYTES = 16 };
 
@@ -103,17 +105,42 @@ static void describe(struct pa_call *call, DLTensor *tensor)
         tensor->strides[i] = stride;
 }
 
-static void patch(struct pa_call *call, char *record)
+static word value_of(struct pa_call *call)
 {
-    word offset = next(call), width = next(call), source = next(call), place = next(call);
-    word times = next(call), plus = next(call), value;
+    word source = next(call), place = next(call), times = next(call), plus = next(call);
     const DLTensor *tensor = call->tensors[place >> 8];
+    if (source == CONSTANT_VALUE)
+        return plus;
     if (source == ADDRESS)
-        value = (word)(intptr_t)tensor->data + (word)tensor->byte_offset + plus;
-    else
-        value = (source == STRIDE ? tensor->strides : tensor->shape)[place & 0xFF] * times + plus;
+        return (word)(intptr_t)tensor->data + (word)tensor->byte_offset + plus;
+    return (source == STRIDE ? tensor->strides : tensor->shape)[place & 0xFF] * times + plus;
+}
+
+/* Nothing is copied from an empty tensor, and nothing steps over an extent of 1: any address, any stride will do. */
+static int patch_map(struct pa_call *call, void *map)
+{
+    word rows = next(call), type = next(call);
+    struct pa_tensor tensor = {.type = (int)type, .rows = (uint32_t)rows};
+    word address = value_of(call);
+    tensor.address = (void *)(intptr_t)(address ? address : VECTOR_BYTES);
+    for (int i = 0; i < PA_MAP_RANK; i++)
+        tensor.sizes[i] = (uint64_t)max(value_of(call), 1);
+    for (int i = 0; i < PA_MAP_RANK - 1; i++) {
+        word stride = value_of(call);
+        tensor.strides[i] = tensor.sizes[i + 1] > 1 ? (uint64_t)stride : VECTOR_BYTES;
+    }
+    return pa_encode(map, &tensor);
+}
+
+static int patch(struct pa_call *call, char *record)
+{
+    word offset = next(call), width = next(call);
+    if (width == PA_MAP_BYTES)
+        return patch_map(call, record + offset);
+    word value = value_of(call);
     int32_t narrow = (int32_t)min(value, INT32_MAX);
     memcpy(record + offset, width == 4 ? (void *)&narrow : (void *)&value, (size_t)width);
+    return 0;
 }
 
 /* x and y from sizes 0 (tokens) and 1 (sequences): an extent may exceed the work, never fall short of it. */
@@ -151,7 +178,8 @@ static int run_step(struct pa_call *call, int device, void *stream)
     memcpy(record, call->at, (size_t)bytes);
     call->at += ceil_div(bytes, sizeof(word));
     for (word i = 0; i < patches; i++)
-        patch(call, (char *)record);
+        if (patch(call, (char *)record))
+            return -1;
     return pa_launch(kernel, device, stream, record, extent[0], extent[1]);
 }
 

@@ -122,7 +122,7 @@ class Kernels:
             _check(torch_.torch_library_impl(handle, op.encode(), kernel, ctypes.c_uint64(ABI)))
 
     def keep(self, plan: Plan) -> None:
-        """Keeps a plan for the kind of call that a kernel has just left to Python; while another is kept, never mind."""
+        """Keeps a plan for the kind of call that a kernel has left to Python, if it has and no other is being kept."""
         if len(self._kept) < KEPT and self._keeping.acquire(blocking=False):
             try:
                 self._keep(plan)
@@ -198,7 +198,7 @@ def _dtype_numbers() -> Iterator[int]:
 
 
 def _requires_grad() -> int:
-    """c10::TensorImpl::requires_grad, which no function of the interface tells; 0 leaves calls in grad mode to Python."""
+    """c10::TensorImpl::requires_grad, which the interface does not tell; 0 leaves calls in grad mode to Python."""
     return next(_addresses(C10, [REQUIRES_GRAD])) if _has(C10, REQUIRES_GRAD) else 0
 
 
@@ -243,10 +243,10 @@ def attach(device: int, python: Implementations) -> None:
     """Lets the kernels of the first library that a device has loaded serve CUDA tensors, where they can."""
     global _kernels
     with _attaching:
-        if _kernels is None and (library := for_device(device).library()) is not None and able(library):
-            if _has(TORCH_CUDA, STREAM):
-                stream = next(_addresses(TORCH_CUDA, [STREAM]))
-                _kernels = Kernels(library, python, NAMESPACE, "CUDA", stream)
+        library = for_device(device).library()
+        if _kernels is None and library is not None and able(library) and _has(TORCH_CUDA, STREAM):
+            stream = next(_addresses(TORCH_CUDA, [STREAM]))
+            _kernels = Kernels(library, python, NAMESPACE, "CUDA", stream)
 
 
 def attached() -> bool:

@@ -44,6 +44,7 @@ class Family(Word):
     """The template that a kernel is rendered from."""
 
     FLASH_SM80 = "flash_sm80"
+    FLASH_SM90 = "flash_sm90"
     DECODE = "decode"
     APPEND = "append"
     MERGE = "merge"
@@ -192,7 +193,15 @@ def _stages_or_states(spec: InstanceSpec) -> int:
     return max(ring, spec.tile.warps * spec.tile.m * (spec.head_dim_v + 2) * 4)
 
 
-_SMEM: dict[Family, Callable[[InstanceSpec], int]] = {Family.DECODE: _stages_or_states}
+def _query_stages_and_barriers(spec: InstanceSpec) -> int:
+    """The Q tile, every stage of K and of V with its barriers and its word of holes, two slots of the work list."""
+    return _query_and_stages(spec) + 36 * spec.tile.stages + 112
+
+
+_SMEM: dict[Family, Callable[[InstanceSpec], int]] = {
+    Family.DECODE: _stages_or_states,
+    Family.FLASH_SM90: _query_stages_and_barriers,
+}
 
 _WORDS: dict[str, type[Word]] = {
     "op": KernelOp,

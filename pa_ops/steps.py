@@ -25,6 +25,7 @@ from pa_ops.launch import (
     attention_launch,
     decode_launch,
     merge_launch,
+    persistent_launch,
 )
 from pa_ops.manifest import Entry
 from pa_ops.problem import Problem
@@ -99,21 +100,30 @@ def _attend(
         )
         yield Step(launch, _decision(op, few), aligned)
     if many is not None:
-        launch = attention_launch(registry.kernel(many.entry), many.entry.spec, call, skip_up_to=limit)
+        spec = many.entry.spec
+        launch = LAUNCHES[spec.family](
+            registry.kernel(many.entry), spec, call, skip_up_to=limit, num_sms=registry.capability.num_sms
+        )
         yield Step(launch, _decision(op, many), aligned)
 
 
 def _division(problem: Problem, arguments: Arguments, registry: Registry) -> tuple[Selection | None, Selection | None]:
     """The kernels for sequences of few query rows and for the others; None where all go to the one that is there."""
     backend = arguments["backend"]
-    few = registry.find(problem, backend, Family.DECODE)
+    few = registry.find(problem, backend, (Family.DECODE,))
     if few is None:
         return None, registry.select(problem, backend)
-    many = registry.find(problem, backend, Family.FLASH_SM80)
+    many = registry.find(problem, backend, tuple(LAUNCHES))
     if many is None:
         return few, None
     chosen = division(problem, few.entry.spec.tile.m)
     return None if chosen is Division.PREFILL else few, None if chosen is Division.DECODE else many
+
+
+LAUNCHES: dict[Family, Callable[..., Launch]] = {
+    Family.FLASH_SM80: attention_launch,
+    Family.FLASH_SM90: persistent_launch,
+}
 
 
 def _decision(op: str, selection: Selection) -> Decision:

@@ -1,7 +1,8 @@
 """Turns calls on small CUDA tensors into microseconds of host time, as they are and as Python alone serves them.
 
 Usage: python scripts/host_time.py [RUNS]. Times are the best of RUNS batches of 200 calls; the device is waited for
-between batches, so that no call waits for a full queue.
+between batches, so that no call waits for a full queue. Columns: torch.ops as it is, in inference mode, the function of
+`pa_ops`, the Python implementation by itself.
 """
 
 from __future__ import annotations
@@ -55,6 +56,11 @@ def cases() -> dict[str, tuple[str, tuple[Any, ...], dict[str, Any]]]:
         "decode, into buffers": ("paged_attention.out", paged, {"out": torch.empty_like(q)}),
         "prefill": ("paged_attention", (prompt, k_cache, v_cache, int32(0, 60), int32(60), table[:1]), {}),
         "serving, decode": ("paged_attention_", (rows, None, None, k_cache, v_cache, ends, lengths, table), rotary),
+        "serving, no rotary": (
+            "paged_attention_",
+            (rows, None, None, k_cache, v_cache, ends, lengths, table),
+            {"num_heads": 32, "num_kv_heads": 8},
+        ),
         "append_kv": ("append_kv", (q[:, :8], q[:, :8], k_cache, v_cache, torch.arange(4, device="cuda")), {}),
         "merge_states": ("merge_states", (*states, *states), {}),
     }
@@ -67,7 +73,7 @@ def main(runs: int) -> None:
     print(f"{'torch.add':24}{best(lambda: torch.add(x, x), runs):8.2f}")
     print(f"{'torch.add, in place':24}{best(lambda: x.add_(0), runs):8.2f}")
     print(f"{'torch.empty':24}{best(lambda: torch.empty(4, 32, 128, dtype=HALF, device='cuda'), runs):8.2f}")
-    print(f"{'':24}{'call':>8}{'no_grad':>8}{'python':>8}{'launches':>10}")
+    print(f"{'':24}{'call':>8}{'infer':>8}{'pa_ops.':>8}{'python':>8}{'launches':>10}")
     operators: Any = getattr(torch.ops, NAMESPACE)
     for title, (op, tensors, options) in cases().items():
         name, _, overload = op.partition(".")
@@ -77,8 +83,10 @@ def main(runs: int) -> None:
         with pa_ops.trace.recording() as decisions:
             public(*tensors, **options)
         column = [best(lambda: public(*tensors, **options), runs)]  # noqa: B023
-        with torch.no_grad():
+        with torch.inference_mode():
             column.append(best(lambda: public(*tensors, **options), runs))  # noqa: B023
+        function = public if overload else getattr(pa_ops, name)
+        column.append(best(lambda: function(*tensors, **options), runs))  # noqa: B023
         if native.attached():
             twin = getattr(getattr(operators, f"_{name}"), overload or "default")
             column.append(best(lambda: twin(*tensors, **options), runs))  # noqa: B023

@@ -12,6 +12,17 @@ from pa_ops.templates.device.ptx import ex2, fma, ld_global_f32, ld_global_half,
 RESCALE_BITS = 8.0
 
 
+def fresh_state(m_tiles, d_tiles):
+    """(outputs, maxima, sums) of a thread's rows that have seen no key."""
+    acc_o = cute.make_rmem_tensor((m_tiles * d_tiles * 4,), Float32)
+    row_max = cute.make_rmem_tensor((m_tiles * 2,), Float32)
+    row_sum = cute.make_rmem_tensor((m_tiles * 2,), Float32)
+    acc_o.fill(0.0)
+    row_max.fill(-Float32.inf)
+    row_sum.fill(0.0)
+    return acc_o, row_max, row_sum
+
+
 def quad(value, combine):
     """Combine one value over the four lanes that share a row."""
     value = combine(value, cute.arch.shuffle_sync_bfly(value, 1))
@@ -54,6 +65,12 @@ def base_of(top, log2_scale):
 
 def rescale(acc_s, acc_o, row_max, row_sum, log2_scale, n_tiles, d_tiles):
     """Move output and sums to the maxima of the rows, this block included."""
+    scale_rows(acc_o, raise_maxima(acc_s, row_max, row_sum, log2_scale, n_tiles), d_tiles)
+
+
+def raise_maxima(acc_s, row_max, row_sum, log2_scale, n_tiles):
+    """Move the sums to the maxima of the rows, this block included; the factors that the outputs still have to take."""
+    factors = []
     for row in range(cute.size(row_max)):
         top = row_max[row]
         for i in row_elements(row, n_tiles):
@@ -62,8 +79,21 @@ def rescale(acc_s, acc_o, row_max, row_sum, log2_scale, n_tiles, d_tiles):
         shrink = ex2(row_max[row] * log2_scale - base_of(top, log2_scale))
         row_max[row] = top
         row_sum[row] = row_sum[row] * shrink
+        factors.append(shrink)
+    return factors
+
+
+def scale_rows(acc_o, factors, d_tiles):
+    """Multiply each row's outputs by its factor."""
+    for row, factor in enumerate(factors):
         for i in row_elements(row, d_tiles):
-            acc_o[i] = acc_o[i] * shrink
+            acc_o[i] = acc_o[i] * factor
+
+
+def start(acc_s, row_max, row_sum, log2_scale, n_tiles):
+    """The softmax of a row's first block, whose outputs hold nothing that would have to be scaled."""
+    raise_maxima(acc_s, row_max, row_sum, log2_scale, n_tiles)
+    exponentiate(acc_s, row_max, row_sum, log2_scale, n_tiles)
 
 
 def exponentiate(acc_s, row_max, row_sum, log2_scale, n_tiles):

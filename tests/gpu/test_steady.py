@@ -169,15 +169,15 @@ def test_B4_overrides_reach_steady_calls(device: torch.device, monkeypatch: pyte
         with pa_ops.trace.recording() as decisions:
             for _ in range(3):
                 call.run()
-        return [decision.family for decision in decisions]
+        return [decision.family.partition("_")[0] for decision in decisions]
 
     assert families() == ["decode"] * 3
     with pa_ops.backend("flash"):
-        assert families() == ["flash_sm80"] * 3
+        assert families() == ["flash"] * 3
     with pa_ops.batch_invariant():
-        assert families() == ["flash_sm80"] * 3
+        assert families() == ["flash"] * 3
     monkeypatch.setenv("PA_OPS_DISABLE", "decode")
-    assert families() == ["flash_sm80"] * 3
+    assert families() == ["flash"] * 3
     monkeypatch.delenv("PA_OPS_DISABLE")
     assert families() == ["decode"] * 3
 
