@@ -20,19 +20,20 @@ from .toolchain import Toolchain
 
 SYMBOL_PREFIX = "__tvm_ffi_"
 EXPORTS = ("pa_attach", "pa_operator", "pa_watch", "pa_keep", "pa_lend", "pa_raise")  # what pa_ops/native.py calls
-SOURCES = tuple(Path(__file__).with_name(name) for name in ("launch.c", "program.c", "operators.cpp"))
+SOURCES = tuple(Path(__file__).with_name(name) for name in ("launch.c", "program.c", "operators.c", "raise.c"))
 VERSION_SCRIPT = f"{{ global: {SYMBOL_PREFIX}*; {' '.join(f'{name};' for name in EXPORTS)} local: *; }};\n"
 FLAGS = (
     "-shared",
     "-fPIC",
     "-O2",
     "-fvisibility=hidden",
+    "-fexceptions",  # raise.c's pass through operators.c
     "-Wl,--gc-sections",
     "-Wl,-z,defs",
     "-Wl,--build-id=none",
     "-Wl,--exclude-libs,ALL",
 )
-LIBRARIES = ("-ltvm_ffi", "-ldl", "-lpthread", "-lstdc++")
+LIBRARIES = ("-ltvm_ffi", "-ldl", "-lpthread")
 
 
 def _table(layout: Layout, names: Sequence[str]) -> str:

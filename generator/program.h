@@ -4,10 +4,6 @@
 #include <dlpack/dlpack.h>
 #include <stdint.h>
 
-#ifdef __cplusplus
-extern "C" {
-#endif
-
 enum { PA_TENSORS = 24, PA_NAMES = 8 };
 enum pa_fit { PA_MISFIT, PA_FITS, PA_EMPTY }; /* empty: it fits and has no rows, so there is nothing to launch */
 
@@ -29,7 +25,3 @@ int pa_start(struct pa_call *call, void *stream);
 
 /* The number of tensors that a program is called with. */
 int64_t pa_tensors(const int64_t *program);
-
-#ifdef __cplusplus
-}
-#endif

@@ -1,6 +1,6 @@
 """Turns the programs of a process into kernels that PyTorch's dispatcher calls, so that a steady call enters no Python.
 
-generator/operators.cpp has the kernels, in every product; here they are told what an operator's arguments are, which
+generator/operators.c has the kernels, in every product; here they are told what an operator's arguments are, which
 functions of PyTorch and Python to use, and which program serves a kind of call. PyTorch has the interface since 2.10;
 where it, or the GIL, is missing, and for whatever the kernels leave to them, the Python implementations serve.
 """
@@ -27,10 +27,10 @@ from pa_ops.registry import for_device
 from pa_ops.schema import NAMESPACE, SCHEMAS, base_of
 from pa_ops.trace import SINKS
 
-# As in operators.cpp: the version of PyTorch's interface, and the rows of its tables.
+# As in operators.c: the version of PyTorch's interface, and the rows of its tables.
 ABI = 2 << 56 | 10 << 48
 ARGUMENTS, RESULTS, DTYPE_ROWS = 32, 2, 8
-# In the order of `api` in operators.cpp; the last of PyTorch's has no place in the interface and may be missing.
+# In the order of host.h.
 TORCH = (
     "aoti_torch_get_sizes",
     "aoti_torch_get_strides",
@@ -47,7 +47,7 @@ TORCH = (
     "torch_call_dispatcher",
     "aoti_torch_grad_mode_is_enabled",
 )
-TORCH_CPU, TORCH_CUDA, C10 = "libtorch_cpu.so", "libtorch_cuda.so", "libc10.so"
+TORCH_CPU, TORCH_CUDA, C10, STDCXX = "libtorch_cpu.so", "libtorch_cuda.so", "libc10.so", "libstdc++.so.6"
 REQUIRES_GRAD = "_ZNK3c1010TensorImpl13requires_gradEv"
 STREAM = "aoti_torch_get_current_cuda_stream"
 PYTHON = (
@@ -61,6 +61,16 @@ PYTHON = (
     "PyObject_CallNoArgs",
     "Py_DecRef",
     "PyErr_Clear",
+)
+CXX = (
+    "_ZdlPv",  # operator delete
+    "__cxa_allocate_exception",
+    "__cxa_throw",
+    "_ZNSt13runtime_errorC1EPKc",
+    "_ZNSt13runtime_errorD1Ev",
+    "_ZNKSt13runtime_error4whatEv",
+    "_ZTISt13runtime_error",
+    "_ZTVN10__cxxabiv120__si_class_type_infoE",
 )
 REGISTER = ("aoti_torch_library_init_impl", "torch_library_impl")
 
@@ -106,7 +116,8 @@ class Kernels:
         self._tokens: dict[object, int] = {}
         self._watched: Values = ()
         self._held: list[object] = [self._raise]
-        addresses = (*_addresses(TORCH_CPU, TORCH), _requires_grad(), stream, *_addresses(None, PYTHON))
+        others = (*_addresses(None, PYTHON), *_addresses(STDCXX, CXX))
+        addresses = (*_addresses(TORCH_CPU, TORCH), _requires_grad(), stream, *others)
         tables = (ctypes.c_void_p * len(addresses))(*addresses), _words(*_dtype_numbers())
         objects = ctypes.py_object(SINKS), ctypes.py_object(self._held[0])
         _check(self._library.pa_attach(ctypes.c_int64(len(addresses)), *tables, *objects))
@@ -173,11 +184,11 @@ class Kernels:
         return call
 
     def _raise(self) -> None:
-        raise vars(self._raised).pop("error")
+        raise vars(self._raised).pop("error", None) or RuntimeError("PyTorch could not call pa_ops' Python")
 
 
 def _description(op: str) -> Iterator[int]:
-    """The words of `Operator` in operators.cpp that follow its index."""
+    """The words of `Operator` in operators.c that follow its index."""
     schema = torch._C.parse_schema(f"{NAMESPACE}::{op}{SCHEMAS[op]}")
     names = [argument.name for argument in schema.arguments]
     places = {name: place for place, name in enumerate(TENSORS[base_of(op)])}
@@ -190,7 +201,7 @@ def _description(op: str) -> Iterator[int]:
 
 
 def _dtype_numbers() -> Iterator[int]:
-    """The table `dtypes` of operators.cpp."""
+    """The table `dtypes` of operators.c."""
     for dtype, (code, bits) in DTYPES.items():
         number = getattr(_loaded(TORCH_CPU), "aoti_torch_dtype_" + str(dtype).removeprefix("torch."))
         yield from (code << 8 | bits, number())
@@ -257,7 +268,8 @@ def attached() -> bool:
 def able(library: Path) -> bool:
     """Whether this PyTorch, this Python and a product have what the kernels need."""
     with_gil = getattr(sys, "_is_gil_enabled", lambda: True)()
-    return with_gil and _has(TORCH_CPU, *TORCH, *REGISTER) and _has(str(library), "pa_attach")
+    interface = _has(TORCH_CPU, *TORCH, *REGISTER) and _has(STDCXX, *CXX)
+    return with_gil and interface and _has(str(library), "pa_attach")
 
 
 def keep(plan: Plan) -> None:
