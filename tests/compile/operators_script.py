@@ -289,22 +289,25 @@ def B4_overrides_reach_the_kernels() -> None:
 
 @scene
 def B25_blocks_of_one_thread_leave_others_alone() -> None:
-    tensors = paged(3)
-    call("paged_attention", *tensors)
-    families: list[str] = []
+    tensors, calls_each = paged(3), 300
 
-    def other() -> None:
-        for _ in range(2):
-            with trace.recording() as decisions:
-                call("paged_attention", *tensors)
-            families.extend(decision.family for decision in decisions)
+    def work() -> None:
+        for _ in range(calls_each):
+            call("paged_attention", *tensors)
 
-    with pa_ops.backend("flash"):
-        left("paged_attention", *tensors)
-        thread = threading.Thread(target=other)
-        thread.start()
-        thread.join()
-    assert families == ["decode", "decode"], families
+    def forced() -> None:
+        with pa_ops.backend("flash"):
+            work()
+
+    with trace.recording() as decisions:
+        threads = [threading.Thread(target=target) for target in (work, forced, work, forced)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    families = [decision.family.partition("_")[0] for decision in decisions]
+    assert families.count("decode") == families.count("flash") == 2 * calls_each, families[:9]
+    assert len(families) == 4 * calls_each
 
 
 @scene
