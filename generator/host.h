@@ -5,6 +5,8 @@
 #include <stddef.h>
 #include <stdint.h>
 
+#define PA_EXPORT __attribute__((visibility("default")))
+
 typedef uint64_t pa_value; /* an argument or a result: a number, or a pointer that its holder owns */
 typedef void *pa_tensor_handle;
 typedef void *pa_object; /* of Python */

@@ -20,7 +20,9 @@ from .toolchain import Toolchain
 
 SYMBOL_PREFIX = "__tvm_ffi_"
 EXPORTS = ("pa_attach", "pa_operator", "pa_watch", "pa_keep", "pa_lend", "pa_raise")  # what pa_ops/native.py calls
-SOURCES = tuple(Path(__file__).with_name(name) for name in ("launch.c", "program.c", "operators.c", "raise.c"))
+SOURCES = tuple(
+    Path(__file__).with_name(name) for name in ("launch.c", "program.c", "kept.c", "operators.c", "raise.c")
+)
 VERSION_SCRIPT = f"{{ global: {SYMBOL_PREFIX}*; {' '.join(f'{name};' for name in EXPORTS)} local: *; }};\n"
 FLAGS = (
     "-shared",

@@ -4,27 +4,20 @@
  * Where no kept program fits, the operator's Python twin is called, which keeps one for the next time. So what is
  * checked, chosen and loaded is Python's, and a steady call never gets there: 25 us become 10. */
 #include "host.h"
-#include "program.h"
+#include "kept.h"
 
-#include <stdlib.h>
 #include <string.h>
 
-#define PA_EXPORT __attribute__((visibility("default")))
-
-enum { OPERATORS = 16, ARGUMENTS = 32, KIND_WORDS = 24, TEXT_WORDS = 3, DIMENSIONS = 8, RESULTS = 2 };
-enum { HEADS = 1024, WATCHES = 16, STREAMS = 256, DTYPES = 8 };
-enum { OPERATOR, TOKENS, SEQUENCES, TOKEN, FIRST_OPTION };                /* words of a kind */
-enum { TENSOR, MAYBE_TENSOR, NUMBER, MAYBE_NUMBER, BOUND, TEXT };         /* types of an argument */
-#define ABI (UINT64_C(2) << 56 | UINT64_C(10) << 48)                      /* of the interface: PyTorch 2.10's */
+enum { OPERATORS = 16, ARGUMENTS = 32, TEXT_WORDS = 3, RESULTS = 2, DTYPES = 8 };
+enum { TENSOR, MAYBE_TENSOR, NUMBER, MAYBE_NUMBER, BOUND, TEXT }; /* types of an argument */
+#define ABI (UINT64_C(2) << 56 | UINT64_C(10) << 48)              /* of the interface: PyTorch 2.10's */
 
 typedef int64_t word;
 
 struct pa_host pa_host;
 
-static struct {
-    pa_object sinks;
-    word dtypes[DTYPES][2]; /* DLPack's code and bits, PyTorch's number */
-} world;
+static word dtypes[DTYPES][2]; /* DLPack's code and bits, PyTorch's number */
+static _Thread_local bool raised;
 
 struct operator {
     const char *name, *overload; /* of the Python twin */
@@ -35,48 +28,11 @@ struct operator {
 };
 static struct operator operators[OPERATORS];
 
-/* What decides which programs may serve a call, besides its tensors; as many words as its operator fills. */
-struct kind {
-    word words[KIND_WORDS];
-    int count;
-};
-
-struct entry {
-    struct kind kind;
-    const word *program;
-    pa_object decisions;
-    struct entry *next;
-};
-
-/* Read and written under the GIL alone. */
-static struct entry *heads[HEADS];
-static struct {
-    word count, token;
-    struct {
-        word is_variable;
-        pa_object owner, key, value;
-    } watches[WATCHES];
-} state;
-static struct {
-    word device, words;
-    void *stream, *data;
-} workspaces[STREAMS];
-static int streams;
-
-static _Thread_local struct kind asked; /* the kind of the call that Python is serving on this thread */
-static _Thread_local bool asking, raised;
-
-/* A view of a PyTorch tensor, or of one that is still to be made. */
-struct view {
-    DLTensor tensor;
-    word shape[DIMENSIONS], strides[DIMENSIONS];
-};
-
 /* A call's tensors by their places in a program, and its kind. */
 struct given {
-    struct view views[PA_TENSORS];
+    struct pa_view views[PA_TENSORS];
     struct pa_call call;
-    struct kind kind;
+    struct pa_kind kind;
     void *stream;
 };
 
@@ -105,8 +61,8 @@ static bool look(pa_tensor_handle handle, DLTensor *view, bool grad)
     view->ndim = (int32_t)dimensions;
     view->byte_offset = 0;
     for (int i = 0; i < DTYPES; i++)
-        if (world.dtypes[i][1] == dtype) {
-            view->dtype = (DLDataType){(uint8_t)(world.dtypes[i][0] >> 8), (uint8_t)world.dtypes[i][0], 1};
+        if (dtypes[i][1] == dtype) {
+            view->dtype = (DLDataType){(uint8_t)(dtypes[i][0] >> 8), (uint8_t)dtypes[i][0], 1};
             return true;
         }
     return false;
@@ -130,7 +86,7 @@ static bool read(const struct operator *op, const pa_value *stack, struct given 
 {
     memset(given->call.tensors, 0, sizeof given->call.tensors);
     bool grad = pa_host.grad_mode();
-    word *words = given->kind.words + FIRST_OPTION;
+    word *words = given->kind.words + PA_FIRST_OPTION;
     for (word i = 0; i < op->arguments; i++) {
         word type = op->argument[i].type, place = op->argument[i].place;
         bool optional = type == MAYBE_TENSOR || type == MAYBE_NUMBER || type == BOUND, there = stack[i] != 0;
@@ -156,103 +112,38 @@ static bool read(const struct operator *op, const pa_value *stack, struct given 
     }
     const DLTensor *tokens = &given->views[op->tokens].tensor;
     given->kind.count = (int)(words - given->kind.words);
-    given->kind.words[OPERATOR] = op->index;
-    given->kind.words[TOKENS] = bit_length(elements(tokens));
-    given->kind.words[SEQUENCES] = bit_length(elements(&given->views[op->sequences].tensor));
+    given->kind.words[PA_OPERATOR] = op->index;
+    given->kind.words[PA_KIND_TOKENS] = bit_length(elements(tokens));
+    given->kind.words[PA_KIND_SEQUENCES] = bit_length(elements(&given->views[op->sequences].tensor));
     return pa_host.current_stream(tokens->device.device_id, &given->stream) == 0;
 }
 
-/* Whether overrides and environment are what the token stands for. */
-static bool unchanged(void)
-{
-    for (word i = 0; i < state.count; i++) {
-        pa_object value = NULL;
-        if (!state.watches[i].is_variable)
-            value = pa_host.dict_item(state.watches[i].owner, state.watches[i].key);
-        else if (pa_host.variable_value(state.watches[i].owner, NULL, &value) == 0 && value != NULL)
-            pa_host.drop(value); /* somebody else holds it */
-        if (value != state.watches[i].value)
-            return false;
-    }
-    return state.count > 0;
-}
-
-static bool same(const struct kind *a, const struct kind *b)
-{
-    return a->count == b->count && memcmp(a->words, b->words, (size_t)a->count * sizeof(word)) == 0;
-}
-
-static struct entry **head_of(const struct kind *kind)
-{
-    uint64_t hash = 0;
-    for (int i = 0; i < kind->count; i++)
-        hash = (hash ^ (uint64_t)kind->words[i]) * UINT64_C(0x9E3779B97F4A7C15);
-    return &heads[hash >> 54];
-}
-
-static bool lend_workspace(const struct operator *op, struct given *given)
-{
-    if (op->workspace < 0)
-        return true;
-    DLDevice device = given->views[op->tokens].tensor.device;
-    for (int i = 0; i < streams; i++) {
-        if (workspaces[i].stream != given->stream || workspaces[i].device != device.device_id)
-            continue;
-        struct view *view = &given->views[op->workspace];
-        view->shape[0] = workspaces[i].words;
-        view->strides[0] = 1;
-        view->tensor =
-            (DLTensor){workspaces[i].data, device, 1, {kDLInt, 32, 1}, view->shape, view->strides, .byte_offset = 0};
-        given->call.tensors[op->workspace] = &view->tensor;
-        return true;
-    }
-    return false;
-}
-
-static void record(pa_object decisions)
-{
-    for (word i = 0; i < pa_host.list_size(world.sinks); i++) {
-        pa_object done = pa_host.call(pa_host.list_item(world.sinks, i), decisions);
-        if (done != NULL)
-            pa_host.drop(done);
-        else
-            pa_host.clear_error();
-    }
-}
-
-/* Leaves the program that fits in `given->call`, its launches on record. */
+/* Leaves the program that fits in `given->call`, the tensors that it needs besides the caller's beside them. */
 static enum pa_fit find(const struct operator *op, struct given *given)
 {
-    if (!unchanged() || !lend_workspace(op, given))
-        return PA_MISFIT;
-    given->kind.words[TOKEN] = state.token;
+    DLDevice device = given->views[op->tokens].tensor.device;
+    if (op->workspace >= 0) {
+        struct pa_view *view = &given->views[op->workspace];
+        if (!pa_borrow(view, device, given->stream))
+            return PA_MISFIT;
+        given->call.tensors[op->workspace] = &view->tensor;
+    }
     unsigned made = 0;
     for (word i = 0; i < op->results; i++) {
-        struct view *view = &given->views[op->made[i]];
-        view->tensor = (DLTensor){.device = given->views[op->tokens].tensor.device};
-        view->tensor.shape = view->shape;
-        view->tensor.strides = view->strides;
+        struct pa_view *view = &given->views[op->made[i]];
+        view->tensor = (DLTensor){.device = device, .shape = view->shape, .strides = view->strides};
         given->call.tensors[op->made[i]] = &view->tensor;
         made |= 1u << op->made[i];
     }
-    for (struct entry *entry = *head_of(&given->kind); entry != NULL; entry = entry->next) {
-        if (!same(&entry->kind, &given->kind))
-            continue;
-        enum pa_fit fit = pa_match(&given->call, entry->program, made);
-        if (fit == PA_FITS)
-            record(entry->decisions);
-        if (fit != PA_MISFIT)
-            return fit;
-    }
-    return PA_MISFIT;
+    return pa_find(&given->kind, &given->call, made);
 }
 
 static bool make(DLTensor *result, pa_tensor_handle *handle)
 {
     word dtype = result->dtype.code << 8 | result->dtype.bits;
     for (int i = 0; i < DTYPES; i++)
-        if (world.dtypes[i][0] == dtype)
-            return pa_host.empty_strided(result->ndim, result->shape, result->strides, (int32_t)world.dtypes[i][1],
+        if (dtypes[i][0] == dtype)
+            return pa_host.empty_strided(result->ndim, result->shape, result->strides, (int32_t)dtypes[i][1],
                                          (int32_t)result->device.device_type, result->device.device_id, handle) == 0 &&
                    pa_host.get_data_ptr(*handle, &result->data) == 0;
     return false;
@@ -303,12 +194,10 @@ static void serve(const struct operator *op, pa_value *stack)
     bool readable = read(op, stack, &given);
     if (readable && served(op, stack, &given))
         return;
-    asking = readable;
-    if (readable)
-        asked = given.kind;
+    pa_ask(readable ? &given.kind : NULL);
     raised = false;
     int failed = pa_host.call_dispatcher(op->name, op->overload, stack, ABI);
-    asking = false;
+    pa_ask(NULL);
     if (!failed && !raised)
         return;
     for (word i = 0; !failed && i < op->results; i++)
@@ -332,14 +221,14 @@ static void (*const kernels[OPERATORS])(pa_value *, uint64_t, uint64_t) = {
 
 /* The functions below are called by pa_ops/native.py, which holds the GIL and all that it hands over. */
 
-/* 0, or -1 if the caller's tables are those of another version: functions as in host.h, dtypes as in `world`. */
-PA_EXPORT int pa_attach(word functions, void *const *addresses, const word *dtypes, pa_object sinks, pa_object raise)
+/* 0, or -1 if the caller's tables are those of another version: functions as in host.h, dtypes as above. */
+PA_EXPORT int pa_attach(word functions, void *const *addresses, const word *numbers, pa_object sinks, pa_object raise)
 {
     if (functions * sizeof(void *) != sizeof pa_host)
         return -1;
     memcpy((void *)&pa_host, addresses, sizeof pa_host);
-    memcpy(world.dtypes, dtypes, sizeof world.dtypes);
-    world.sinks = sinks;
+    memcpy(dtypes, numbers, sizeof dtypes);
+    pa_sinks = sinks;
     pa_prepare_to_throw(raise);
     return 0;
 }
@@ -354,46 +243,6 @@ PA_EXPORT void *pa_operator(const char *name, const char *overload, const word *
     op->overload = overload;
     memcpy(&op->index, words, sizeof *op - offsetof(struct operator, index));
     return (void *)kernels[op->index];
-}
-
-/* From now on the token stands for these values; what is kept for another token is not run. */
-PA_EXPORT void pa_watch(word token, word count, const word *watches)
-{
-    state.count = count <= WATCHES ? count : 0;
-    state.token = token;
-    memcpy(state.watches, watches, (size_t)state.count * sizeof *state.watches);
-}
-
-/* Whether the program is newly kept, for the kind of the call that this thread is serving in Python. */
-PA_EXPORT int pa_keep(const word *program, pa_object decisions)
-{
-    if (!asking)
-        return 0;
-    asked.words[TOKEN] = state.token;
-    struct entry **at = head_of(&asked);
-    for (; *at != NULL; at = &(*at)->next)
-        if ((*at)->program == program && same(&(*at)->kind, &asked))
-            return 0;
-    struct entry *entry = malloc(sizeof *entry);
-    if (entry == NULL)
-        return 0;
-    *entry = (struct entry){asked, program, decisions, NULL};
-    *at = entry;
-    return 1;
-}
-
-/* A stream's workspace, for good. */
-PA_EXPORT void pa_lend(word device, void *stream, void *data, word words)
-{
-    for (int i = 0; i < streams; i++)
-        if (workspaces[i].device == device && workspaces[i].stream == stream)
-            return;
-    if (streams == STREAMS)
-        return;
-    workspaces[streams].device = device;
-    workspaces[streams].words = words;
-    workspaces[streams].stream = stream;
-    workspaces[streams++].data = data;
 }
 
 /* The Python implementation that this thread has called met an error. */

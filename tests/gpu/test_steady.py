@@ -134,6 +134,7 @@ def test_streams_do_not_meet(device: torch.device, monkeypatch: pytest.MonkeyPat
 
 def test_G7_steady_calls_pass_opcheck_and_compile(device: torch.device) -> None:
     call = paged(DECODE, Shape(64), device)
+    call.tensors["q"] = call.tensors["q"][: call.rows]  # opcheck compares every row, also those that nobody writes
     want = warm(call.run)
     verdicts = torch.library.opcheck(torch.ops.pa_ops.paged_attention.default, tuple(call.tensors.values()))
     assert set(verdicts.values()) == {"SUCCESS"}, verdicts
