@@ -170,7 +170,10 @@ class Kernels:
         return kernel
 
     def _twin(self, op: str, run: Callable[..., Any]) -> Callable[..., Any]:
-        """The Python implementation as kernels call it: an error waits here while C++ unwinds, see `_raise`."""
+        """The Python implementation as kernels call it: an error waits here while C++ unwinds, see `_raise`.
+
+        It returns new tensors all the same: autograd leaves its mark on what an operator returns.
+        """
         results = SCHEMAS[op].rpartition(" -> ")[2].count("Tensor")
 
         def call(*args: Any, **kwargs: Any) -> Any:
@@ -179,7 +182,8 @@ class Kernels:
             except BaseException as error:
                 self._raised.error = error
                 self._library.pa_raise()
-                return (None, args[0], (args[0], args[0]))[results]
+                nothing = torch.empty(0)
+                return (None, nothing, (nothing, nothing))[results]
 
         return call
 

@@ -13,6 +13,7 @@ import os
 import sys
 import threading
 import traceback
+import warnings
 import weakref
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -241,6 +242,9 @@ def G7_gradients_are_refused_where_they_would_be_recorded() -> None:
     call("paged_attention", *good)
     good[0].requires_grad_()
     refused(InvalidArgument, "q: must not require grad", "paged_attention", *good)
+    with warnings.catch_warnings(record=True) as warned:
+        good[0].float().sum().backward()
+    assert not warned, f"a refusal leaves no mark, {warned[0].message}"
     with torch.inference_mode():
         plain = paged(3)
         steady("paged_attention", *plain)
