@@ -125,7 +125,7 @@ ATTENTION = Record(
 )
 
 FLASH_SM90 = Record(
-    addresses=("out", "lse", "cu_seqlens_q", "kv_lengths", "block_table", "sinks"),
+    addresses=("out", "lse", "cu_seqlens_q", "kv_lengths", "block_table", "sinks", "tickets"),
     strides=("out_token_stride", "out_head_stride", "lse_head_stride", "table_stride"),
     counts=(*ATTENTION.counts, "box_rows"),  # keys that one copy brings: they divide the page and the tile
     factors=ATTENTION.factors,

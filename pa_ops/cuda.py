@@ -21,8 +21,6 @@ Results = tuple[Tensor, Tensor]
 Given = tuple[Tensor | None, ...]
 Options = dict[str, Any]
 
-VARLEN_TENSORS = 5  # positional ones; paged attention has one more
-
 
 def _attention(op: str) -> Callable[..., Results]:
     """An attention operator that allocates its results; rows past cu_seqlens_q[-1] keep what was there before."""
@@ -48,8 +46,7 @@ def _attention_out(op: str) -> Callable[..., None]:
 
 def _attention_given(tensors: tuple[Tensor, ...], options: Options, out: Tensor, lse: Tensor | None) -> Given:
     get = options.get
-    given = (*tensors, get("sinks"), get("k_scale"), get("v_scale"), out, lse)
-    return given if len(tensors) == VARLEN_TENSORS else (*given, _workspace(out))
+    return (*tensors, get("sinks"), get("k_scale"), get("v_scale"), out, lse, _workspace(out))
 
 
 def paged_attention_(*tensors: Tensor, **options: Any) -> Tensor:

@@ -17,7 +17,7 @@ from pa_ops.arguments import APPEND, ATTENTION, DECODE, FLASH_SM90, MERGE, Recor
 from pa_ops.errors import InvalidArgument
 from pa_ops.plan import ceil_div
 from pa_ops.program import Address, Grid, GridRule, Launch, Size, Source, Stride, TensorMap, Value
-from pa_ops.scratch import blocks_of, counters_at
+from pa_ops.scratch import blocks_of, counters_at, tickets_at
 from pa_ops.spec import DType, InstanceSpec
 
 LOG2_E = math.log2(math.e)
@@ -138,7 +138,12 @@ def attention_launch(kernel: int, spec: InstanceSpec, call: Attention, *, skip_u
 
 def persistent_launch(kernel: int, spec: InstanceSpec, call: Attention, *, skip_up_to: int, num_sms: int) -> Launch:
     """Attend by one block an SM that lists its tiles itself; shorter sequences are left as in `attention_launch`."""
-    sources: dict[str, Source] = {**call.sources(), "skip_up_to": skip_up_to, **_map_sources(spec, call)}
+    sources: dict[str, Source] = {
+        **call.sources(),
+        **_map_sources(spec, call),
+        "tickets": Address("workspace", tickets_at(num_sms)),
+        "skip_up_to": skip_up_to,
+    }
     return Launch(kernel, FLASH_SM90, _fields(FLASH_SM90, sources), Grid(GridRule.FIXED, num_sms, 1))
 
 

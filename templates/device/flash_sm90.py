@@ -20,6 +20,7 @@ from pa_ops.templates.device.ptx import (
     opaque,
     st_global_128,
     st_global_f32,
+    st_global_i32,
     st_shared_32,
 )
 from pa_ops.templates.device.warpgroup import COLUMN, GROUP_ROWS, GROUP_THREADS, Products
@@ -31,6 +32,8 @@ TURNS = 1  # the first of the named barriers by which warpgroups take turns
 TAILS = 8  # the first of those at which one has cleared the tail of a tile
 SLOTS = 2  # tiles that the copying warp may be ahead of the computing ones
 SLOT_WORDS = 8
+TOKEN, LIVE, HEAD, STEPS, END, POSITION, KEYS = range(4, 4 * SLOT_WORDS, 4)  # bytes in a slot, after "there is one"
+NEAR_BYTES = 24 << 20  # of keys and values that a section of heads may have: half of an H200's L2 cache
 REGISTERS = {2: (240, 24), 3: (160, 32)}  # of a computing and of a copying thread, by computing warpgroups
 
 
@@ -60,6 +63,7 @@ class FlashSm90:
         self.holes_at = self.slot_empty + 8 * SLOTS
         self.slots_at = self.holes_at + 4 * stages
         self.smem_bytes = self.slots_at + 4 * SLOT_WORDS * SLOTS
+        self.near_keys = NEAR_BYTES // (head_dim * 4)
 
     @cute.jit
     def __call__(self, args):
@@ -104,10 +108,53 @@ class FlashSm90:
 
     @cute.jit
     def tile_at(self, args, rank: Int32):
-        """(sequence or -1, row block, head) of the tile of that rank: heads of a row block follow one another."""
+        """(sequence, first row in it, head) of the tile of that rank; sequence -1 beyond the last one.
+
+        The heads of a sequence go by sections whose keys and values stay in the L2 cache; in a section the last row
+        blocks come first, because in a causal sequence they see most keys.
+        """
         place = rank // args.heads
         sequence, block = find_tile(args, self.rows, place)
-        return sequence, block, rank - place * args.heads
+        row_first, head = Int32(0), rank - place * args.heads
+        if sequence >= 0:
+            _, q_len = length_at(args.cu_seqlens_q, sequence, args.tokens)
+            _, k_len = self.keys_of(args, sequence, q_len)
+            tiles = (q_len + (self.rows - 1)) // self.rows
+            section = cutlass.min(args.group * cutlass.max(self.near_keys // cutlass.max(k_len, 1), 1), args.heads)
+            within = block * args.heads + head
+            first = within // (section * tiles) * section
+            rest = within - first * tiles
+            width = cutlass.min(section, args.heads - first)
+            row_first = (tiles - 1 - rest // width) * self.rows
+            head = first + rest % width
+        elif block * args.heads + head == cute.arch.grid_dim()[0] - 1:
+            # Blocks stop at the first rank beyond the last tile, each at one of its own: this is the last block.
+            st_global_i32(args.tickets, Int32(0))
+        return sequence, row_first, head
+
+    @cute.jit
+    def take_ticket(self, args):
+        """In lane 0, the rank of the block's next tile: whoever is done first takes the next."""
+        ticket = Int32(0)
+        if cute.arch.lane_idx() == 0:
+            ticket = cute.arch.grid_dim()[0] + tma.take(args.tickets)
+        return ticket
+
+    @cute.jit
+    def keys_of(self, args, sequence: Int32, queries: Int32):
+        """(first key where they are dense, keys) of a sequence."""
+        first, count = Int32(0), Int32(0)
+        if cutlass.const_expr(self.paged):
+            count = paged_keys(args, sequence, queries)
+        else:
+            first, count = length_at(args.kv_lengths, sequence, args.keys)
+        return first, count
+
+    @cute.jit
+    def after(self, stage: Int32, parity: Int32):
+        """The stage that follows, and the parity of its phase."""
+        wraps = stage == self.stages - 1
+        return Int32(cutlass.select_(wraps, Int32(0), stage + 1)), parity ^ Int32(cutlass.select_(wraps, 1, 0))
 
     @cute.jit
     def copy(self, args, smem: Int32, q_map: Int64, k_map: Int64, v_map: Int64):
@@ -117,19 +164,12 @@ class FlashSm90:
             tma.prefetch_map(q_map)
             tma.prefetch_map(k_map)
             tma.prefetch_map(v_map)
-        blocks, _, _ = cute.arch.grid_dim()
-        rank, _, _ = cute.arch.block_idx()
-        sequence, block, head = self.tile_at(args, rank)
-        turn, queries, done = Int32(0), Int32(0), Int32(0)
+        turn, queries, stage, parity = Int32(0), Int32(0), Int32(0), Int32(0)
+        sequence, row_first, head = self.tile_at(args, cute.arch.block_idx()[0])
         while sequence >= 0:
+            ticket = self.take_ticket(args)
             q_start, q_len = length_at(args.cu_seqlens_q, sequence, args.tokens)
-            k_start = Int32(0)
-            if cutlass.const_expr(self.paged):
-                k_len = paged_keys(args, sequence, q_len)
-            else:
-                k_start, k_len = length_at(args.kv_lengths, sequence, args.keys)
-            # The last blocks of a causal sequence see most keys: start them first.
-            row_first = ((q_len + (self.rows - 1)) // self.rows - 1 - block) * self.rows
+            k_start, k_len = self.keys_of(args, sequence, q_len)
             live = cutlass.min(q_len - row_first, self.rows)
             position = k_len - q_len + row_first
             low, high = Int32(0), k_len
@@ -158,12 +198,11 @@ class FlashSm90:
                         row = q_start + row_first
                         tma.load_box(at, q_map, smem + self.q_full, Int32(half * COLUMN), row, head, Int32(0))
                 cute.arch.sync_warp()
-                self.copy_keys(args, smem, k_map, v_map, sequence, k_start, low, high, end, steps, kv_head, done)
+                where = (sequence, k_start, low, high, end, steps, kv_head)
+                stage, parity = self.copy_keys(args, smem, k_map, v_map, *where, stage, parity)
                 queries = queries + 1
-                done = done + steps
-            rank = rank + blocks
             turn = turn + 1
-            sequence, block, head = self.tile_at(args, rank)
+            sequence, row_first, head = self.tile_at(args, cute.arch.shuffle_sync(ticket, 0))
         slot = turn % SLOTS
         tma.wait_for(smem + self.slot_empty + slot * 8, (turn // SLOTS + 1) & 1)
         if lane == 0:
@@ -184,26 +223,29 @@ class FlashSm90:
         end: Int32,
         steps: Int32,
         kv_head: Int32,
-        done: Int32,
+        stage: Int32,
+        parity: Int32,
     ):
-        """K of each block of keys, from the last to the first, and V one block behind it."""
-        last_row, last_page = Int32(0), Int32(0)
+        """K of each block of keys, from the last to the first, and V one block behind it; the stage that follows."""
+        row, page = self.box_of(args, sequence, k_start, (end - 1) * self.keys, low, high)
+        last_row, last_page, last_stage, last_parity = row, page, stage, parity
         for i in cutlass.range(steps, unroll=1):
-            row, page = self.box_of(args, sequence, k_start, (end - 1 - i) * self.keys, low, high)
-            stage, parity = (done + i) % self.stages, (done + i) // self.stages + 1
-            tma.wait_for(smem + self.k_empty + stage * 8, parity & 1)
+            tma.wait_for(smem + self.k_empty + stage * 8, parity ^ 1)
             if cutlass.const_expr(self.paged):
                 missing = cute.arch.vote_ballot_sync((page < 0) & (cute.arch.lane_idx() < self.keys // args.box_rows))
                 st_shared_32(smem + self.holes_at + stage * 4, Int32(missing))
             self.copy_tile(args, smem, self.k_at, self.k_full, k_map, stage, row, page, kv_head)
+            # The next look-up is under way while V waits for its stage.
+            next_row, next_page = self.box_of(args, sequence, k_start, (end - 2 - i) * self.keys, low, high)
             if i > 0:
-                stage, parity = (done + i - 1) % self.stages, (done + i - 1) // self.stages + 1
-                tma.wait_for(smem + self.v_empty + stage * 8, parity & 1)
-                self.copy_tile(args, smem, self.v_at, self.v_full, v_map, stage, last_row, last_page, kv_head)
-            last_row, last_page = row, page
-        stage, parity = (done + steps - 1) % self.stages, (done + steps - 1) // self.stages + 1
-        tma.wait_for(smem + self.v_empty + stage * 8, parity & 1)
-        self.copy_tile(args, smem, self.v_at, self.v_full, v_map, stage, last_row, last_page, kv_head)
+                tma.wait_for(smem + self.v_empty + last_stage * 8, last_parity ^ 1)
+                self.copy_tile(args, smem, self.v_at, self.v_full, v_map, last_stage, last_row, last_page, kv_head)
+            last_row, last_page, last_stage, last_parity = row, page, stage, parity
+            row, page = next_row, next_page
+            stage, parity = self.after(stage, parity)
+        tma.wait_for(smem + self.v_empty + last_stage * 8, last_parity ^ 1)
+        self.copy_tile(args, smem, self.v_at, self.v_full, v_map, last_stage, last_row, last_page, kv_head)
+        return stage, parity
 
     @cute.jit
     def box_of(self, args, sequence: Int32, k_start: Int32, key_first: Int32, low: Int32, high: Int32):
@@ -254,36 +296,28 @@ class FlashSm90:
 
     @cute.jit
     def compute(self, args, pointer, smem: Int32, warp: Int32):
-        """A computing warpgroup: its 64 rows of each of the block's tiles."""
+        """A computing warpgroup: its 64 rows of each of the block's tiles.
+
+        What a tile is stays in its slot and is read again where it is needed: registers are scarce.
+        """
         lane = cute.arch.lane_idx()
         group = warp // 4 - 1
-        own_row = group * GROUP_ROWS + warp % 4 * 16 + (lane >> 2)
         if group == self.groups - 1:
             self.pass_turn(group)
-        turn, queries, done = Int32(0), Int32(0), Int32(0)
+        turn, queries, stage, parity = Int32(0), Int32(0), Int32(0), Int32(0)
         tma.wait_for(smem + self.slot_full, 0)
-        there = ld_shared_32(smem + self.slots_at)
-        while there != 0:
-            slot = turn % SLOTS
-            words = smem + self.slots_at + slot * (SLOT_WORDS * 4)
-            token, live, head, steps, end, position, k_len = [ld_shared_32(words + i * 4) for i in range(1, SLOT_WORDS)]
-            self.release(smem + self.slot_empty + slot * 8, lane)
+        slot = smem + self.slots_at
+        while ld_shared_32(slot) != 0:
             acc_o, row_max, row_sum = softmax.fresh_state(1, self.d_tiles)
-            if steps > 0:
+            if ld_shared_32(slot + STEPS) > 0:
                 tma.wait_for(smem + self.q_full, queries & 1)
-                where = (own_row, live, steps, end, position, k_len, done)
-                self.attend(args, pointer, smem, group, *where, acc_o, row_max, row_sum)
+                stage, parity = self.attend(args, pointer, smem, slot, group, stage, parity, acc_o, row_max, row_sum)
                 queries = queries + 1
-                done = done + steps
-            sink = Float32(-Float32.inf)
-            if args.sinks != 0:
-                sink = softmax.sink_of(self.dtype, args, head) * LOG2_E
-            factors = softmax.finish(row_max, row_sum, args.log2_scale, sink, 1)
-            self.store(args, acc_o, factors, token, own_row, live, head, lane)
+            self.store(args, slot, acc_o, row_max, row_sum, warp, lane)
+            self.release(smem + self.slot_empty + turn % SLOTS * 8, lane)
             turn = turn + 1
-            slot = turn % SLOTS
-            tma.wait_for(smem + self.slot_full + slot * 8, turn // SLOTS & 1)
-            there = ld_shared_32(smem + self.slots_at + slot * (SLOT_WORDS * 4))
+            tma.wait_for(smem + self.slot_full + turn % SLOTS * 8, turn // SLOTS & 1)
+            slot = smem + self.slots_at + turn % SLOTS * (SLOT_WORDS * 4)
 
     @cute.jit
     def attend(
@@ -291,19 +325,15 @@ class FlashSm90:
         args,
         pointer,
         smem: Int32,
+        slot: Int32,
         group: Int32,
-        own_row: Int32,
-        live: Int32,
-        steps: Int32,
-        end: Int32,
-        position: Int32,
-        k_len: Int32,
-        done: Int32,
+        stage: Int32,
+        parity: Int32,
         acc_o,
         row_max,
         row_sum,
     ):
-        """Outputs, maxima and sums of the group's rows over `steps` blocks of keys that end at block `end`."""
+        """Outputs, maxima and sums of the group's rows over the keys of the tile in `slot`; the stage that follows."""
         lane = cute.arch.lane_idx()
         s_q = self.products.tile(pointer, self.rows, self.head_dim)
         s_k = self.products.tile(pointer + self.k_at, self.keys, self.head_dim, self.stages)
@@ -313,44 +343,42 @@ class FlashSm90:
         probabilities = self.products.probabilities()
 
         # Every row of the tile sees keys [safe_low, safe_high).
-        safe_low, safe_high = Int32(0), k_len
+        safe_low, safe_high = Int32(0), ld_shared_32(slot + KEYS)
         if cutlass.const_expr(self.causal or self.window):
-            safe_high = cutlass.min(k_len, position + 1)
+            safe_high = cutlass.min(safe_high, ld_shared_32(slot + POSITION) + 1)
         if cutlass.const_expr(self.window):
-            safe_low = position + live - args.window
-        key_first = (end - 1) * self.keys
-        tail = k_len - key_first
-        stage = done % self.stages
-        tma.wait_for(smem + self.k_full + stage * 8, done // self.stages & 1)
+            safe_low = ld_shared_32(slot + POSITION) + ld_shared_32(slot + LIVE) - args.window
+        steps = ld_shared_32(slot + STEPS)
+        key_first = (ld_shared_32(slot + END) - 1) * self.keys
+        tma.wait_for(smem + self.k_full + stage * 8, parity)
         self.products.start_scores(s_q, s_k, stage, group, acc_s)
         warpgroup.wait_group(0)
         hole = self.take_holes(smem, stage)
         self.release(smem + self.k_empty + stage * 8, lane)
-        self.hide(args, acc_s, own_row, position, key_first, safe_low, safe_high, k_len, hole, lane)
+        self.treat(args, acc_s, slot, key_first, safe_low, safe_high, hole)
         softmax.start(acc_s, row_max, row_sum, args.log2_scale, self.n_tiles)
         self.products.round(acc_s, probabilities)
 
         for i in cutlass.range(1, steps, unroll=1):
-            last = stage
-            last_parity = (done + i - 1) // self.stages & 1
-            stage = (done + i) % self.stages
-            tma.wait_for(smem + self.k_full + stage * 8, (done + i) // self.stages & 1)
+            last, last_parity = stage, parity
+            stage, parity = self.after(stage, parity)
+            tma.wait_for(smem + self.k_full + stage * 8, parity)
             self.take_turn(group)
             self.products.start_scores(s_q, s_k, stage, group, acc_s)
             tma.wait_for(smem + self.v_full + last * 8, last_parity)
-            self.clear(smem, last, Int32(cutlass.select_(i == 1, tail, self.keys)), Int32(self.keys), group)
+            if i == 1:
+                self.clear_tail(smem, slot, last, key_first, group)
             self.products.start_outputs(probabilities, s_v, last, group, acc_o)
             self.pass_turn(group)
             warpgroup.wait_group(1)
             hole = self.take_holes(smem, stage)
             self.release(smem + self.k_empty + stage * 8, lane)
-            self.hide(args, acc_s, own_row, position, key_first - i * self.keys, safe_low, safe_high, k_len, hole, lane)
+            key_first = key_first - self.keys
+            self.treat(args, acc_s, slot, key_first, safe_low, safe_high, hole)
             outgrown = softmax.outgrown(acc_s, row_max, args.log2_scale, self.n_tiles)
             for _ in cutlass.range(opaque(outgrown), unroll=1):
-                for row, factor in enumerate(
-                    softmax.raise_maxima(acc_s, row_max, row_sum, args.log2_scale, self.n_tiles)
-                ):
-                    factors[row] = factor
+                raised = softmax.raise_maxima(acc_s, row_max, row_sum, args.log2_scale, self.n_tiles)
+                factors[0], factors[1] = raised
             softmax.exponentiate(acc_s, row_max, row_sum, args.log2_scale, self.n_tiles)
             warpgroup.wait_group(0)
             self.release(smem + self.v_empty + last * 8, lane)
@@ -359,13 +387,15 @@ class FlashSm90:
             self.products.round(acc_s, probabilities)
 
         self.release(smem + self.q_empty, lane)
-        tma.wait_for(smem + self.v_full + stage * 8, (done + steps - 1) // self.stages & 1)
-        self.clear(smem, stage, Int32(cutlass.select_(steps == 1, tail, self.keys)), Int32(self.keys), group)
+        tma.wait_for(smem + self.v_full + stage * 8, parity)
+        if steps == 1:
+            self.clear_tail(smem, slot, stage, key_first, group)
         if cutlass.const_expr(self.window):
-            self.clear(smem, stage, Int32(0), position - args.window + 1 - (end - steps) * self.keys, group)
+            self.clear(smem, stage, Int32(0), ld_shared_32(slot + POSITION) - args.window + 1 - key_first, group)
         self.products.start_outputs(probabilities, s_v, stage, group, acc_o)
         warpgroup.wait_group(0)
         self.release(smem + self.v_empty + stage * 8, lane)
+        return self.after(stage, parity)
 
     @cute.jit
     def release(self, barrier: Int32, lane: Int32):
@@ -390,6 +420,11 @@ class FlashSm90:
         return ld_shared_32(smem + self.holes_at + stage * 4) if self.paged else Int32(0)
 
     @cute.jit
+    def clear_tail(self, smem: Int32, slot: Int32, stage: Int32, key_first: Int32, group: Int32):
+        """Zero the values of a stage's keys past the last one."""
+        self.clear(smem, stage, ld_shared_32(slot + KEYS) - key_first, Int32(self.keys), group)
+
+    @cute.jit
     def clear(self, smem: Int32, stage: Int32, begin: Int32, stop: Int32, group: Int32):
         """Zero the values of rows [begin, stop) of a stage: whatever lies there, nothing times it is to be nothing.
 
@@ -397,7 +432,7 @@ class FlashSm90:
         itself, so that none waits for another.
         """
         thread = cute.arch.thread_idx()[0] % GROUP_THREADS
-        for _ in cutlass.range(opaque(begin < stop), unroll=1):
+        if begin < stop:
             base = smem + self.v_at + stage * self.kv_bytes
             for half in cutlass.range_constexpr(self.halves):
                 for chunk in cutlass.range(begin * 8 + thread, stop * 8, GROUP_THREADS, unroll=1):
@@ -406,64 +441,71 @@ class FlashSm90:
             cute.arch.barrier(barrier_id=TAILS + group, number_of_threads=GROUP_THREADS)
 
     @cute.jit
-    def hide(
-        self,
-        args,
-        acc_s,
-        own_row: Int32,
-        position: Int32,
-        key_first: Int32,
-        safe_low: Int32,
-        safe_high: Int32,
-        k_len: Int32,
-        hole: Int32,
-        lane: Int32,
-    ):
-        """-inf wherever one of this thread's rows must not see a key; nothing for most blocks of keys."""
+    def treat(self, args, acc_s, slot: Int32, key_first: Int32, safe_low: Int32, safe_high: Int32, hole: Int32):
+        """Cap the scores, and -inf wherever one of this thread's rows must not see a key; nothing for most blocks."""
+        for _ in cutlass.range(opaque(args.softcap_in > 0.0), unroll=1):
+            softmax.cap(acc_s, args.softcap_in)
         edge = key_first + self.keys > safe_high
         if cutlass.const_expr(self.window):
             edge = edge | (key_first < safe_low)
-        if cutlass.const_expr(self.paged):
-            edge = edge | (hole != 0)
-        for turn in cutlass.range(opaque(edge), unroll=1):
-            # The turn is 0; it keeps the comparisons inside the loop.
-            column = key_first + (lane & 3) * 2 + turn
-            for r in cutlass.range_constexpr(2):
-                here = position + own_row + r * 8
-                stop = cutlass.min(k_len, here + 1) if self.causal or self.window else k_len
-                for nt in cutlass.range_constexpr(self.n_tiles):
-                    for c in cutlass.range_constexpr(2):
-                        drop = stop - column <= nt * 8 + c
-                        if cutlass.const_expr(self.window):
-                            drop = drop | (here - args.window - column >= nt * 8 + c)
-                        at = nt * 4 + r * 2 + c
-                        acc_s[at] = cutlass.select_(drop, Float32(-Float32.inf), acc_s[at])
+        for _ in cutlass.range(opaque(edge), unroll=1):
+            self.hide(args, acc_s, slot, key_first)
         if cutlass.const_expr(self.paged):
             for turn in cutlass.range(opaque(hole != 0), unroll=1):
+                # The turn is 0; it keeps the divisions inside the loop.
                 for nt in cutlass.range_constexpr(self.n_tiles):
                     box = Uint32(nt * 8 + turn) // Uint32(args.box_rows)
                     drop = ((Uint32(hole) >> box) & 1) != 0
                     for i in cutlass.range_constexpr(4):
                         acc_s[nt * 4 + i] = cutlass.select_(drop, Float32(-Float32.inf), acc_s[nt * 4 + i])
 
-    def store(self, args, acc_o, factors, token, own_row, live, head, lane):
+    def hide(self, args, acc_s, slot, key_first):
+        """-inf for keys past the last, after the row's own position, before its window."""
+        thread, _, _ = cute.arch.thread_idx()
+        first = ld_shared_32(slot + POSITION) + row_of(thread)
+        keys = ld_shared_32(slot + KEYS)
+        column = key_first + (thread & 3) * 2
+        for r in range(2):
+            here = first + r * 8
+            stop = (cutlass.min(keys, here + 1) if self.causal or self.window else keys) - column
+            begin = here - args.window - column
+            for nt in range(self.n_tiles):
+                for c in range(2):
+                    drop = stop <= nt * 8 + c
+                    if self.window:
+                        drop = drop | (begin >= nt * 8 + c)
+                    at = nt * 4 + r * 2 + c
+                    acc_s[at] = cutlass.select_(drop, Float32(-Float32.inf), acc_s[at])
+
+    @cute.jit
+    def store(self, args, slot: Int32, acc_o, row_max, row_sum, warp: Int32, lane: Int32):
         """Write this thread's rows: four lanes trade words, so that each stores 16 bytes of one row."""
-        scale, lse = factors
+        head, token, live = ld_shared_32(slot + HEAD), ld_shared_32(slot + TOKEN), ld_shared_32(slot + LIVE)
+        sink = Float32(-Float32.inf)
+        if args.sinks != 0:
+            sink = softmax.sink_of(self.dtype, args, head) * LOG2_E
+        scale, lse = softmax.finish(row_max, row_sum, args.log2_scale, sink, 1)
         mine = lane & 3
+        first_row = row_of(warp * 32 + lane)
         lse_row = args.lse + Int64(head) * args.lse_head_stride + Int64(token) * 4
         out_row = args.out + Int64(token) * args.out_token_stride + Int64(head) * args.out_head_stride
-        for r in range(2):
-            row = own_row + r * 8
+        for r in cutlass.range_constexpr(2):
+            row = first_row + r * 8
             st_global_f32(lse_row + Int64(row) * 4, lse[r] * LN_2, (mine == 0) & (row < live) & (args.lse != 0))
             target = out_row + Int64(row) * args.out_token_stride
-            for first in range(0, self.d_tiles, 4):
+            for first in cutlass.range_constexpr(0, self.d_tiles, 4):
                 words = []
-                for dt in range(first, first + 4):
+                for dt in cutlass.range_constexpr(first, first + 4):
                     at = dt * 4 + r * 2
                     words.append(softmax.scaled_pair(self.dtype, acc_o[at], acc_o[at + 1], scale[r]))
                 column = (mine + first) * 8
-                words = trade(words, mine)
-                st_global_128(target + Int64(column) * 2, words, (row < live) & (column < args.head_dim))
+                traded = trade(words, mine)
+                st_global_128(target + Int64(column) * 2, traded, (row < live) & (column < args.head_dim))
+
+
+def row_of(thread):
+    """The first of the two rows, eight apart, of the tile that a computing thread holds."""
+    return ((thread >> 5) - 4) * 16 + ((thread & 31) >> 2)
 
 
 def trade(words, mine):

@@ -107,6 +107,13 @@ def st_shared_128(address, words, *, loc=None, ip=None):
 
 
 @dsl_user_op
+def take(address, *, loc=None, ip=None):
+    """Add one to an int32 in global memory; the value before."""
+    operand = [Int64(address).ir_value(loc=loc, ip=ip)]
+    return Int32(_asm(T.i32(), operand, "atom.relaxed.gpu.global.add.u32 $0, [$1], 1;", "=r,l", True, loc, ip))
+
+
+@dsl_user_op
 def fence_async(*, loc=None, ip=None):
     """What this thread wrote to shared memory is seen by the tensor cores and by bulk copies that follow."""
     _asm(None, [], "fence.proxy.async.shared::cta;", MEMORY, True, loc, ip)

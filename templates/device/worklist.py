@@ -41,7 +41,7 @@ def scan_warp(value: Int32):
 
 @cute.jit
 def find_tile(args, rows: cutlass.Constexpr, rank: Int32):
-    """(sequence, row block) of the `rank`-th tile of `rows` query rows, or (-1, 0) beyond the last one.
+    """(sequence, row block) of the `rank`-th tile of `rows` query rows; beyond the last, -1 and how far beyond.
 
     Sequences of `skip_up_to` tokens or fewer have no tiles here: another kernel's launch has them. One warp reads 32
     lengths a step and scans them: 64 sequences cost two steps, a single one costs one.
@@ -67,5 +67,6 @@ def find_tile(args, rows: cutlass.Constexpr, rank: Int32):
             first = args.sequences
         else:
             remaining = remaining - total
+            block = remaining
             first = first + 32
     return found, block
