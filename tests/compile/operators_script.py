@@ -28,7 +28,7 @@ from pa_ops.schema import SCHEMAS
 NAMESPACE = "twin"
 HALF = torch.float16
 SM90 = pa_ops.Capability.of_sm(90)
-WORDS = scratch.counters_at(SM90.num_sms) // 4 + scratch.blocks_of(SM90.num_sms)
+WORDS = scratch.tickets_at(SM90.num_sms) // 4 + 1
 SCENES: dict[str, Callable[[], None]] = {}
 
 asked: list[str] = []  # operators that Python was asked to serve
