@@ -12,6 +12,7 @@ from pa_ops.calls import REFERENCES, TENSORS, Plan, kind_of, known, plan_of
 from pa_ops.checked import check_values
 from pa_ops.checks import validate
 from pa_ops.environment import settings
+from pa_ops.native import keep
 from pa_ops.schema import base_of, signature
 from pa_ops.scratch import workspace
 from pa_ops.trace import record
@@ -144,6 +145,7 @@ def _launched(plan: Plan, given: Given) -> bool:
     done = 0 if plan.program is None else plan.run(plan.program.address, *given)
     if done == 1:
         record(plan.settings, *plan.decisions)
+        keep(plan)
     return bool(done)
 
 

@@ -15,7 +15,8 @@ from pa_ops.program import stream_of
 BLOCKS_AN_SM = 2
 MAX_STATE_WORDS = 32 * (256 + 2)  # outputs, maximum and sum of a row, the most rows that a tile has
 
-_held: dict[tuple[int, int], Tensor] = {}
+held: dict[tuple[int, int], Tensor] = {}
+"""Device and stream -> the workspace that is the stream's for good."""
 _spare: dict[int, Tensor] = {}  # one a device, for the first stream that is met while it is being captured
 
 
@@ -41,14 +42,14 @@ def workspace(device: int) -> Tensor:
     whose counters every replay sets to zero first.
     """
     key = (device, stream_of(device))
-    found = _held.get(key)
+    found = held.get(key)
     if found is None:
         if not torch.cuda.is_current_stream_capturing():
-            found = _held[key] = _made(device)
+            found = held[key] = _made(device)
             _spare.setdefault(device, _made(device))
             torch.cuda.synchronize(device)
         elif device in _spare:
-            found = _held[key] = _spare.pop(device)
+            found = held[key] = _spare.pop(device)
         else:
             found = _made(device)
     return found
