@@ -44,33 +44,25 @@ class Copier:
         tma.wait_for(smem + self.shared.slot_full, 0)
         slot = smem + self.shared.slots
         while ld_shared_32(slot) != 0:
-            words = (SEQUENCE, TOKEN, HEAD, STEPS, END, FIRST_KEY, LOW, HIGH)
-            sequence, token, head, steps, end, first_key, low, high = [ld_shared_32(slot + at) for at in words]
+            tma.wait_for(smem + self.shared.q_empty, (turn + 1) & 1)
+            self.copy_queries(smem, q_map, slot)
+            if ld_shared_32(slot + STEPS) > 0:
+                stage, parity = self.copy_keys(args, smem, k_map, v_map, slot, stage, parity)
+            elif lane == 0:
+                tma.arrive_at(smem + self.shared.asked)
             cute.arch.sync_warp()
             if lane == 0:
                 tma.arrive_at(smem + self.shared.slot_empty + turn % SLOTS * BARRIER)
-            tma.wait_for(smem + self.shared.q_empty, (turn + 1) & 1)
-            self.copy_queries(smem, q_map, token, head)
-            if steps == 0:
-                self.ask(smem, steps == 0)
-            else:
-                where = (sequence, first_key, low, high, end, steps, head // args.group)
-                stage, parity = self.copy_keys(args, smem, k_map, v_map, *where, stage, parity)
             turn = turn + 1
             tma.wait_for(smem + self.shared.slot_full + turn % SLOTS * BARRIER, turn // SLOTS & 1)
             slot = smem + self.shared.slots + turn % SLOTS * SLOT
 
     @cute.jit
-    def ask(self, smem: Int32, wanted):
-        """Have the next tile listed."""
-        if wanted & (cute.arch.lane_idx() == 0):
-            tma.arrive_at(smem + self.shared.asked)
-
-    @cute.jit
-    def copy_queries(self, smem: Int32, q_map: Int64, token: Int32, head: Int32):
+    def copy_queries(self, smem: Int32, q_map: Int64, slot: Int32):
         """The tile's rows; those past the sequence's last are another's, and nobody looks at what becomes of them."""
         full = smem + self.shared.q_full
         if cute.arch.lane_idx() == 0:
+            token, head = ld_shared_32(slot + TOKEN), ld_shared_32(slot + HEAD)
             tma.expect(full, self.q_bytes)
             for half in range(self.halves):
                 at = smem + half * (self.rows * COLUMN * 2)
@@ -78,34 +70,25 @@ class Copier:
         cute.arch.sync_warp()
 
     @cute.jit
-    def copy_keys(
-        self,
-        args,
-        smem: Int32,
-        k_map: Int64,
-        v_map: Int64,
-        sequence: Int32,
-        k_start: Int32,
-        low: Int32,
-        high: Int32,
-        end: Int32,
-        steps: Int32,
-        kv_head: Int32,
-        stage: Int32,
-        parity: Int32,
-    ):
+    def copy_keys(self, args, smem: Int32, k_map: Int64, v_map: Int64, slot: Int32, stage: Int32, parity: Int32):
         """K of each block of keys, from the last to the first, and V one block behind it; the stage that follows."""
-        row, page = self.box_of(args, sequence, k_start, (end - 1) * self.keys, low, high)
+        kv_head = ld_shared_32(slot + HEAD) // args.group
+        steps = ld_shared_32(slot + STEPS)
+        block = ld_shared_32(slot + END) - 1
+        row, page = self.box_of(args, slot, block)
         last_row, last_page, last_stage, last_parity = row, page, stage, parity
         for i in cutlass.range(steps, unroll=1):
-            self.ask(smem, i == cutlass.max(steps - ASK_AHEAD, 0))
+            if (i == cutlass.max(steps - ASK_AHEAD, 0)) & (cute.arch.lane_idx() == 0):
+                tma.arrive_at(smem + self.shared.asked)
+            if cutlass.const_expr(self.paged):
+                page = Int32(cutlass.select_((page < 0) | (page >= args.num_pages), Int32(-1), page))
             tma.wait_for(smem + self.shared.k_empty + stage * BARRIER, parity ^ 1)
             if cutlass.const_expr(self.paged):
                 missing = cute.arch.vote_ballot_sync((page < 0) & (cute.arch.lane_idx() < self.keys // args.box_rows))
                 st_shared_32(smem + self.shared.holes + stage * 4, Int32(missing))
             self.copy_tile(args, smem, self.shared.k, self.shared.k_full, k_map, stage, row, page, kv_head)
-            # The next look-up is under way while V waits for its stage.
-            next_row, next_page = self.box_of(args, sequence, k_start, (end - 2 - i) * self.keys, low, high)
+            # The next look-up is under way, and what it brings not looked at, while V waits for its stage.
+            next_row, next_page = self.box_of(args, slot, block - 1 - i)
             if i > 0:
                 self.copy_values(args, smem, v_map, last_stage, last_parity, last_row, last_page, kv_head)
             last_row, last_page, last_stage, last_parity = row, page, stage, parity
@@ -120,20 +103,18 @@ class Copier:
         self.copy_tile(args, smem, self.shared.v, self.shared.v_full, v_map, stage, row, page, kv_head)
 
     @cute.jit
-    def box_of(self, args, sequence: Int32, k_start: Int32, key_first: Int32, low: Int32, high: Int32):
-        """(row, page) of this lane's box of the block of keys; page -1 where no key of the box is live or mapped."""
-        row, page = k_start + key_first, Int32(0)
+    def box_of(self, args, slot: Int32, block: Int32):
+        """(row, page) of this lane's box of a block of keys; page -1 where none of its keys is live or in the table."""
+        row, page = ld_shared_32(slot + FIRST_KEY) + block * self.keys, Int32(0)
         if cutlass.const_expr(self.paged):
-            key = key_first + cute.arch.lane_idx() * args.box_rows
+            key = block * self.keys + cute.arch.lane_idx() * args.box_rows
             page = Int32(-1)
-            if (key < high) & (key + args.box_rows > low):
+            if (key < ld_shared_32(slot + HIGH)) & (key + args.box_rows > ld_shared_32(slot + LOW)):
                 logical = Int32(Uint32(key) // Uint32(args.page_size))
                 row = key - logical * args.page_size
                 if logical < args.max_pages:
-                    table = args.block_table + Int64(sequence) * args.table_stride
+                    table = args.block_table + Int64(ld_shared_32(slot + SEQUENCE)) * args.table_stride
                     page = ld_global_i32(table + Int64(logical) * 4)
-                    if page >= args.num_pages:
-                        page = Int32(-1)
         return row, page
 
     @cute.jit
