@@ -21,6 +21,7 @@ _STATEMENTS = {Language.CUTE: "# %", Language.CUDA: "// %"}
 LANGUAGES: dict[Family, Language] = {
     Family.FLASH_SM80: Language.CUTE,
     Family.DECODE: Language.CUTE,
+    Family.MEA: Language.CUDA,
     Family.APPEND: Language.CUDA,
     Family.MERGE: Language.CUTE,
 }

@@ -13,6 +13,7 @@ from pa_ops.spec import DType, Family, InstanceSpec, KernelOp, Layout, Mask, Til
 from .language import OLDEST_CUTE_SM, Language, language_of
 from .targets import DECLARED_TARGETS
 
+OLDEST_BF16_SM = 80
 RUN_TIME = 0  # a head size or tile extent that the kernel takes as an argument
 
 # Tile of each head size, by how keys are found: the fastest on an H200 of those that neither spill for sm_80 and sm_90a
@@ -33,6 +34,9 @@ DECODE_TILES: dict[int, Tile] = {
     192: Tile(16, 64, 2, 4),
     256: Tile(16, 64, 3, 4),
 }
+# Tile of each head size in CUDA C++, one for all paths and targets: within 48 KiB of shared memory, all that a block may
+# have before SM 7.0, and without a spill on SM 7.0, whose pieces of rows are 32 tall.
+MEA_TILES: dict[int, Tile] = {64: Tile(128, 64, 1, 4), 128: Tile(64, 64, 1, 4), 256: Tile(32, 32, 1, 4)}
 DECODE_MASKS = (Mask.CAUSAL, Mask.WINDOW)
 DTYPES: tuple[DType, ...] = (DType.FP16, DType.BF16)
 KV_DTYPES: tuple[DType, ...] = (DType.FP16, DType.BF16, DType.E4M3FN, DType.E5M2, DType.INT8)
@@ -53,7 +57,7 @@ TILE_EXCEPTIONS: dict[Cell, Tile] = {Cell(128, Layout.DENSE, Mask.WINDOW): Tile(
 
 @dataclass(frozen=True)
 class Preset:
-    """A named choice of attention cells, and of head sizes and masks for few query rows.
+    """A named choice of attention cells, in CuTe and in CUDA C++, and of head sizes and masks for few query rows.
 
     targets: what it builds when the user names none (empty: the GPU's).
     """
@@ -62,6 +66,7 @@ class Preset:
     title: str
     cells: tuple[Cell, ...]
     decode: tuple[tuple[int, Mask], ...]
+    mea: tuple[Cell, ...]
     targets: tuple[str, ...] = ()
 
 
@@ -75,14 +80,28 @@ _SMOKE = (
     *_grid((128,), (Layout.DENSE, Layout.GATHER), (Mask.CAUSAL,)),
 )
 _SERVING = _grid(FLASH_SM80_TILES, Layout, Mask)
+_SMOKE_MEA = _grid((64,), Layout, (Mask.CAUSAL,))
+_SERVING_MEA = _grid(MEA_TILES, Layout, Mask)
 _SMOKE_DECODE = ((64, Mask.CAUSAL), (64, Mask.WINDOW), (128, Mask.CAUSAL))
 _SERVING_DECODE = tuple(product(DECODE_TILES, DECODE_MASKS))
 PRESETS: dict[str, Preset] = {
     preset.name: preset
     for preset in (
-        Preset("smoke", "head sizes 64 and 128, the masks that the demo and a first test need", _SMOKE, _SMOKE_DECODE),
-        Preset("serving", "every head size, layout and mask, for the GPU that is here", _SERVING, _SERVING_DECODE),
-        Preset("full", "serving, for every architecture", _SERVING, _SERVING_DECODE, DECLARED_TARGETS),
+        Preset(
+            "smoke",
+            "head sizes 64 and 128, the masks that the demo and a first test need",
+            _SMOKE,
+            _SMOKE_DECODE,
+            _SMOKE_MEA,
+        ),
+        Preset(
+            "serving",
+            "every head size, layout and mask, for the GPU that is here",
+            _SERVING,
+            _SERVING_DECODE,
+            _SERVING_MEA,
+        ),
+        Preset("full", "serving, for every architecture", _SERVING, _SERVING_DECODE, _SERVING_MEA, DECLARED_TARGETS),
     )
 }
 DEFAULT_PRESET = "serving"
@@ -125,6 +144,13 @@ RULES: tuple[Rule, ...] = (
         "cp.async and mma.sync m16n8k16 begin at SM 8.0, and so does the DSL that compiles this template",
     ),
     Rule(
+        "bf16-before-sm80",
+        lambda spec, target: (
+            spec.family is Family.MEA and spec.dtype is DType.BF16 and parse_target(target) < OLDEST_BF16_SM
+        ),
+        "the tensor cores' bf16 begins at SM 8.0",
+    ),
+    Rule(
         "shared-memory",
         lambda spec, target: spec.smem_bytes > _smem_limit(target),
         "the tiles need more shared memory than a block may have on some device that loads this target",
@@ -132,19 +158,27 @@ RULES: tuple[Rule, ...] = (
 )
 
 
-def _attention(cells: Sequence[Cell]) -> Iterator[InstanceSpec]:
+def _attention(cells: Sequence[Cell], family: Family, tile_of: Callable[[Cell], Tile]) -> Iterator[InstanceSpec]:
     for cell, dtype, kv_dtype in product(cells, DTYPES, KV_DTYPES):
         yield InstanceSpec(
             op=KernelOp.ATTN,
-            family=Family.FLASH_SM80,
+            family=family,
             dtype=dtype,
             kv_dtype=kv_dtype,
             head_dim=cell.head_dim,
             head_dim_v=cell.head_dim,
             layout=cell.layout,
             mask=cell.mask,
-            tile=TILE_EXCEPTIONS.get(cell, FLASH_SM80_TILES[cell.head_dim][cell.layout]),
+            tile=tile_of(cell),
         )
+
+
+def _flash_tile(cell: Cell) -> Tile:
+    return TILE_EXCEPTIONS.get(cell, FLASH_SM80_TILES[cell.head_dim][cell.layout])
+
+
+def _mea_tile(cell: Cell) -> Tile:
+    return MEA_TILES[cell.head_dim]
 
 
 def _decode(cells: Sequence[tuple[int, Mask]]) -> Iterator[InstanceSpec]:
@@ -183,7 +217,9 @@ def preset_of(name: str) -> Preset:
 def candidates(preset: str) -> tuple[InstanceSpec, ...]:
     """The whole product of a preset's axes, sorted by name, before any rule."""
     chosen = preset_of(preset)
-    specs = (*_attention(chosen.cells), *_decode(chosen.decode), *_helpers())
+    flash = _attention(chosen.cells, Family.FLASH_SM80, _flash_tile)
+    mea = _attention(chosen.mea, Family.MEA, _mea_tile)
+    specs = (*flash, *mea, *_decode(chosen.decode), *_helpers())
     return tuple(sorted(specs, key=lambda spec: spec.name))
 
 

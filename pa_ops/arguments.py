@@ -118,6 +118,13 @@ ATTENTION = Record(
     ),
 )
 
+MEA = Record(
+    addresses=ATTENTION.addresses,
+    strides=ATTENTION.strides,
+    counts=(*ATTENTION.counts, "head_dim_v"),
+    factors=ATTENTION.factors,
+)
+
 DECODE = Record(
     addresses=(*ATTENTION.addresses, "partials", "counters"),
     strides=ATTENTION.strides,
@@ -201,6 +208,7 @@ MERGE = Record(
 RECORDS: dict[Family, Record] = {
     Family.FLASH_SM80: ATTENTION,
     Family.DECODE: DECODE,
+    Family.MEA: MEA,
     Family.APPEND: APPEND,
     Family.MERGE: MERGE,
 }

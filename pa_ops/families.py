@@ -81,6 +81,20 @@ GATES: dict[Family, Gates] = {
         quantised=False,
         invariant=False,
     ),
+    Family.MEA: Gates(
+        op=KernelOp.ATTN,
+        needs={DType.FP16: frozenset({Feature.HALF2}), DType.BF16: frozenset({Feature.MMA_BF16})},
+        layouts=frozenset(Layout),
+        masks=_OWN_MASK,
+        head_multiple=8,
+        head_max=256,
+        split_heads=True,
+        softcap=True,
+        sinks=True,
+        aligned=True,
+        quantised=False,
+        invariant=True,
+    ),
     Family.APPEND: Gates(
         op=KernelOp.APPEND_KV,
         needs={dtype: frozenset({Feature.HALF2}) for dtype in (DType.FP16, DType.BF16)},
@@ -259,21 +273,25 @@ UNSUPPORTED: tuple[Unsupported, ...] = (
         "kernels begin at SM 5.3, where half-precision arithmetic does",
     ),
     Unsupported(
-        "before-sm80",
+        "bf16-before-sm80",
         lambda problem, capability: (
-            problem.kernel_op is not KernelOp.APPEND_KV and Feature.CP_ASYNC not in capability.features
+            problem.kernel_op is KernelOp.ATTN
+            and problem.dtype is DType.BF16
+            and Feature.MMA_BF16 not in capability.features
         ),
-        "attention begins at SM 8.0, where cp.async and mma.sync m16n8k16 do, and so does its compiler",
+        "attention in bf16 begins at SM 8.0, where the tensor cores' bf16 does",
+    ),
+    Unsupported(
+        "merge-before-sm80",
+        lambda problem, capability: (
+            problem.kernel_op is KernelOp.MERGE_STATES and Feature.CP_ASYNC not in capability.features
+        ),
+        "merging states begins at SM 8.0, as the compiler of its template does",
     ),
     Unsupported(
         "sm-110",
         lambda _, capability: capability.sm // 10 == 11,
         "the kernel compiler still emits this part's former number, sm_101, which the build refuses",
-    ),
-    Unsupported(
-        "unequal-heads",
-        lambda problem, _: problem.kernel_op is KernelOp.ATTN and problem.head_dim != problem.head_dim_v,
-        "attention kernels take one head size; the reference serves Dv != D on the CPU",
     ),
     Unsupported(
         "unaligned",

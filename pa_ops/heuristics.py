@@ -19,8 +19,10 @@ LOAD_ROWS = 64
 
 DECODE_ROWS = 16  # of a decode tile; beyond so many, one of 64 or 128 query rows is better filled than two
 MIXED_TOKENS = 1024
+# Families that run where no other may: on SMs that the others do not reach, or by an override.
+LAST = frozenset({Family.MEA})
 
-Cost = tuple[bool, int, int, int, int, str]
+Cost = tuple[bool, bool, int, int, int, int, str]
 
 
 def query_rows(problem: Problem) -> int:
@@ -71,4 +73,5 @@ def cost(entry: Entry, problem: Problem, capability: Capability) -> Cost:
     slots = ceil_div(blocks, capability.num_sms) * (tile_m + LOAD_ROWS)
     ranks = [capability.targets.index(target) for target in entry.code_targets if target in capability.targets]
     native = min(ranks, default=len(capability.targets))
-    return (not suits(spec, problem), spec.head_dim + spec.head_dim_v, slots, native, entry.smem_bytes, entry.name)
+    last, padded = spec.family in LAST, spec.head_dim + spec.head_dim_v
+    return (last, not suits(spec, problem), padded, slots, native, entry.smem_bytes, entry.name)

@@ -45,6 +45,7 @@ class Family(Word):
 
     FLASH_SM80 = "flash_sm80"
     DECODE = "decode"
+    MEA = "mea"
     APPEND = "append"
     MERGE = "merge"
 

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from pa_ops.checks import INT32_MAX, Arguments, Sizes
+from pa_ops.families import attention_families
 from pa_ops.faults import mask_of
 from pa_ops.heuristics import Division, division
 from pa_ops.launch import (
@@ -44,6 +45,10 @@ WORD = {
 }
 
 
+FEW_ROWS = frozenset({Family.DECODE})
+MANY_ROWS = frozenset(attention_families()) - FEW_ROWS
+
+
 class Step(NamedTuple):
     """One launch, the record of why it is this one, the tensors whose rows it takes to be 16-byte aligned."""
 
@@ -72,7 +77,8 @@ def _scores(arguments: Arguments, head_dim: int) -> Scores:
 def _attention(arguments: Arguments, sizes: Sizes, q: Rows, out: Rows, keys: Keys) -> Attention:
     lse = None if arguments["lse"] is None else "lse"
     heads, head_dim = sizes["Hq"], sizes["D"]
-    return Attention(q, out, keys, heads, head_dim, _scores(arguments, head_dim), lse, arguments["sinks"])
+    scores = _scores(arguments, head_dim)
+    return Attention(q, out, keys, heads, head_dim, sizes["Dv"], scores, lse, arguments["sinks"])
 
 
 def _attention_steps(op: str, arguments: Arguments, sizes: Sizes, registry: Registry) -> Iterator[Step]:
@@ -106,10 +112,10 @@ def _attend(
 def _division(problem: Problem, arguments: Arguments, registry: Registry) -> tuple[Selection | None, Selection | None]:
     """The kernels for sequences of few query rows and for the others; None where all go to the one that is there."""
     backend = arguments["backend"]
-    few = registry.find(problem, backend, Family.DECODE)
+    few = registry.find(problem, backend, FEW_ROWS)
     if few is None:
         return None, registry.select(problem, backend)
-    many = registry.find(problem, backend, Family.FLASH_SM80)
+    many = registry.find(problem, backend, MANY_ROWS)
     if many is None:
         return few, None
     chosen = division(problem, few.entry.spec.tile.m)

@@ -94,7 +94,7 @@ def test_G1_second_build_rebuilds_nothing_and_an_edit_rebuilds_what_it_touches(t
     assert stale(home, toy) == append
     assert list(run(home, toy).compiled) == append
     after = stamps(home)
-    untouched = [path for path in before if path.suffix == ".cubin" and "_append_" not in path.name]
+    untouched = [path for path in before if path.suffix == ".image" and "_append_" not in path.name]
     assert len(untouched) == ALL - 1 and all(after[path] == before[path] for path in untouched)
 
     edit(toy / "device" / "scale.cuh", "THREADS = 128", "THREADS = 64")
@@ -115,7 +115,7 @@ def test_G1_filtered_builds_merge_and_stale_rows_leave(tmp_path: Path, toy: Path
     assert [name for name in outcome.dropped if "_fp16_" in name] and len(outcome.compiled) == 1
     layout = Layout(home / TARGET)
     (left,) = check_whole(layout)
-    assert "_bf16_" in left and [path.stem for path in layout.objects.glob("*.cubin")] == [left]
+    assert "_bf16_" in left and [path.stem for path in layout.objects.glob("*.image")] == [left]
 
 
 def test_G1_a_damaged_product_is_made_again_and_strays_leave(tmp_path: Path, toy: Path) -> None:
@@ -236,7 +236,7 @@ def test_G5_nvrtc_says_why_it_refuses_a_target(tmp_path: Path) -> None:
     source = tmp_path / "empty.cu"
     source.write_text("")
     with pytest.raises(nvrtc.NvrtcError, match=r"for sm_20\n.*gpu-architecture"):
-        nvrtc.compile_cubin(Toolchain().nvrtc, source, "sm_20", tmp_path)
+        nvrtc.compile_image(Toolchain().nvrtc, source, "sm_20", tmp_path)
 
 
 def test_G1_crash_of_the_compiler_costs_its_instance_only(tmp_path: Path, toy: Path) -> None:
