@@ -34,8 +34,8 @@ DECODE_TILES: dict[int, Tile] = {
     192: Tile(16, 64, 2, 4),
     256: Tile(16, 64, 3, 4),
 }
-# Tile of each head size in CUDA C++, one for all paths and targets: within 48 KiB of shared memory, all that a block may
-# have before SM 7.0, and without a spill on SM 7.0, whose pieces of rows are 32 tall.
+# Tile of each head size in CUDA C++, one for all paths and targets: within 48 KiB of shared memory, all that a block
+# may have before SM 7.0, and without a spill on SM 7.0, whose pieces of rows are 32 tall.
 MEA_TILES: dict[int, Tile] = {64: Tile(128, 64, 1, 4), 128: Tile(64, 64, 1, 4), 256: Tile(32, 32, 1, 4)}
 DECODE_MASKS = (Mask.CAUSAL, Mask.WINDOW)
 DTYPES: tuple[DType, ...] = (DType.FP16, DType.BF16)

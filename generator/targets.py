@@ -36,22 +36,9 @@ TARGETS: tuple[str, ...] = (
     "compute_70",
     "compute_75",
 )
-# Targets that together load on every SM that is served, each SM before 8.0 with code of its own. SM 11.0 is not: the
-# DSL's CUDA 12 libraries emit the part's former number, sm_101, and the build refuses an image that is not what was
-# asked for.
-DECLARED_TARGETS: tuple[str, ...] = (
-    "sm_53",
-    "sm_60",
-    "sm_61",
-    "sm_62",
-    "sm_70",
-    "sm_72",
-    "sm_75",
-    "sm_80",
-    "sm_90a",
-    "sm_100f",
-    "sm_120f",
-)
+# The fewest targets that together load on every SM that is served. SM 11.0 is not: the DSL's CUDA 12 libraries emit
+# the part's former number, sm_101, and the build refuses an image that is not what was asked for.
+DECLARED_TARGETS: tuple[str, ...] = ("sm_53", "sm_60", "sm_70", "sm_75", "sm_80", "sm_90a", "sm_100f", "sm_120f")
 DEFAULT_TARGETS: tuple[str, ...] = ("sm_80", "sm_90a")
 # A bare SM that has no plain target means the declared target that it loads.
 ALIASES: dict[str, str] = {

@@ -294,9 +294,18 @@ UNSUPPORTED: tuple[Unsupported, ...] = (
         "the kernel compiler still emits this part's former number, sm_101, which the build refuses",
     ),
     Unsupported(
+        "large-heads",
+        lambda problem, _: (
+            problem.kernel_op is KernelOp.ATTN
+            and max(problem.head_dim, problem.head_dim_v)
+            > max(GATES[family].head_max for family in attention_families())
+        ),
+        "attention kernels take head sizes up to 256",
+    ),
+    Unsupported(
         "unaligned",
         lambda problem, _: problem.kernel_op is KernelOp.ATTN and not problem.aligned,
-        "cp.async moves 16 bytes at a time",
+        "attention kernels load 16 bytes at a time",
     ),
 )
 
