@@ -37,6 +37,7 @@ static_assert(ROWS * COLUMN_GROUPS % TALLEST == 0, "a warp has whole pieces of r
 static_assert(CHANNELS % 64 == 0, "a warp's channels are whole rows of banks");
 
 using Scores = float[PIECES][KEY_TILES][Path::REGISTERS];
+using KeyStage = Stage<KEYS, WARPS * LANES>;
 using Outputs = float[PIECES][OUTPUT_TILES][Path::REGISTERS];
 
 // Where K or V lies for one KV head: dense rows from `base` on, or rows of pages.
@@ -87,18 +88,17 @@ __device__ inline Band band_of(const Arguments &args, const Tile &tile)
 }
 
 // Issue the loads of a block of keys or values; keys outside [low, high) or on unmapped pages become zeros, unread.
-__device__ inline void fetch_keys(Stage<KEYS> &stage, const Source &source, int key_first, const Band &band,
+__device__ inline void fetch_keys(KeyStage &stage, const Source &source, int key_first, const Band &band,
                                   const Pages<KEYS> &pages)
 {
-    const int row = threadIdx.x / LANES_A_ROW;
 #pragma unroll
     for (int i = 0; i < stage.PASSES; i++) {
         if constexpr (PAGED) {
-            const Slot slot = pages.slot_of(row, i * ROWS_A_PASS);
+            const Slot slot = pages.slot_of(stage.row(), i * stage.ROWS_A_PASS);
             const Address from = source.base + slot.page * source.page_stride + slot.offset * source.token_stride;
             stage.template fetch_row<true>(i, from, slot.page >= 0, source.width);
         } else {
-            const int key = key_first + row + i * ROWS_A_PASS;
+            const int key = key_first + stage.row() + i * stage.ROWS_A_PASS;
             const bool there = (!WINDOW || key >= band.low) && key < band.high;
             stage.template fetch_row<true>(i, source.base + key * source.token_stride, there, source.width);
         }
@@ -109,14 +109,13 @@ __device__ inline void fetch_keys(Stage<KEYS> &stage, const Source &source, int 
 __device__ inline void load_queries(const Arguments &args, Shared q, const Tile &tile, int head)
 {
     const Address base = args.q + tile.token * args.q_token_stride + head * args.q_head_stride;
-    const int row = threadIdx.x / LANES_A_ROW;
     constexpr int AT_ONCE = ROWS < 64 ? ROWS : 64; // rows in flight: the registers are those of the outputs to come
 #pragma unroll 1
     for (int first = 0; first < ROWS; first += AT_ONCE) {
-        Stage<AT_ONCE> stage;
+        Stage<AT_ONCE, WARPS * LANES> stage;
 #pragma unroll
         for (int i = 0; i < stage.PASSES; i++) {
-            const int at = first + row + i * ROWS_A_PASS;
+            const int at = first + stage.row() + i * stage.ROWS_A_PASS;
             stage.template fetch_row<false>(i, base + at * args.q_token_stride, at < tile.rows, args.head_dim);
         }
         stage.store(q + first * PITCH);
@@ -198,10 +197,10 @@ __device__ inline void store(const Arguments &args, Shared shared, const Outputs
         }
     __syncthreads();
     const Address base = args.out + tile.token * args.out_token_stride + head * args.out_head_stride;
-    for (int row = threadIdx.x / LANES_A_ROW; row < tile.rows; row += ROWS_A_PASS)
+    for (int row = KeyStage::row(); row < tile.rows; row += KeyStage::ROWS_A_PASS)
 #pragma unroll
         for (int j = 0; j < CHUNKS_A_LANE; j++) {
-            const int column = threadIdx.x % LANES_A_ROW + j * LANES_A_ROW;
+            const int column = KeyStage::column(j);
             if (column * ELEMENTS < args.head_dim_v)
                 put(base + row * args.out_token_stride + column * CHUNK, load_shared(tile_address(shared, row, column)));
         }
@@ -236,7 +235,7 @@ __device__ inline void run_tile(const Arguments &args, const Tile &tile, int hea
             for (int i = 0; i < Path::REGISTERS; i++)
                 o[piece][out][i] = 0.0f;
     Pages<KEYS> pages, next; // of this block of keys, and of the one before it in memory, which comes next
-    Stage<KEYS> stage;
+    KeyStage stage;
     if (block_first < block_end) {
         load_queries(args, q, tile, head);
         if constexpr (PAGED)

@@ -12,10 +12,15 @@ struct Slot {
     int page, offset;
 };
 
-template <int KEYS_> struct Pages {
-    static constexpr int WORDS = KEYS_ / LANES;
-    static_assert(KEYS_ % LANES == 0, "a word has the keys of 32 lanes");
+template <int COUNT> struct Pages {
+    static constexpr int WORDS = (COUNT + LANES - 1) / LANES;
     int page[WORDS], offset[WORDS];
+
+    // Whether this lane has a key of word `w`.
+    __device__ static bool has_key(int w)
+    {
+        return COUNT % LANES == 0 || w * LANES + threadIdx.x % LANES < COUNT;
+    }
 
     // Read the table for the block of keys that starts at `first`; of them, [low, high) are live.
     __device__ void look_up(const Arguments &args, Address table, int first, int low, int high)
@@ -25,7 +30,7 @@ template <int KEYS_> struct Pages {
             const int key = first + w * LANES + threadIdx.x % LANES;
             page[w] = -1;
             offset[w] = 0;
-            if (key >= low && key < high) {
+            if (has_key(w) && key >= low && key < high) {
                 const int logical = static_cast<unsigned>(key) / static_cast<unsigned>(args.page_size);
                 offset[w] = key - logical * args.page_size;
                 if (logical < args.max_pages)
@@ -48,7 +53,7 @@ template <int KEYS_> struct Pages {
         bool hole = false;
 #pragma unroll
         for (int w = 0; w < WORDS; w++)
-            hole |= page[w] < 0;
+            hole |= has_key(w) && page[w] < 0;
         return __any_sync(ALL_LANES, hole);
     }
 
