@@ -209,6 +209,7 @@ RECORDS: dict[Family, Record] = {
     Family.FLASH_SM80: ATTENTION,
     Family.DECODE: DECODE,
     Family.MEA: MEA,
+    Family.MEA_DECODE: DECODE,
     Family.APPEND: APPEND,
     Family.MERGE: MERGE,
 }

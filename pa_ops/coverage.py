@@ -15,7 +15,7 @@ from typing import Protocol
 from pa_ops.capability import MODELS, Capability
 from pa_ops.errors import InvalidArgument, NoInstance
 from pa_ops.families import family_rejections, row_rejections, unsupported
-from pa_ops.heuristics import LAST, cost
+from pa_ops.heuristics import BY_NAME, cost
 from pa_ops.manifest import Entry, Manifest
 from pa_ops.problem import Problem
 from pa_ops.selection import select_entry
@@ -160,7 +160,7 @@ def domain() -> Iterator[Problem]:
 def survey(entries: Iterable[Entry], sms: Iterable[int] = tuple(MODELS)) -> tuple[frozenset[Key], tuple[Hole, ...]]:
     """The rows that selection picks for some problem of the domain on some SM, and the problems that it cannot serve.
 
-    Families that run where no other may are also asked for by name.
+    Families that an SM with others runs when they are asked for are asked for too.
 
     A hole is told once, whatever its sizes, for the oldest SM that shows it; problems that are declared unsupported are
     no holes.
@@ -171,7 +171,7 @@ def survey(entries: Iterable[Entry], sms: Iterable[int] = tuple(MODELS)) -> tupl
     for sm in sorted(sms):
         capability = Capability.of_sm(sm)
         loadable = [row for row in rows if not set(row.code_targets).isdisjoint(capability.targets)]
-        last = {family: [row for row in loadable if row.spec.family is family] for family in LAST}
+        named = {family: [row for row in loadable if row.spec.family is family] for family in BY_NAME}
         for problem in problems:
             if unsupported(problem, capability) is not None:
                 continue
@@ -180,7 +180,7 @@ def survey(entries: Iterable[Entry], sms: Iterable[int] = tuple(MODELS)) -> tupl
             except NoInstance as error:
                 holes.setdefault(problem.facts, Hole(problem, sm, str(error)))
             else:
-                reached |= {(entry.name, entry.target), *_by_name(last, problem, capability)}
+                reached |= {(entry.name, entry.target), *_by_name(named, problem, capability)}
     return frozenset(reached), tuple(holes.values())
 
 

@@ -40,6 +40,12 @@ class Gates:
 
 
 _OWN_MASK = {mask: frozenset({mask}) for mask in Mask}
+_FULL_BY_FLAG = {
+    Mask.FULL: frozenset(),
+    Mask.CAUSAL: frozenset({Mask.CAUSAL, Mask.FULL}),
+    Mask.WINDOW: frozenset({Mask.WINDOW}),
+}
+_MEA_NEEDS = {DType.FP16: frozenset({Feature.HALF2}), DType.BF16: frozenset({Feature.MMA_BF16})}
 _ANY_MASK = {mask: frozenset(Mask) for mask in Mask}
 
 GATES: dict[Family, Gates] = {
@@ -67,11 +73,7 @@ GATES: dict[Family, Gates] = {
             DType.BF16: frozenset({Feature.CP_ASYNC, Feature.MMA_BF16}),
         },
         layouts=frozenset({Layout.GATHER}),
-        masks={
-            Mask.FULL: frozenset(),
-            Mask.CAUSAL: frozenset({Mask.CAUSAL, Mask.FULL}),
-            Mask.WINDOW: frozenset({Mask.WINDOW}),
-        },
+        masks=_FULL_BY_FLAG,
         head_multiple=8,
         head_max=256,
         split_heads=False,
@@ -83,7 +85,7 @@ GATES: dict[Family, Gates] = {
     ),
     Family.MEA: Gates(
         op=KernelOp.ATTN,
-        needs={DType.FP16: frozenset({Feature.HALF2}), DType.BF16: frozenset({Feature.MMA_BF16})},
+        needs=_MEA_NEEDS,
         layouts=frozenset(Layout),
         masks=_OWN_MASK,
         head_multiple=8,
@@ -94,6 +96,20 @@ GATES: dict[Family, Gates] = {
         aligned=True,
         quantised=False,
         invariant=True,
+    ),
+    Family.MEA_DECODE: Gates(
+        op=KernelOp.ATTN,
+        needs=_MEA_NEEDS,
+        layouts=frozenset({Layout.GATHER}),
+        masks=_FULL_BY_FLAG,
+        head_multiple=8,
+        head_max=256,
+        split_heads=False,
+        softcap=True,
+        sinks=True,
+        aligned=True,
+        quantised=False,
+        invariant=False,
     ),
     Family.APPEND: Gates(
         op=KernelOp.APPEND_KV,

@@ -46,6 +46,7 @@ class Family(Word):
     FLASH_SM80 = "flash_sm80"
     DECODE = "decode"
     MEA = "mea"
+    MEA_DECODE = "mea_decode"
     APPEND = "append"
     MERGE = "merge"
 
@@ -193,7 +194,16 @@ def _stages_or_states(spec: InstanceSpec) -> int:
     return max(ring, spec.tile.warps * spec.tile.m * (spec.head_dim_v + 2) * 4)
 
 
-_SMEM: dict[Family, Callable[[InstanceSpec], int]] = {Family.DECODE: _stages_or_states}
+def _query_and_tile_or_state(spec: InstanceSpec) -> int:
+    """The query rows and one tile, which keys and values take turns in, or the final state of a block."""
+    head_dim = max(spec.head_dim, spec.head_dim_v)
+    return max((spec.tile.m + spec.tile.n) * head_dim * spec.dtype.itemsize, spec.tile.m * (head_dim + 2) * 4)
+
+
+_SMEM: dict[Family, Callable[[InstanceSpec], int]] = {
+    Family.DECODE: _stages_or_states,
+    Family.MEA_DECODE: _query_and_tile_or_state,
+}
 
 _WORDS: dict[str, type[Word]] = {
     "op": KernelOp,

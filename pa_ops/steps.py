@@ -12,9 +12,8 @@ import torch
 from torch import Tensor
 
 from pa_ops.checks import INT32_MAX, Arguments, Sizes
-from pa_ops.families import attention_families
 from pa_ops.faults import mask_of
-from pa_ops.heuristics import Division, division
+from pa_ops.heuristics import SPLITTING, Division, division, extremes
 from pa_ops.launch import (
     ALIGNMENT,
     Attention,
@@ -33,7 +32,6 @@ from pa_ops.program import Launch
 from pa_ops.registry import Registry
 from pa_ops.schema import base_of
 from pa_ops.selection import AUTO, Selection
-from pa_ops.spec import Family
 from pa_ops.trace import Decision
 
 WORD = {
@@ -43,10 +41,6 @@ WORD = {
     torch.float8_e5m2: "e5m2",
     torch.int8: "int8",
 }
-
-
-FEW_ROWS = frozenset({Family.DECODE})
-MANY_ROWS = frozenset(attention_families()) - FEW_ROWS
 
 
 class Step(NamedTuple):
@@ -112,14 +106,14 @@ def _attend(
 def _division(problem: Problem, arguments: Arguments, registry: Registry) -> tuple[Selection | None, Selection | None]:
     """The kernels for sequences of few query rows and for the others; None where all go to the one that is there."""
     backend = arguments["backend"]
-    few = registry.find(problem, backend, FEW_ROWS)
-    if few is None:
-        return None, registry.select(problem, backend)
-    many = registry.find(problem, backend, MANY_ROWS)
-    if many is None:
-        return few, None
-    chosen = division(problem, few.entry.spec.tile.m)
-    return None if chosen is Division.PREFILL else few, None if chosen is Division.DECODE else many
+    few, many = (registry.select(extreme, backend).family for extreme in extremes(problem))
+    if few is many:
+        chosen = registry.select(problem, backend)
+        return (chosen, None) if few in SPLITTING else (None, chosen)
+    splitting, other = (registry.find(problem, backend, family) for family in (few, many))
+    assert splitting is not None and other is not None
+    chosen_by = division(problem, splitting.entry.spec.tile.m)
+    return None if chosen_by is Division.PREFILL else splitting, None if chosen_by is Division.DECODE else other
 
 
 def _decision(op: str, selection: Selection) -> Decision:

@@ -11,17 +11,10 @@
 #include "half.cuh"
 #include "memory.cuh"
 #include "pages.cuh"
+#include "paths.cuh"
 #include "softmax.cuh"
 #include "tiles.cuh"
 #include "worklist.cuh"
-
-#if __CUDA_ARCH__ >= 750
-#include "products_sm75.cuh"
-#elif __CUDA_ARCH__ >= 700
-#include "products_sm70.cuh"
-#else
-#include "products_sm53.cuh"
-#endif
 
 namespace pa {
 
@@ -37,8 +30,18 @@ static_assert(ROWS * COLUMN_GROUPS % TALLEST == 0, "a warp has whole pieces of r
 static_assert(CHANNELS % 64 == 0, "a warp's channels are whole rows of banks");
 
 using Scores = float[PIECES][KEY_TILES][Path::REGISTERS];
-using KeyStage = Stage<KEYS, WARPS * LANES>;
+// A stage has a part of a tile, so that outputs and stage fit into a thread's registers together; a product goes by as
+// many parts, and each covers the way of one.
+constexpr int PARTS = HEAD_DIM > 128 && KEYS > 16 ? 2 : 1;
+constexpr int PART_KEYS = KEYS / PARTS;
+using KeyStage = Stage<PART_KEYS, WARPS * LANES>;
 using Outputs = float[PIECES][OUTPUT_TILES][Path::REGISTERS];
+
+// The first row of the tile that a thread's warp has.
+__device__ inline int warp_row(int thread)
+{
+    return thread / LANES / COLUMN_GROUPS * WARP_ROWS;
+}
 
 // Where K or V lies for one KV head: dense rows from `base` on, or rows of pages.
 struct Source {
@@ -87,22 +90,47 @@ __device__ inline Band band_of(const Arguments &args, const Tile &tile)
     return band;
 }
 
-// Issue the loads of a block of keys or values; keys outside [low, high) or on unmapped pages become zeros, unread.
-__device__ inline void fetch_keys(KeyStage &stage, const Source &source, int key_first, const Band &band,
+// Issue the loads of a part of a block of keys or values; keys outside [low, high) or on unmapped pages become zeros,
+// unread.
+__device__ inline void fetch_keys(KeyStage &stage, const Source &source, int key_first, int part, const Band &band,
                                   const Pages<KEYS> &pages)
 {
 #pragma unroll
     for (int i = 0; i < stage.PASSES; i++) {
+        const int step = part * PART_KEYS + i * stage.ROWS_A_PASS;
         if constexpr (PAGED) {
-            const Slot slot = pages.slot_of(stage.row(), i * stage.ROWS_A_PASS);
+            const Slot slot = pages.slot_of(stage.row(), step);
             const Address from = source.base + slot.page * source.page_stride + slot.offset * source.token_stride;
             stage.template fetch_row<true>(i, from, slot.page >= 0, source.width);
         } else {
-            const int key = key_first + stage.row() + i * stage.ROWS_A_PASS;
+            const int key = opaque(key_first) + stage.row() + step;
             const bool there = (!WINDOW || key >= band.low) && key < band.high;
             stage.template fetch_row<true>(i, source.base + key * source.token_stride, there, source.width);
         }
     }
+}
+
+// K and V of one KV head. They are asked for anew for every block of keys, by opaque numbers: an address that is kept
+// takes two registers around the loop, of which there are none to spare, a number one.
+__device__ inline Source keys_of(const Arguments &args, const Tile &tile, int kv_head)
+{
+    Address base = args.k + opaque(kv_head) * args.k_head_stride;
+    if constexpr (!PAGED)
+        base += opaque(tile.k_start) * args.k_token_stride;
+    return {base, args.k_page_stride, args.k_token_stride, args.head_dim};
+}
+
+__device__ inline Source values_of(const Arguments &args, const Tile &tile, int kv_head)
+{
+    Address base = args.v + opaque(kv_head) * args.v_head_stride;
+    if constexpr (!PAGED)
+        base += opaque(tile.k_start) * args.v_token_stride;
+    return {base, args.v_page_stride, args.v_token_stride, args.head_dim_v};
+}
+
+__device__ inline Address table_of(const Arguments &args, const Tile &tile)
+{
+    return args.block_table + opaque(tile.sequence) * args.table_stride;
 }
 
 // Bring the block's queries in; rows that are not there become zeros.
@@ -133,15 +161,17 @@ __device__ inline void cap(Scores &s, float scale)
                 s[piece][tile][i] = capped(s[piece][tile][i], scale);
 }
 
-// -inf wherever a row (this thread's first at `position`) must not see a key (its first column at `column`).
-__device__ inline void mask(Scores &s, const Arguments &args, int position, int column, int k_len,
-                            const Pages<KEYS> &pages)
+// -inf wherever a row must not see a key.
+__device__ inline void mask(Scores &s, const Arguments &args, const Tile &tile, int key_first, const Pages<KEYS> &pages)
 {
-    unsigned holes[KEYS / LANES];
+    const int thread = opaque(threadIdx.x), lane = thread % LANES; // else what every row sees is kept for all blocks
+    const int position = tile.position + warp_row(thread) + Path::row(lane);
+    const int column = key_first + Path::column(lane), k_len = tile.k_len;
+    unsigned holes[Pages<KEYS>::WORDS];
     if constexpr (PAGED)
 #pragma unroll
-        for (int w = 0; w < KEYS / LANES; w++)
-            holes[w] = pages.holes(w) >> Path::column(threadIdx.x % LANES);
+        for (int w = 0; w < Pages<KEYS>::WORDS; w++)
+            holes[w] = pages.holes(w) >> Path::column(lane);
 #pragma unroll
     for (int piece = 0; piece < PIECES; piece++)
 #pragma unroll
@@ -150,18 +180,18 @@ __device__ inline void mask(Scores &s, const Arguments &args, int position, int 
             const int end = (CAUSAL || WINDOW ? min(k_len, here + 1) : k_len) - column;
             const int begin = here - args.window + 1 - column;
 #pragma unroll
-            for (int tile = 0; tile < KEY_TILES; tile++)
+            for (int t = 0; t < KEY_TILES; t++)
 #pragma unroll
                 for (int i = 0; i < Path::REGISTERS; i++) {
                     if (slot_of(i) != slot)
                         continue;
-                    const int key = tile * 8 + i / 4 * 4 + i % 2;
+                    const int key = t * 8 + i / 4 * 4 + i % 2;
                     bool drop = end <= key;
                     if constexpr (WINDOW)
                         drop |= begin > key;
                     if constexpr (PAGED)
                         drop |= (holes[key / LANES] & 1u << key % LANES) != 0;
-                    s[piece][tile][i] = drop ? PA_NOTHING : s[piece][tile][i];
+                    s[piece][t][i] = drop ? PA_NOTHING : s[piece][t][i];
                 }
         }
 }
@@ -170,18 +200,15 @@ __device__ inline void mask(Scores &s, const Arguments &args, int position, int 
 __device__ inline void store(const Arguments &args, Shared shared, const Outputs &o,
                              const Softmax<Path, PIECES, KEY_TILES> &softmax, const Tile &tile, int head)
 {
-    const int lane = threadIdx.x % LANES, warp = threadIdx.x / LANES;
-    const int warp_row = warp / COLUMN_GROUPS * WARP_ROWS, first = warp % COLUMN_GROUPS * CHANNELS;
-    float sink = PA_NOTHING;
-    if (args.sinks != 0)
-        sink = LOG2_E * (args.sinks_fp32 ? reinterpret_cast<const float *>(args.sinks)[head]
-                                         : to_float(reinterpret_cast<const Half *>(args.sinks)[head]));
+    const int lane = threadIdx.x % LANES, first = threadIdx.x / LANES % COLUMN_GROUPS * CHANNELS;
+    const float sink = sink_of(args, head);
 #pragma unroll
     for (int piece = 0; piece < PIECES; piece++)
 #pragma unroll
         for (int slot = 0; slot < 2; slot++) {
-            const Finish end = softmax.finish(piece, slot, args.log2_scale, sink);
-            const int row = warp_row + piece * Path::PIECE_ROWS + Path::row(lane) + slot * Path::ROW_STEP;
+            const float top = softmax.top[piece][slot] * args.log2_scale;
+            const Finish end = finish_of(top, softmax.total(piece, slot), sink);
+            const int row = warp_row(threadIdx.x) + piece * Path::PIECE_ROWS + Path::row(lane) + slot * Path::ROW_STEP;
 #pragma unroll
             for (int out = 0; out < OUTPUT_TILES; out++)
 #pragma unroll
@@ -209,20 +236,10 @@ __device__ inline void store(const Arguments &args, Shared shared, const Outputs
 __device__ inline void run_tile(const Arguments &args, const Tile &tile, int head, Shared q)
 {
     const Shared k = q + ROWS * PITCH, v = k + KEYS * PITCH;
-    const int lane = threadIdx.x % LANES, warp = threadIdx.x / LANES;
-    const int warp_row = warp / COLUMN_GROUPS * WARP_ROWS, first_channel = warp % COLUMN_GROUPS * CHANNELS;
+    const int lane = threadIdx.x % LANES, first_channel = threadIdx.x / LANES % COLUMN_GROUPS * CHANNELS;
     const Band band = band_of(args, tile);
     const int block_first = band.low / KEYS, block_end = (band.high + (KEYS - 1)) / KEYS;
     const int kv_head = head / args.group;
-    Source keys = {args.k + kv_head * args.k_head_stride, args.k_page_stride, args.k_token_stride,
-                   args.head_dim};
-    Source values = {args.v + kv_head * args.v_head_stride, args.v_page_stride, args.v_token_stride,
-                     args.head_dim_v};
-    if constexpr (!PAGED) {
-        keys.base += tile.k_start * args.k_token_stride;
-        values.base += tile.k_start * args.v_token_stride;
-    }
-    const Address table = args.block_table + tile.sequence * args.table_stride;
 
     Softmax<Path, PIECES, KEY_TILES> softmax;
     Scores s;
@@ -239,18 +256,28 @@ __device__ inline void run_tile(const Arguments &args, const Tile &tile, int hea
     if (block_first < block_end) {
         load_queries(args, q, tile, head);
         if constexpr (PAGED)
-            pages.look_up(args, table, (block_end - 1) * KEYS, band.low, band.high);
-        fetch_keys(stage, keys, (block_end - 1) * KEYS, band, pages);
-        stage.store(k);
+            pages.look_up(args, table_of(args, tile), (block_end - 1) * KEYS, band.low, band.high);
+#pragma unroll
+        for (int part = 0; part < PARTS; part++) {
+            fetch_keys(stage, keys_of(args, tile, kv_head), (block_end - 1) * KEYS, part, band, pages);
+            stage.store(k + part * PART_KEYS * PITCH);
+        }
         __syncthreads();
     }
 #pragma unroll 1
     for (int block = block_end - 1; block >= block_first; block--) {
-        const int key_first = block * KEYS;
-        fetch_keys(stage, values, key_first, band, pages);
+        const int key_first = opaque(block) * KEYS;
+        fetch_keys(stage, values_of(args, tile, kv_head), key_first, 0, band, pages);
         if constexpr (PAGED)
-            next.look_up(args, table, key_first - KEYS, band.low, band.high);
-        Path::scores(s, q + warp_row * PITCH, k, lane);
+            next.look_up(args, table_of(args, tile), key_first - KEYS, band.low, band.high);
+#pragma unroll
+        for (int part = 0; part < PARTS; part++) {
+            Path::scores<PARTS>(s, q + warp_row(opaque(threadIdx.x)) * PITCH, k, part, opaque(lane));
+            if (part + 1 < PARTS) {
+                stage.store(v + part * PART_KEYS * PITCH);
+                fetch_keys(stage, values_of(args, tile, kv_head), key_first, part + 1, band, pages);
+            }
+        }
         if (args.softcap_in > 0.0f)
             cap(s, args.softcap_in);
         bool edge = key_first + KEYS > band.safe_high;
@@ -259,19 +286,25 @@ __device__ inline void run_tile(const Arguments &args, const Tile &tile, int hea
         if constexpr (PAGED)
             edge |= pages.has_hole();
         if (edge)
-            mask(s, args, tile.position + warp_row + Path::row(lane), key_first + Path::column(lane), tile.k_len, pages);
-        stage.store(v);
+            mask(s, args, tile, key_first, pages);
+        stage.store(v + (PARTS - 1) * PART_KEYS * PITCH);
         __syncthreads(); // V is there, and K has been read
         if (block > block_first) {
             pages = next;
-            fetch_keys(stage, keys, key_first - KEYS, band, pages);
+            fetch_keys(stage, keys_of(args, tile, kv_head), key_first - KEYS, 0, band, pages);
         }
         if (softmax.outgrown(s, args.log2_scale))
             softmax.rescale(s, o, args.log2_scale);
         softmax.exponentiate(s, args.log2_scale);
-        Path::accumulate(o, s, v, first_channel, lane);
-        if (block > block_first)
-            stage.store(k);
+#pragma unroll
+        for (int part = 0; part < PARTS; part++) {
+            Path::accumulate<PARTS>(o, s, v, part, first_channel, opaque(lane));
+            if (block > block_first) {
+                stage.store((PAGED ? opaque(k) : k) + part * PART_KEYS * PITCH); // opaque: pages take registers too
+                if (part + 1 < PARTS)
+                    fetch_keys(stage, keys_of(args, tile, kv_head), key_first - KEYS, part + 1, band, pages);
+            }
+        }
         __syncthreads(); // K is there, and V and, at the end, Q have been read
     }
     store(args, q, o, softmax, tile, head);
@@ -281,8 +314,8 @@ __device__ inline void run_tile(const Arguments &args, const Tile &tile, int hea
 
 __device__ inline void attend(const Arguments &args)
 {
-#if __CUDA_ARCH__ < 530 || (PA_BF16 && __CUDA_ARCH__ < 800)
-    __trap(); // fp16 begins at SM 5.3, bf16 at SM 8.0: never a wrong answer in silence
+#if PA_TRAPS
+    __trap();
 #else
     extern __shared__ __align__(1024) unsigned char room[];
     const pa::Work work = pa::find_tile(args, ROWS, blockIdx.x);

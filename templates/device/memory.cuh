@@ -12,6 +12,14 @@ constexpr unsigned ALL_LANES = 0xFFFFFFFFu;
 using Address = unsigned long long;
 using Shared = unsigned; // bytes from the start of the block's shared memory
 
+// The same number, of which the compiler knows nothing: what is computed from it inside a loop stays there, and takes no
+// register around it.
+__device__ inline int opaque(int value)
+{
+    asm volatile("" : "+r"(value));
+    return value;
+}
+
 __device__ inline int load_int(Address base, long long index)
 {
     return reinterpret_cast<const int *>(base)[index];

@@ -46,9 +46,10 @@ struct Path {
         }
     };
 
-    // s = Q K^T: the warp's rows of the query tile, which begin at `q`, by the tile of keys at `k`.
-    template <int PIECES, int TILES>
-    __device__ static void scores(float (&s)[PIECES][TILES][REGISTERS], Shared q, Shared k, int lane)
+    // s = Q K^T: the warp's rows of the query tile, which begin at `q`, by the tile of keys at `k`. One of PARTS calls
+    // has its part of the channels; the first clears s.
+    template <int PARTS, int PIECES, int TILES>
+    __device__ static void scores(float (&s)[PIECES][TILES][REGISTERS], Shared q, Shared k, int part, int lane)
     {
 #pragma unroll
         for (int piece = 0; piece < PIECES; piece++)
@@ -56,9 +57,10 @@ struct Path {
             for (int tile = 0; tile < TILES; tile++)
 #pragma unroll
                 for (int i = 0; i < REGISTERS; i++)
-                    s[piece][tile][i] = 0.0f;
+                    s[piece][tile][i] = part == 0 ? 0.0f : s[piece][tile][i];
 #pragma unroll 1
-        for (int chunk = 0; chunk < HEAD_DIM / ELEMENTS; chunk++)
+        for (int step = 0; step < CHUNKS / PARTS; step++) {
+            const int chunk = part * (CHUNKS / PARTS) + step;
 #pragma unroll
             for (int piece = 0; piece < PIECES; piece++) {
                 const int first = piece * PIECE_ROWS + row(lane);
@@ -78,16 +80,18 @@ struct Path {
                             }
                     }
             }
+        }
     }
 
-    // o += P V for the channels from `first` on, a multiple of 64; `p` is used up: its tiles move through the first, so
-    // that the loop over them need not be unrolled.
-    template <int PIECES, int TILES, int OUTPUTS>
+    // o += P V for the channels from `first` on, a multiple of 64. One of PARTS calls, in order, has its part of the
+    // keys; `p` is used up: its tiles move through the first, so that the loop over them need not be unrolled.
+    template <int PARTS, int PIECES, int TILES, int OUTPUTS>
     __device__ static void accumulate(float (&o)[PIECES][OUTPUTS][REGISTERS], float (&p)[PIECES][TILES][REGISTERS],
-                                      Shared v, int first, int lane)
+                                      Shared v, int part, int first, int lane)
     {
 #pragma unroll 1
-        for (int tile = 0; tile < TILES; tile++) {
+        for (int step = 0; step < TILES / PARTS; step++) {
+            const int tile = part * (TILES / PARTS) + step;
 #pragma unroll
             for (int key = 0; key < 8; key++) {
                 const int owner = lane / 4 * 4 + key / 2;

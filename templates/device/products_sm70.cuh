@@ -56,20 +56,23 @@ struct Path {
                 : "r"(a0), "r"(a1), "r"(b0), "r"(b1));
     }
 
-    // s = Q K^T: the warp's rows of the query tile, which begin at `q`, by the tile of keys at `k`.
-    template <int PIECES, int TILES>
-    __device__ static void scores(float (&s)[PIECES][TILES][REGISTERS], Shared q, Shared k, int lane)
+    // s = Q K^T: the warp's rows of the query tile, which begin at `q`, by the tile of keys at `k`. One of PARTS calls
+    // has its part of the channels; the first clears s.
+    template <int PARTS, int PIECES, int TILES>
+    __device__ static void scores(float (&s)[PIECES][TILES][REGISTERS], Shared q, Shared k, int part, int lane)
     {
-        const int q_row = four_rows(lane) + lane % 4, k_row = lane / 16 * 4 + lane % 4;
+        // Rows beyond those of the tile are copies of others, and nobody writes them.
+        const int q_row = (four_rows(lane) + lane % 4) % ROWS, k_row = lane / 16 * 4 + lane % 4;
 #pragma unroll
         for (int piece = 0; piece < PIECES; piece++)
 #pragma unroll
             for (int tile = 0; tile < TILES; tile++)
 #pragma unroll
                 for (int i = 0; i < REGISTERS; i++)
-                    s[piece][tile][i] = 0.0f;
-#pragma unroll
-        for (int chunk = 0; chunk < HEAD_DIM / ELEMENTS; chunk++) {
+                    s[piece][tile][i] = part == 0 ? 0.0f : s[piece][tile][i];
+#pragma unroll 8
+        for (int step = 0; step < CHUNKS / PARTS; step++) {
+            const int chunk = part * (CHUNKS / PARTS) + step;
             uint4 a[PIECES];
 #pragma unroll
             for (int piece = 0; piece < PIECES; piece++)
@@ -98,15 +101,17 @@ struct Path {
         return second ? uint2{got, kept} : uint2{kept, got};
     }
 
-    // o += P V, P being `p` rounded to 16 bits, for the channels from `first` on, a multiple of 64.
-    template <int PIECES, int TILES, int OUTPUTS>
+    // o += P V, P being `p` rounded to 16 bits, for the channels from `first` on, a multiple of 64. One
+    // of PARTS calls has its part of the keys.
+    template <int PARTS, int PIECES, int TILES, int OUTPUTS>
     __device__ static void accumulate(float (&o)[PIECES][OUTPUTS][REGISTERS], float (&p)[PIECES][TILES][REGISTERS],
-                                      Shared v, int first, int lane)
+                                      Shared v, int part, int first, int lane)
     {
 #pragma unroll
-        for (int tile = 0; tile < TILES; tile++)
+        for (int step = 0; step < TILES / PARTS; step++)
 #pragma unroll
             for (int half = 0; half < 2; half++) {
+                const int tile = part * (TILES / PARTS) + step;
                 uint2 a[PIECES];
 #pragma unroll
                 for (int piece = 0; piece < PIECES; piece++)

@@ -83,9 +83,10 @@ struct Path {
 #endif
     }
 
-    // s = Q K^T: the warp's rows of the query tile, which begin at `q`, by the tile of keys at `k`.
-    template <int PIECES, int TILES>
-    __device__ static void scores(float (&s)[PIECES][TILES][REGISTERS], Shared q, Shared k, int lane)
+    // s = Q K^T: the warp's rows of the query tile, which begin at `q`, by the tile of keys at `k`. One of PARTS calls
+    // has its part of the channels; the first clears s.
+    template <int PARTS, int PIECES, int TILES>
+    __device__ static void scores(float (&s)[PIECES][TILES][REGISTERS], Shared q, Shared k, int part, int lane)
     {
         const Shared q_lane = lane_address(q, lane, false), k_lane = lane_address(k, lane, true);
 #pragma unroll
@@ -94,9 +95,10 @@ struct Path {
             for (int tile = 0; tile < TILES; tile++)
 #pragma unroll
                 for (int i = 0; i < REGISTERS; i++)
-                    s[piece][tile][i] = 0.0f;
+                    s[piece][tile][i] = part == 0 ? 0.0f : s[piece][tile][i];
 #pragma unroll
-        for (int chunk = 0; chunk < HEAD_DIM / ELEMENTS; chunk += 2) {
+        for (int step = 0; step < CHUNKS / PARTS; step += 2) {
+            const int chunk = part * (CHUNKS / PARTS) + step;
             uint4 a[PIECES];
 #pragma unroll
             for (int piece = 0; piece < PIECES; piece++)
@@ -113,14 +115,16 @@ struct Path {
         }
     }
 
-    // o += P V, P being `p` rounded to 16 bits, for the channels from `first` on, a multiple of 64.
-    template <int PIECES, int TILES, int OUTPUTS>
+    // o += P V, P being `p` rounded to 16 bits, for the channels from `first` on, a multiple of 64. One
+    // of PARTS calls has its part of the keys.
+    template <int PARTS, int PIECES, int TILES, int OUTPUTS>
     __device__ static void accumulate(float (&o)[PIECES][OUTPUTS][REGISTERS],
-                                      float (&p)[PIECES][TILES][REGISTERS], Shared v, int first, int lane)
+                                      float (&p)[PIECES][TILES][REGISTERS], Shared v, int part, int first, int lane)
     {
         const Shared v_lane = lane_address(v, lane, false) + first * 2;
 #pragma unroll
-        for (int tile = 0; tile < TILES; tile += 2) {
+        for (int step = 0; step < TILES / PARTS; step += 2) {
+            const int tile = part * (TILES / PARTS) + step;
             uint4 a[PIECES];
 #pragma unroll
             for (int piece = 0; piece < PIECES; piece++) {

@@ -5,6 +5,7 @@
 // outgrows it by 2^8, so that most tiles rescale nothing; probabilities then reach 256, which fp16 holds.
 #pragma once
 
+#include "half.cuh"
 #include "memory.cuh"
 
 namespace pa {
@@ -53,10 +54,31 @@ __device__ inline float base_of(float top, float log2_scale)
     return (top == PA_NOTHING ? 0.0f : top) * log2_scale;
 }
 
+// The sink of a query head in base 2, -inf where there is none.
+__device__ inline float sink_of(const Arguments &args, int head)
+{
+    if (args.sinks == 0)
+        return PA_NOTHING;
+    return LOG2_E * (args.sinks_fp32 ? reinterpret_cast<const float *>(args.sinks)[head]
+                                     : to_float(reinterpret_cast<const Half *>(args.sinks)[head]));
+}
+
 // What becomes of one row: the factor of its outputs, and its log-sum-exp in base 2.
 struct Finish {
     float scale, lse;
 };
+
+// From the maximum and the sum of a row, in base 2; the sink joins the denominator. A row that sees no key has factor 0
+// by select, because its accumulator may hold anything.
+__device__ inline Finish finish_of(float top, float sum, float sink)
+{
+    const float peak = fmaxf(top, sink);
+    const float base = peak == PA_NOTHING ? 0.0f : peak;
+    const float shrink = exp2_fast(top - base);
+    const float denominator = sum * shrink + exp2_fast(sink - base);
+    return {sum > 0.0f ? shrink * reciprocal(denominator) : 0.0f,
+            denominator > 0.0f ? log2_fast(denominator) + base : PA_NOTHING};
+}
 
 template <class Path, int PIECES, int TILES> struct Softmax {
     using Scores = float[PIECES][TILES][Path::REGISTERS];
@@ -139,21 +161,14 @@ template <class Path, int PIECES, int TILES> struct Softmax {
         }
     }
 
-    // `sink` (base 2, -inf: none) joins the denominator. A row that sees no key has factor 0: by select, because its
-    // accumulator may hold anything.
-    __device__ Finish finish(int piece, int slot, float log2_scale, float sink) const
+    // A row's sum over all lanes that share it.
+    __device__ float total(int piece, int slot) const
     {
         float total = sum[piece][slot];
 #pragma unroll
         for (int sharer = Path::FIRST_SHARER; sharer <= 2; sharer *= 2)
             total += __shfl_xor_sync(ALL_LANES, total, sharer);
-        const float highest = top[piece][slot] * log2_scale;
-        const float peak = fmaxf(highest, sink);
-        const float base = peak == PA_NOTHING ? 0.0f : peak;
-        const float shrink = exp2_fast(highest - base);
-        const float denominator = total * shrink + exp2_fast(sink - base);
-        return {total > 0.0f ? shrink * reciprocal(denominator) : 0.0f,
-                denominator > 0.0f ? log2_fast(denominator) + base : PA_NOTHING};
+        return total;
     }
 };
 

@@ -13,7 +13,8 @@ constexpr int CHUNK = 16; // bytes, of one access
 constexpr int ELEMENTS = 8;
 constexpr int PITCH = HEAD_DIM * 2;
 constexpr int LANES_A_ROW = 8;
-constexpr int CHUNKS_A_LANE = HEAD_DIM / ELEMENTS / LANES_A_ROW;
+constexpr int CHUNKS = HEAD_DIM / ELEMENTS; // of a row
+constexpr int CHUNKS_A_LANE = CHUNKS / LANES_A_ROW;
 
 static_assert(HEAD_DIM % 64 == 0, "the swizzle is that of rows that are a multiple of 128 bytes");
 

@@ -1,4 +1,4 @@
-"""The mea family compiles for every SM from 5.3 on without a spill, by the instructions that each SM has."""
+"""The mea families compile for every SM from 5.3 on without a spill, by the instructions that each SM has."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from pa_ops.generator.layout import Layout
 from pa_ops.generator.render import template_folder
 from pa_ops.generator.toolchain import Toolchain
 from pa_ops.manifest import Manifest
+from pa_ops.spec import Family
 
 pytestmark = pytest.mark.compile
 
@@ -32,7 +33,7 @@ def layouts(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Layout]:
     home = tmp_path_factory.mktemp("mea")
 
     def built(target: str) -> Layout:
-        build(Request(home, "smoke", (target,), "*_mea_fp16_*", 1))
+        build(Request(home, "smoke", (target,), "*_mea_*fp16_*", 1))
         return Layout(home / target)
 
     targets = (*NATIVE, *INSTRUCTIONS)
@@ -43,7 +44,7 @@ def layouts(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Layout]:
 @pytest.mark.parametrize("target", NATIVE)
 def test_B1_G5_native_code_of_every_sm_has_no_spill(target: str, layouts: dict[str, Layout]) -> None:
     entries = Manifest.load(layouts[target].manifest).entries
-    assert len(entries) == 2
+    assert {entry.spec.family for entry in entries} == {Family.MEA, Family.MEA_DECODE} and len(entries) == 3
     for entry in entries:
         assert entry.code_targets == (target,)
         assert 0 < entry.registers <= 255 and entry.spill_bytes == 0
@@ -64,7 +65,9 @@ def test_B1_ptx_holds_the_instructions_of_its_path(target: str, layouts: dict[st
 
 
 def test_B2_bf16_and_older_sms_trap(tmp_path: Path) -> None:
-    build(Request(tmp_path, "smoke", ("sm_80",), "*_mea_bf16_*_gather_*", 1))
-    (source,) = Layout(tmp_path / "sm_80").sources.glob("*.cu")
-    text = nvrtc.compile_image(Toolchain().nvrtc, source, "compute_75", template_folder() / "device").decode()
-    assert "trap;" in text and "mma.sync" not in text
+    build(Request(tmp_path, "smoke", ("sm_80",), "*_mea_*bf16_*_gather_*", 1))
+    sources = list(Layout(tmp_path / "sm_80").sources.glob("*.cu"))
+    assert len(sources) == 2
+    for source in sources:
+        text = nvrtc.compile_image(Toolchain().nvrtc, source, "compute_75", template_folder() / "device").decode()
+        assert "trap;" in text and "mma.sync" not in text

@@ -1,4 +1,4 @@
-"""The mea family on the GPU: forced in both dtypes, and each older instruction path through its PTX."""
+"""The mea families on the GPU: forced in both dtypes, and each older instruction path through its PTX."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from helpers import served
 from helpers.parity import Evidence, check
 from helpers.problems import PAIRS, Call, Shape, paged, sinks, varlen
 from helpers.serving import serving
+from pa_ops import scratch
 from pa_ops.homes import home
 from pa_ops.manifest import FILE_NAME
 
@@ -40,10 +41,24 @@ def code(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.Mon
 
 
 def on_mea(call: Call, evidence: Evidence, what: object = "") -> tuple[Tensor, Tensor]:
-    """Checks a call that the mea family must serve alone."""
-    with pa_ops.trace.recording() as calls:
+    """Checks a call that the mea family must serve alone; the word alone means mea_decode too."""
+    with pytest.MonkeyPatch.context() as patch, pa_ops.trace.recording() as calls:
+        patch.setenv("PA_OPS_DISABLE", "mea_decode")
         found = check(call.with_options(backend="mea"), evidence, what)
     assert [made.family for made in calls] == ["mea"]
+    return found
+
+
+def on_decode(call: Call, evidence: Evidence, what: object = "") -> tuple[Tensor, Tensor]:
+    """Checks a call that the mea_decode family must serve alone, from a workspace of NaN, and leave counters at 0."""
+    device = call.tensors["q"].device
+    room = scratch.workspace(device.index)
+    partials = scratch.counters_at(torch.cuda.get_device_properties(device).multi_processor_count) // 4
+    room[:partials].view(torch.float32).fill_(torch.nan)
+    with pa_ops.trace.recording() as calls:
+        found = check(call.with_options(backend="mea_decode"), evidence, what)
+    assert [made.family for made in calls] == ["mea_decode"]
+    assert not room[partials:].any(), f"{what}: the counters must end as they began"
     return found
 
 
@@ -173,6 +188,55 @@ def test_B18_B19_offsets_beyond_32_bits(device: torch.device, evidence: Evidence
     on_mea(far, evidence, "pages beyond 2^31 elements")
 
 
+@pytest.mark.parametrize("head_dim", HEAD_DIMS)
+def test_B1_few_rows_by_every_path(code: str, head_dim: int, device: torch.device, evidence: Evidence) -> None:
+    pairs = [(1, 5000), (0, 5), (2, 130), (1, 0), (17, 40), (1, 1), (3, 2), (1, 65)]
+    for seed, (options, group) in enumerate(product(MASKS.values(), (1, 3, 8, 20))):
+        shape = Shape(head_dim, kv_heads=2, group=group, page_size=(16, 1, 7, 64)[seed % 4])
+        extra = {"softcap": 5.0, "sinks": sinks(shape, device)} if seed % 2 else {}
+        call = paged(pairs, shape, device, seed=seed, **options, **extra)
+        on_decode(call, evidence, f"{code}, group {group}, {options}")
+
+
+def test_B8_few_rows_of_every_head_size(code: str, device: torch.device, evidence: Evidence) -> None:
+    for head_dim in range(8, 257, 8):
+        shape = Shape(head_dim, kv_heads=1, group=4)
+        on_decode(paged([(1, 700), (3, 70)], shape, device, seed=head_dim), evidence, f"{code}, head size {head_dim}")
+
+
+def test_B4_few_rows_in_both_dtypes(dtype: torch.dtype, device: torch.device, evidence: Evidence) -> None:
+    for head_dim, sequences in product(HEAD_DIMS, (1, 3, 33, 300)):
+        pairs = [(1, 1 + (97 * row * row) % 1500) for row in range(sequences)]
+        on_decode(paged(pairs, Shape(head_dim, dtype=dtype), device), evidence, f"{sequences} sequences of {head_dim}")
+
+
+def test_C14_few_rows_with_holes(code: str, device: torch.device, evidence: Evidence) -> None:
+    for page_size, causal in product((1, 16, 64), (False, True)):
+        call = paged([(1, 300), (4, 64), (3, 40)], Shape(64, page_size=page_size), device, causal=causal)
+        table = call.tensors["block_table"]
+        table[0, 0] = -1
+        table[0, 2] = table.max() + 1000
+        table[2] = -7
+        out, lse = on_decode(call, evidence, f"{code}, holes, page {page_size}")
+        assert not out[-3:].any() and (lse[:, -3:] == -torch.inf).all()
+
+
+def test_X10_a_mixed_batch_is_divided_between_the_two(code: str, device: torch.device, evidence: Evidence) -> None:
+    call = paged([(1, 900), (70, 300), (4, 4), (0, 3), (5, 130)], Shape(128), device)
+    with pa_ops.trace.recording() as calls:
+        check(call.with_options(backend="mea"), evidence, code)
+    assert [made.family for made in calls] == ["mea_decode", "mea"]
+
+
+def test_C22_few_rows_twice_are_bit_equal(code: str, device: torch.device) -> None:
+    call = paged([(1, 4000), (1, 77), (2, 9000), (1, 1)], Shape(128, kv_heads=4, group=8), device)
+    first = [tensor.clone() for tensor in call.run(backend="mea_decode")]
+    for _ in range(5):
+        again = call.run(backend="mea_decode")
+        assert torch.equal(again[0][: call.rows], first[0][: call.rows])
+        assert torch.equal(again[1][:, : call.rows], first[1][:, : call.rows])
+
+
 def test_sanitizer_sample_of_mea(device: torch.device, evidence: Evidence) -> None:
     pairs = [(0, 0), (3, 17), (0, 9), (20, 5), (1, 80), (66, 70)]
     for head_dim, dtype in product((40, 128, 256), (torch.float16, torch.bfloat16)):
@@ -180,3 +244,4 @@ def test_sanitizer_sample_of_mea(device: torch.device, evidence: Evidence) -> No
         for options in MASKS.values():
             on_mea(paged(pairs, shape, device, **options), evidence, f"{head_dim} {options}")
             on_mea(varlen(pairs, shape, device, **options), evidence, f"{head_dim} {options}")
+            on_decode(paged([(1, 900), *pairs], shape, device, **options), evidence, f"{head_dim} {options}")

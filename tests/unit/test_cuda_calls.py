@@ -418,17 +418,17 @@ def test_B4_overrides_reach_the_selection(launches: Launches, monkeypatch: pytes
         call("paged_attention", *tensors)
     assert launches.families == ["flash_sm80"] * 3
     cases = (("flash", "mea", 40), ("flash", "decode", 3), ("flash,mea", "decode", 40), ("decode", "flash_sm80", 3))
-    for disabled, left, new in (*cases, ("flash,decode", "mea", 3)):
+    for disabled, left, new in (*cases, ("flash,decode", "mea_decode", 3), ("flash,decode", "mea", 40)):
         monkeypatch.setenv("PA_OPS_DISABLE", disabled)
         call("paged_attention", *paged(new))
         assert launches[-1].family == left and launches[-1].serves(new)
     monkeypatch.delenv("PA_OPS_DISABLE")
-    for new in (3, 40):
+    for new, family in ((3, "mea_decode"), (40, "mea")):
         call("paged_attention", *paged(new), backend="mea")
-        assert launches[-1].family == "mea" and launches[-1].serves(new)
+        assert launches[-1].family == family and launches[-1].serves(new)
     with pa_ops.batch_invariant():
         call("paged_attention", *tensors)
-    assert launches[-1].family == "flash_sm80" and len(launches) == 11
+    assert launches[-1].family == "flash_sm80" and len(launches) == 12
     words = "backend: needs a family that batch invariance leaves in, got decode"
     with pa_ops.batch_invariant(), pytest.raises(NoInstance, match=words):
         call("paged_attention", *tensors, backend="decode")

@@ -128,7 +128,7 @@ def test_B6_overrides_reach_families_their_first_words_and_instances() -> None:
             same = {**{axis: getattr(chosen.entry.spec, axis) for axis in axes}, "head_dim": 256}
             (bigger,) = {row.name for row in ROWS if all(getattr(row.spec, axis) == same[axis] for axis in same)}
             assert select_entry(ROWS, problem, H200, Policy(bigger)).instance == bigger
-        for words_, chosen in (({"flas", "decode"}, many), ({"flash"}, few)):
+        for words_, chosen in (({"flas", "decode"}, many), ({"flash", "mea"}, few)):
             assert select_entry(ROWS, problem, H200, Policy(disabled=frozenset(words_))).entry == chosen.entry
     append = Problem(op="append_kv", dtype="bf16", head_dim=128)
     strict = Policy("flash", disabled=frozenset({"append", "flash"}))
@@ -144,7 +144,9 @@ def serves(row: Entry, problem: Problem, capability: Capability) -> bool:
     fits = problem.head_dim <= spec.head_dim and problem.head_dim_v <= spec.head_dim_v
     pages = (problem.op == "paged_attention") == (spec.layout == "gather")
     asked = "window" if problem.window else "causal" if problem.causal else "full"
-    masked = asked == spec.mask or (spec.family == "decode" and (asked, spec.mask) == ("full", "causal"))
+    masked = asked == spec.mask or (
+        spec.family in ("decode", "mea_decode") and (asked, spec.mask) == ("full", "causal")
+    )
     even = problem.head_dim % 8 == 0 and problem.head_dim_v % 8 == 0
     whole = even and (problem.head_dim == problem.head_dim_v or spec.family == "mea")
     same = problem.dtype == spec.dtype and problem.kv_dtype == spec.kv_dtype
