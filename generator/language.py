@@ -22,6 +22,8 @@ LANGUAGES: dict[Family, Language] = {
     Family.FLASH_SM80: Language.CUTE,
     Family.FLASH_SM90: Language.CUTE,
     Family.DECODE: Language.CUTE,
+    Family.MEA: Language.CUDA,
+    Family.MEA_DECODE: Language.CUDA,
     Family.APPEND: Language.CUDA,
     Family.MERGE: Language.CUTE,
 }

@@ -57,8 +57,8 @@ class Layout:
         return self.sources / f"{spec.name}.{language_of(spec)}"
 
     def object(self, name: str) -> Path:
-        """The compiled code of an instance, for the device alone."""
-        return self.objects / f"{name}.cubin"
+        """The compiled code of an instance, for the device alone: a cubin, or PTX."""
+        return self.objects / f"{name}.image"
 
     def facts(self, name: str) -> Path:
         """The facts beside an object; they exist only when it is complete."""

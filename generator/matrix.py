@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import product
+from itertools import chain, product
 
 from pa_ops.capability import MODELS, Capability, parse_target
 from pa_ops.errors import InvalidArgument
@@ -13,6 +13,7 @@ from pa_ops.spec import DType, Family, InstanceSpec, KernelOp, Layout, Mask, Til
 from .language import OLDEST_CUTE_SM, Language, language_of
 from .targets import DECLARED_TARGETS
 
+OLDEST_BF16_SM = 80
 RUN_TIME = 0  # a head size or tile extent that the kernel takes as an argument
 
 # Tile of each head size, by how keys are found: the fastest on an H200 of those that neither spill for sm_80 and sm_90a
@@ -42,6 +43,17 @@ DECODE_TILES: dict[int, Tile] = {
     192: Tile(16, 64, 2, 4),
     256: Tile(16, 64, 3, 4),
 }
+# Tiles of each head size in CUDA C++, tall ones first: the fastest on an H200 through sm_75's PTX of those that never
+# spill (docs/performance.md). The others are for SMs before 7.0, where a block may have 48 KiB and no path has use for
+# a tall tile.
+MEA_TILES: dict[int, tuple[Tile, ...]] = {
+    64: (Tile(128, 64, 1, 4),),
+    128: (Tile(128, 32, 1, 4), Tile(64, 64, 1, 4)),
+    256: (Tile(64, 16, 1, 4), Tile(32, 32, 1, 4)),
+}
+OLDEST_TALL_SM = 70
+# Few query rows: each warp has 16 keys a step.
+MEA_DECODE_TILES: dict[int, Tile] = dict.fromkeys(MEA_TILES, Tile(16, 64, 1, 4))
 DECODE_MASKS = (Mask.CAUSAL, Mask.WINDOW)
 DTYPES: tuple[DType, ...] = (DType.FP16, DType.BF16)
 KV_DTYPES: tuple[DType, ...] = (DType.FP16, DType.BF16, DType.E4M3FN, DType.E5M2, DType.INT8)
@@ -62,15 +74,14 @@ TILE_EXCEPTIONS: dict[Cell, Tile] = {Cell(128, Layout.DENSE, Mask.WINDOW): Tile(
 
 @dataclass(frozen=True)
 class Preset:
-    """A named choice of attention cells, and of head sizes and masks for few query rows.
+    """A named choice of cells by attention family.
 
     targets: what it builds when the user names none (empty: the GPU's).
     """
 
     name: str
     title: str
-    cells: tuple[Cell, ...]
-    decode: tuple[tuple[int, Mask], ...]
+    cells: Mapping[Family, tuple[Cell, ...]]
     targets: tuple[str, ...] = ()
 
 
@@ -78,20 +89,32 @@ def _grid(head_dims: Iterable[int], layouts: Iterable[Layout], masks: Iterable[M
     return tuple(Cell(*point) for point in product(head_dims, layouts, masks))
 
 
-_SMOKE = (
+_PAGED = (Layout.GATHER,)
+_SMOKE_PREFILL = (
     *_grid((64,), (Layout.DENSE,), (Mask.FULL, Mask.CAUSAL)),
-    *_grid((64,), (Layout.GATHER,), (Mask.CAUSAL, Mask.WINDOW)),
-    *_grid((128,), (Layout.DENSE, Layout.GATHER), (Mask.CAUSAL,)),
+    *_grid((64,), _PAGED, (Mask.CAUSAL, Mask.WINDOW)),
+    *_grid((128,), Layout, (Mask.CAUSAL,)),
 )
-_SERVING = _grid(sorted({*FLASH_SM80_TILES, *FLASH_SM90_TILES}), Layout, Mask)
-_SMOKE_DECODE = ((64, Mask.CAUSAL), (64, Mask.WINDOW), (128, Mask.CAUSAL))
-_SERVING_DECODE = tuple(product(DECODE_TILES, DECODE_MASKS))
+_SMOKE: dict[Family, tuple[Cell, ...]] = {
+    Family.FLASH_SM80: _SMOKE_PREFILL,
+    Family.FLASH_SM90: _SMOKE_PREFILL,
+    Family.DECODE: (*_grid((64,), _PAGED, DECODE_MASKS), *_grid((128,), _PAGED, (Mask.CAUSAL,))),
+    Family.MEA: _grid((64,), Layout, (Mask.CAUSAL,)),
+    Family.MEA_DECODE: _grid((64,), _PAGED, (Mask.CAUSAL,)),
+}
+_SERVING: dict[Family, tuple[Cell, ...]] = {
+    Family.FLASH_SM80: _grid(FLASH_SM80_TILES, Layout, Mask),
+    Family.FLASH_SM90: _grid(FLASH_SM90_TILES, Layout, Mask),
+    Family.DECODE: _grid(DECODE_TILES, _PAGED, DECODE_MASKS),
+    Family.MEA: _grid(MEA_TILES, Layout, Mask),
+    Family.MEA_DECODE: _grid(MEA_DECODE_TILES, _PAGED, DECODE_MASKS),
+}
 PRESETS: dict[str, Preset] = {
     preset.name: preset
     for preset in (
-        Preset("smoke", "head sizes 64 and 128, the masks that the demo and a first test need", _SMOKE, _SMOKE_DECODE),
-        Preset("serving", "every head size, layout and mask, for the GPU that is here", _SERVING, _SERVING_DECODE),
-        Preset("full", "serving, for every architecture", _SERVING, _SERVING_DECODE, DECLARED_TARGETS),
+        Preset("smoke", "head sizes 64 and 128, the masks that the demo and a first test need", _SMOKE),
+        Preset("serving", "every head size, layout and mask, for the GPU that is here", _SERVING),
+        Preset("full", "serving, for every architecture", _SERVING, DECLARED_TARGETS),
     )
 }
 DEFAULT_PRESET = "serving"
@@ -122,6 +145,12 @@ def _smem_limit(target: str) -> int:
     return min((c.smem_optin_bytes for c in loads), default=0)
 
 
+def _mea_tile(head_dim: int, target: str) -> Tile:
+    """The tile of the family `mea` that a target gets."""
+    tall, *others = MEA_TILES[head_dim]
+    return tall if parse_target(target) >= OLDEST_TALL_SM or not others else others[0]
+
+
 RULES: tuple[Rule, ...] = (
     Rule(
         "hopper-alone",
@@ -139,6 +168,18 @@ RULES: tuple[Rule, ...] = (
         "cp.async and mma.sync m16n8k16 begin at SM 8.0, and so does the DSL that compiles this template",
     ),
     Rule(
+        "bf16-before-sm80",
+        lambda spec, target: (
+            spec.op is KernelOp.ATTN and spec.dtype is DType.BF16 and parse_target(target) < OLDEST_BF16_SM
+        ),
+        "the tensor cores' bf16 begins at SM 8.0",
+    ),
+    Rule(
+        "other-tile",
+        lambda spec, target: spec.family is Family.MEA and spec.tile != _mea_tile(spec.head_dim, target),
+        "one tile a target: tall ones from SM 7.0 on, whose tensor cores they feed with fewer loads",
+    ),
+    Rule(
         "shared-memory",
         lambda spec, target: spec.smem_bytes > _smem_limit(target),
         "the tiles need more shared memory than a block may have on some device that loads this target",
@@ -146,51 +187,30 @@ RULES: tuple[Rule, ...] = (
 )
 
 
-def _flash_sm80_tile(cell: Cell) -> Tile | None:
-    tiles = FLASH_SM80_TILES.get(cell.head_dim)
-    return None if tiles is None else TILE_EXCEPTIONS.get(cell, tiles[cell.layout])
+def _tiles(family: Family, cell: Cell) -> tuple[Tile, ...]:
+    """The tiles of an attention family's kernels for `cell`; a rule leaves one of several to each target."""
+    if family is Family.FLASH_SM80:
+        return (TILE_EXCEPTIONS.get(cell, FLASH_SM80_TILES[cell.head_dim][cell.layout]),)
+    if family is Family.FLASH_SM90:
+        return (FLASH_SM90_TILES[cell.head_dim][cell.layout],)
+    if family is Family.MEA:
+        return MEA_TILES[cell.head_dim]
+    return ({Family.DECODE: DECODE_TILES, Family.MEA_DECODE: MEA_DECODE_TILES}[family][cell.head_dim],)
 
 
-def _flash_sm90_tile(cell: Cell) -> Tile | None:
-    tiles = FLASH_SM90_TILES.get(cell.head_dim)
-    return None if tiles is None else tiles[cell.layout]
-
-
-PREFILL_TILES: dict[Family, Callable[[Cell], Tile | None]] = {
-    Family.FLASH_SM80: _flash_sm80_tile,
-    Family.FLASH_SM90: _flash_sm90_tile,
-}
-
-
-def _attention(cells: Sequence[Cell]) -> Iterator[InstanceSpec]:
-    for cell, (family, tile_of), dtype, kv_dtype in product(cells, PREFILL_TILES.items(), DTYPES, KV_DTYPES):
-        tile = tile_of(cell)
-        if tile is not None:
-            yield InstanceSpec(
-                op=KernelOp.ATTN,
-                family=family,
-                dtype=dtype,
-                kv_dtype=kv_dtype,
-                head_dim=cell.head_dim,
-                head_dim_v=cell.head_dim,
-                layout=cell.layout,
-                mask=cell.mask,
-                tile=tile,
-            )
-
-
-def _decode(cells: Sequence[tuple[int, Mask]]) -> Iterator[InstanceSpec]:
-    for (head_dim, mask), dtype, kv_dtype in product(cells, DTYPES, KV_DTYPES):
+def _attention(family: Family, cells: Sequence[Cell]) -> Iterator[InstanceSpec]:
+    tiled = ((cell, tile) for cell in cells for tile in _tiles(family, cell))
+    for (cell, tile), dtype, kv_dtype in product(tiled, DTYPES, KV_DTYPES):
         yield InstanceSpec(
             op=KernelOp.ATTN,
-            family=Family.DECODE,
+            family=family,
             dtype=dtype,
             kv_dtype=kv_dtype,
-            head_dim=head_dim,
-            head_dim_v=head_dim,
-            layout=Layout.GATHER,
-            mask=mask,
-            tile=DECODE_TILES[head_dim],
+            head_dim=cell.head_dim,
+            head_dim_v=cell.head_dim,
+            layout=cell.layout,
+            mask=cell.mask,
+            tile=tile,
         )
 
 
@@ -215,7 +235,8 @@ def preset_of(name: str) -> Preset:
 def candidates(preset: str) -> tuple[InstanceSpec, ...]:
     """The whole product of a preset's axes, sorted by name, before any rule."""
     chosen = preset_of(preset)
-    specs = (*_attention(chosen.cells), *_decode(chosen.decode), *_helpers())
+    attention = chain.from_iterable(_attention(family, cells) for family, cells in chosen.cells.items())
+    specs = (*attention, *_helpers())
     return tuple(sorted(specs, key=lambda spec: spec.name))
 
 

@@ -1,4 +1,4 @@
-"""Turns CUDA C++ into a cubin through NVRTC by ctypes: no toolkit, no host compiler, no GPU.
+"""Turns CUDA C++ into a cubin, or PTX, through NVRTC by ctypes: no toolkit, no host compiler, no GPU.
 
 NVRTC 12.9, from PyPI, compiles for every SM from 5.0 to 12.1; NVRTC 13 begins at 7.5. Loaded by path in compile
 workers, so this module imports the standard library alone.
@@ -41,8 +41,11 @@ def _options(target: str, include: Path) -> Sequence[str]:
     return (f"-arch={target.rstrip('af')}", "-std=c++17", "-default-device", f"-I{include}")
 
 
-def compile_cubin(library: Path | str, source: Path, target: str, include: Path) -> bytes:
-    """The cubin of `source` for `target` (sm_53, sm_90a, ...), headers found in `include`; raises NvrtcError."""
+def compile_image(library: Path | str, source: Path, target: str, include: Path) -> bytes:
+    """The code of `source` for `target`, headers found in `include`; raises NvrtcError.
+
+    A cubin for sm_53, sm_90a, ...; for compute_53, ... PTX.
+    """
     nvrtc = load(library)
     program = Program()
     text = source.read_bytes()
@@ -53,9 +56,10 @@ def compile_cubin(library: Path | str, source: Path, target: str, include: Path)
         if status != 0:
             raise NvrtcError(f"NVRTC status {status} for {target}\n{_log(nvrtc, program)}")
         size = ctypes.c_size_t()
-        nvrtc.nvrtcGetCUBINSize(program, ctypes.byref(size))
+        kind = "PTX" if target.startswith("compute_") else "CUBIN"
+        getattr(nvrtc, f"nvrtcGet{kind}Size")(program, ctypes.byref(size))
         image = ctypes.create_string_buffer(size.value)
-        nvrtc.nvrtcGetCUBIN(program, image)
+        getattr(nvrtc, f"nvrtcGet{kind}")(program, image)
         return image.raw
     finally:
         nvrtc.nvrtcDestroyProgram(ctypes.byref(program))

@@ -22,7 +22,7 @@ from .render import Renderer
 from .toolchain import Toolchain
 
 HERE = Path(__file__).parent
-COMPILE_SOURCES = (HERE / "worker.py", HERE / "cubin.py", HERE / "nvrtc.py", Path(arguments.__file__))
+COMPILE_SOURCES = (HERE / "worker.py", HERE / "cubin.py", HERE / "ptx.py", HERE / "nvrtc.py", Path(arguments.__file__))
 LINK_SOURCES = (*SOURCES, *(HERE / name for name in ("launch.h", "program.h", "kept.h", "host.h")))
 
 

@@ -9,7 +9,8 @@ from pa_ops.capability import Capability, parse_target
 from pa_ops.errors import InvalidArgument
 
 # Every target that the compilers know and that some SM loads: before sm_80 CUDA C++ alone. "f" code serves later
-# minors of its major too.
+# minors of its major too; "compute" is PTX, which the driver translates for its own SM and every newer one, so that
+# a card of today runs the code paths of older ones.
 TARGETS: tuple[str, ...] = (
     "sm_53",
     "sm_60",
@@ -31,6 +32,9 @@ TARGETS: tuple[str, ...] = (
     "sm_120a",
     "sm_120f",
     "sm_121a",
+    "compute_53",
+    "compute_70",
+    "compute_75",
 )
 # The fewest targets that together load on every SM that is served. SM 11.0 is not: the DSL's CUDA 12 libraries emit
 # the part's former number, sm_101, and the build refuses an image that is not what was asked for.

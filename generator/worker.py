@@ -16,7 +16,7 @@ import signal
 import sys
 import time
 import traceback
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
@@ -79,13 +79,21 @@ def _from_dsl(name: str, source: Path, request: Mapping[str, Any]) -> bytes:
 
 
 def _from_cuda(name: str, source: Path, request: Mapping[str, Any]) -> bytes:
-    """The cubin of a CUDA C++ source."""
+    """The cubin, or PTX, of a CUDA C++ source."""
     nvrtc = _load("pa_ops_nvrtc", Path(__file__).with_name("nvrtc.py"))
-    image: bytes = nvrtc.compile_cubin(request["nvrtc"], source, request["target"], Path(request["include"]))
+    image: bytes = nvrtc.compile_image(request["nvrtc"], source, request["target"], Path(request["include"]))
     return image
 
 
 COMPILERS = {".py": _from_dsl, ".cu": _from_cuda}
+
+
+def _facts(image: bytes, target: str, cubin: ModuleType) -> Sequence[Any]:
+    """What the compiler says of each kernel of an image."""
+    ptx = _load("pa_ops_ptx", Path(__file__).with_name("ptx.py"))
+    if ptx.is_target(target):
+        return [cubin.KernelFacts(**facts) for facts in ptx.read_facts(image)]
+    return tuple(cubin.read_facts(image))
 
 
 def _compile(instance: Mapping[str, Any], request: Mapping[str, Any], temporary: Path, cubin: ModuleType) -> Facts:
@@ -95,7 +103,7 @@ def _compile(instance: Mapping[str, Any], request: Mapping[str, Any], temporary:
     image = COMPILERS[source.suffix](name, source, request)
     seconds = time.perf_counter() - began
     temporary.write_bytes(image)
-    (kernel,) = cubin.read_facts(image)
+    (kernel,) = _facts(image, target, cubin)
     if not cubin.is_code_for(kernel.target, target):
         raise ValueError(f"the compiler made code for {kernel.target}, not for {target}")
     if kernel.argument_bytes != instance["arguments"]:

@@ -132,6 +132,13 @@ FLASH_SM90 = Record(
     maps=("q_map", "k_map", "v_map"),
 )
 
+MEA = Record(
+    addresses=ATTENTION.addresses,
+    strides=ATTENTION.strides,
+    counts=(*ATTENTION.counts, "head_dim_v"),
+    factors=ATTENTION.factors,
+)
+
 DECODE = Record(
     addresses=(*ATTENTION.addresses, "partials", "counters"),
     strides=ATTENTION.strides,
@@ -216,6 +223,8 @@ RECORDS: dict[Family, Record] = {
     Family.FLASH_SM80: ATTENTION,
     Family.FLASH_SM90: FLASH_SM90,
     Family.DECODE: DECODE,
+    Family.MEA: MEA,
+    Family.MEA_DECODE: DECODE,
     Family.APPEND: APPEND,
     Family.MERGE: MERGE,
 }

@@ -71,6 +71,7 @@ MODELS: dict[int, Model] = {
     121: Model(99, 48, _CONSUMER),
 }
 OLDEST = min(MODELS)
+SHARED_MAJOR = 8  # whose minors are served by the code of the first: one compiler knows 8.0 alone
 FIRST_EXACT = 90  # "a" code exists from here on and loads on that one SM only
 FIRST_FAMILY = 100  # "f" code exists from here on and loads on later minors of the same major
 
@@ -140,8 +141,10 @@ class Capability:
 
     @property
     def build_target(self) -> str:
-        """The target to build for this device: its own exact one, below sm_90 the first minor of its major."""
-        return f"sm_{self.sm}a" if self.sm >= FIRST_EXACT else f"sm_{self.sm // 10 * 10}"
+        """The target to build for this device: its own exact one, from sm_80 to sm_89 the first minor."""
+        if self.sm >= FIRST_EXACT:
+            return f"sm_{self.sm}a"
+        return f"sm_{self.sm // 10 * 10}" if self.sm // 10 == SHARED_MAJOR else f"sm_{self.sm}"
 
     def __str__(self) -> str:
         return f"sm {self.sm} ({self.smem_optin_bytes} B shared memory a block, {self.num_sms} SMs)"

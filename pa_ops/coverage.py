@@ -14,11 +14,12 @@ from typing import Protocol
 
 from pa_ops.capability import MODELS, Capability
 from pa_ops.errors import InvalidArgument, NoInstance
-from pa_ops.families import unsupported
+from pa_ops.families import family_rejections, row_rejections, unsupported
+from pa_ops.heuristics import BY_NAME, cost
 from pa_ops.manifest import Entry, Manifest
 from pa_ops.problem import Problem
 from pa_ops.selection import select_entry
-from pa_ops.spec import DType, InstanceSpec, Mask, Op, Word
+from pa_ops.spec import DType, Family, InstanceSpec, Mask, Op, Word
 
 Key = tuple[str, str]  # instance name, target
 
@@ -159,6 +160,8 @@ def domain() -> Iterator[Problem]:
 def survey(entries: Iterable[Entry], sms: Iterable[int] = tuple(MODELS)) -> tuple[frozenset[Key], tuple[Hole, ...]]:
     """The rows that selection picks for some problem of the domain on some SM, and the problems that it cannot serve.
 
+    Families that an SM with others runs when they are asked for are asked for too.
+
     A hole is told once, whatever its sizes, for the oldest SM that shows it; problems that are declared unsupported are
     no holes.
     """
@@ -168,6 +171,7 @@ def survey(entries: Iterable[Entry], sms: Iterable[int] = tuple(MODELS)) -> tupl
     for sm in sorted(sms):
         capability = Capability.of_sm(sm)
         loadable = [row for row in rows if not set(row.code_targets).isdisjoint(capability.targets)]
+        named = {family: [row for row in loadable if row.spec.family is family] for family in BY_NAME}
         for problem in problems:
             if unsupported(problem, capability) is not None:
                 continue
@@ -176,8 +180,19 @@ def survey(entries: Iterable[Entry], sms: Iterable[int] = tuple(MODELS)) -> tupl
             except NoInstance as error:
                 holes.setdefault(problem.facts, Hole(problem, sm, str(error)))
             else:
-                reached.add((entry.name, entry.target))
+                reached |= {(entry.name, entry.target), *_by_name(named, problem, capability)}
     return frozenset(reached), tuple(holes.values())
+
+
+def _by_name(rows: Mapping[Family, Sequence[Entry]], problem: Problem, capability: Capability) -> Iterator[Key]:
+    """The row of each family that selection would pick if the family were asked for."""
+    for family, mine in rows.items():
+        if family_rejections(family, problem, capability):
+            continue
+        able = (row for row in mine if not any(row_rejections(row, problem, capability)))
+        best = min(able, key=lambda row: cost(row, problem, capability), default=None)
+        if best is not None:
+            yield best.name, best.target
 
 
 def cover(inputs: Inputs) -> Coverage:

@@ -41,6 +41,12 @@ class Gates:
 
 
 _OWN_MASK = {mask: frozenset({mask}) for mask in Mask}
+_FULL_BY_FLAG = {
+    Mask.FULL: frozenset(),
+    Mask.CAUSAL: frozenset({Mask.CAUSAL, Mask.FULL}),
+    Mask.WINDOW: frozenset({Mask.WINDOW}),
+}
+_MEA_NEEDS = {DType.FP16: frozenset({Feature.HALF2}), DType.BF16: frozenset({Feature.MMA_BF16})}
 _ANY_MASK = {mask: frozenset(Mask) for mask in Mask}
 
 GATES: dict[Family, Gates] = {
@@ -83,11 +89,35 @@ GATES: dict[Family, Gates] = {
             DType.BF16: frozenset({Feature.CP_ASYNC, Feature.MMA_BF16}),
         },
         layouts=frozenset({Layout.GATHER}),
-        masks={
-            Mask.FULL: frozenset(),
-            Mask.CAUSAL: frozenset({Mask.CAUSAL, Mask.FULL}),
-            Mask.WINDOW: frozenset({Mask.WINDOW}),
-        },
+        masks=_FULL_BY_FLAG,
+        head_multiple=8,
+        head_max=256,
+        split_heads=False,
+        softcap=True,
+        sinks=True,
+        aligned=True,
+        quantised=False,
+        invariant=False,
+    ),
+    Family.MEA: Gates(
+        op=KernelOp.ATTN,
+        needs=_MEA_NEEDS,
+        layouts=frozenset(Layout),
+        masks=_OWN_MASK,
+        head_multiple=8,
+        head_max=256,
+        split_heads=True,
+        softcap=True,
+        sinks=True,
+        aligned=True,
+        quantised=False,
+        invariant=True,
+    ),
+    Family.MEA_DECODE: Gates(
+        op=KernelOp.ATTN,
+        needs=_MEA_NEEDS,
+        layouts=frozenset({Layout.GATHER}),
+        masks=_FULL_BY_FLAG,
         head_multiple=8,
         head_max=256,
         split_heads=False,
@@ -278,11 +308,20 @@ UNSUPPORTED: tuple[Unsupported, ...] = (
         "kernels begin at SM 5.3, where half-precision arithmetic does",
     ),
     Unsupported(
-        "before-sm80",
+        "bf16-before-sm80",
         lambda problem, capability: (
-            problem.kernel_op is not KernelOp.APPEND_KV and Feature.CP_ASYNC not in capability.features
+            problem.kernel_op is KernelOp.ATTN
+            and problem.dtype is DType.BF16
+            and Feature.MMA_BF16 not in capability.features
         ),
-        "attention begins at SM 8.0, where cp.async and mma.sync m16n8k16 do, and so does its compiler",
+        "attention in bf16 begins at SM 8.0, where the tensor cores' bf16 does",
+    ),
+    Unsupported(
+        "merge-before-sm80",
+        lambda problem, capability: (
+            problem.kernel_op is KernelOp.MERGE_STATES and Feature.CP_ASYNC not in capability.features
+        ),
+        "merging states begins at SM 8.0, as the compiler of its template does",
     ),
     Unsupported(
         "sm-110",
@@ -290,14 +329,18 @@ UNSUPPORTED: tuple[Unsupported, ...] = (
         "the kernel compiler still emits this part's former number, sm_101, which the build refuses",
     ),
     Unsupported(
-        "unequal-heads",
-        lambda problem, _: problem.kernel_op is KernelOp.ATTN and problem.head_dim != problem.head_dim_v,
-        "attention kernels take one head size; the reference serves Dv != D on the CPU",
+        "large-heads",
+        lambda problem, _: (
+            problem.kernel_op is KernelOp.ATTN
+            and max(problem.head_dim, problem.head_dim_v)
+            > max(GATES[family].head_max for family in attention_families())
+        ),
+        "attention kernels take head sizes up to 256",
     ),
     Unsupported(
         "unaligned",
         lambda problem, _: problem.kernel_op is KernelOp.ATTN and not problem.aligned,
-        "cp.async moves 16 bytes at a time",
+        "attention kernels load 16 bytes at a time",
     ),
 )
 

@@ -11,7 +11,7 @@ from pa_ops.capability import Capability
 from pa_ops.manifest import Entry
 from pa_ops.plan import ceil_div
 from pa_ops.problem import Problem
-from pa_ops.spec import Family, InstanceSpec, Word
+from pa_ops.spec import Family, Word
 
 # Query rows whose mathematics takes as long as bringing one K/V tile in: what a small tile saves in padding it pays
 # again in loads. An estimate; it ranks tiles of one head size, and today each head size has one tile.
@@ -19,11 +19,15 @@ LOAD_ROWS = 64
 
 DECODE_ROWS = 16  # of a decode tile; beyond so many, one of 64 or 128 query rows is better filled than two
 MIXED_TOKENS = 1024
+# Attention families, the best first, where the longest sequence has few query rows and where it has more; wgmma does
+# about twice the work of mma.sync on an H200. The mea ones are for SMs that the others do not reach: there, by an
+# override, or for what no other takes.
+FOR_FEW_ROWS = (Family.DECODE, Family.FLASH_SM90, Family.FLASH_SM80, Family.MEA_DECODE, Family.MEA)
+FOR_MANY_ROWS = (Family.FLASH_SM90, Family.FLASH_SM80, Family.MEA, Family.DECODE, Family.MEA_DECODE)
+SPLITTING = frozenset({Family.DECODE, Family.MEA_DECODE})  # blocks share the keys out; made for few query rows
+BY_NAME = frozenset({Family.MEA, Family.MEA_DECODE})  # an SM that has others runs these when they are asked for
 
-# Families that serve the same problems, the faster first: on an H200 wgmma does about twice the work of mma.sync.
-RANKS = {Family.FLASH_SM90: 0, Family.FLASH_SM80: 1}
-
-Cost = tuple[bool, int, int, int, int, int, str]
+Cost = tuple[int, int, int, int, int, str]
 
 
 def query_rows(problem: Problem) -> int:
@@ -33,9 +37,22 @@ def query_rows(problem: Problem) -> int:
     return ceil_div(problem.tokens, max(problem.batch, 1))
 
 
-def suits(spec: InstanceSpec, problem: Problem) -> bool:
-    """Whether the family was made for as many query rows as the longest sequence is likely to have."""
-    return (spec.family is Family.DECODE) == (query_rows(problem) * problem.group <= DECODE_ROWS)
+def few_rows(problem: Problem) -> bool:
+    """Whether the longest sequence is likely to have so few query rows, heads of a group included, that one tile of a
+    splitting family holds them."""
+    return query_rows(problem) * problem.group <= DECODE_ROWS
+
+
+def rank(family: Family, problem: Problem) -> int:
+    """The place of a family among those that may serve `problem`; 0 for the only one of its operator."""
+    order = FOR_FEW_ROWS if few_rows(problem) else FOR_MANY_ROWS
+    return order.index(family) if family in order else 0
+
+
+def extremes(problem: Problem) -> tuple[Problem, Problem]:
+    """The same facts with as few query rows as can be, and with more than any tile of a splitting family holds."""
+    few = replace(problem, batch=1, tokens=1, max_q=None)
+    return few, replace(few, tokens=DECODE_ROWS + 1)
 
 
 class Division(Word):
@@ -65,8 +82,8 @@ def division(problem: Problem, rows: int) -> Division:
 def cost(entry: Entry, problem: Problem, capability: Capability) -> Cost:
     """A total order on rows: the family for as many rows, padded head sizes, the busiest SM's work, how native it is.
 
-    The faster of two families comes first, however much it pads. Padding comes early because it costs shared memory and
-    registers as well as work. The name decides what is left, so that the order of the rows carries no meaning.
+    The family comes first, however much it pads. Padding comes early because it costs shared memory and registers as
+    well as work. The name decides what is left, so that the order of the rows carries no meaning.
     """
     spec = entry.spec
     tile_m = max(spec.tile.m, 1)
@@ -74,5 +91,5 @@ def cost(entry: Entry, problem: Problem, capability: Capability) -> Cost:
     slots = ceil_div(blocks, capability.num_sms) * (tile_m + LOAD_ROWS)
     ranks = [capability.targets.index(target) for target in entry.code_targets if target in capability.targets]
     native = min(ranks, default=len(capability.targets))
-    padded, rank = spec.head_dim + spec.head_dim_v, RANKS.get(spec.family, 0)
-    return (not suits(spec, problem), rank, padded, slots, native, entry.smem_bytes, entry.name)
+    padded = spec.head_dim + spec.head_dim_v
+    return (rank(spec.family, problem), padded, slots, native, entry.smem_bytes, entry.name)

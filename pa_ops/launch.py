@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from pa_ops.arguments import APPEND, ATTENTION, DECODE, FLASH_SM90, MERGE, Record
+from pa_ops.arguments import APPEND, DECODE, FLASH_SM90, MERGE, RECORDS, Record
 from pa_ops.errors import InvalidArgument
 from pa_ops.plan import ceil_div
 from pa_ops.program import Address, Grid, GridRule, Launch, Size, Source, Stride, TensorMap, Value
@@ -73,8 +73,8 @@ class Scores(NamedTuple):
 
 @dataclass(frozen=True)
 class Attention:
-    """One attention, whichever kernel computes it: q, out [T, Hq, D]; k, v paged [pages, page_size, Hkv, D] or ragged
-    [total_k, Hkv, D]; lse [Hq, T] by name, None where nobody reads it.
+    """One attention, whichever kernel computes it: q [T, Hq, D], out [T, Hq, Dv]; k, v paged [pages, page_size, Hkv, D
+    or Dv] or ragged [total_k, Hkv, D or Dv]; lse [Hq, T] by name, None where nobody reads it.
 
     `out` may be the memory of `q`: a block writes only the rows and the head that it alone has read.
     """
@@ -84,6 +84,7 @@ class Attention:
     keys: Keys
     heads: int
     head_dim: int
+    head_dim_v: int
     scores: Scores
     lse: str | None
     sinks: Tensor | None
@@ -133,7 +134,9 @@ def attention_launch(kernel: int, spec: InstanceSpec, call: Attention, *, skip_u
     """
     bound = -1 if call.scores.max_seqlen_q is None else call.scores.max_seqlen_q
     grid = Grid(GridRule.TILES, spec.tile.m, bound, call.heads)
-    return Launch(kernel, ATTENTION, {**call.sources(), "skip_up_to": skip_up_to}, grid)
+    record = RECORDS[spec.family]
+    sources = {**call.sources(), "skip_up_to": skip_up_to, "head_dim_v": call.head_dim_v}
+    return Launch(kernel, record, _fields(record, sources), grid)
 
 
 def persistent_launch(kernel: int, spec: InstanceSpec, call: Attention, *, skip_up_to: int, num_sms: int) -> Launch:

@@ -49,12 +49,12 @@ class Registry:
             found = self._selections[key] = select_entry(self.entries, problem, self.capability, chosen)
         return found
 
-    def find(self, problem: Problem, backend: str, families: tuple[Family, ...]) -> Selection | None:
-        """The kernel of `families` that serves `problem` under the overrides in force; None where there is none."""
+    def find(self, problem: Problem, backend: str, family: Family) -> Selection | None:
+        """The kernel of `family` that serves `problem` under the overrides in force; None where there is none."""
         chosen = policy(backend)
-        key = (problem.facts, size_class(problem), chosen, families)
+        key = (problem.facts, size_class(problem), chosen, family)
         if key not in self._found:
-            entries = [entry for entry in self.entries if entry.spec.family in families]
+            entries = [entry for entry in self.entries if entry.spec.family is family]
             try:
                 self._found[key] = select_entry(entries, problem, self.capability, chosen)
             except NoInstance:

@@ -46,6 +46,8 @@ class Family(Word):
     FLASH_SM80 = "flash_sm80"
     FLASH_SM90 = "flash_sm90"
     DECODE = "decode"
+    MEA = "mea"
+    MEA_DECODE = "mea_decode"
     APPEND = "append"
     MERGE = "merge"
 
@@ -198,9 +200,16 @@ def _query_stages_and_barriers(spec: InstanceSpec) -> int:
     return _query_and_stages(spec) + 36 * spec.tile.stages + 168
 
 
+def _query_and_tile_or_state(spec: InstanceSpec) -> int:
+    """The query rows and one tile, which keys and values take turns in, or the final state of a block."""
+    head_dim = max(spec.head_dim, spec.head_dim_v)
+    return max((spec.tile.m + spec.tile.n) * head_dim * spec.dtype.itemsize, spec.tile.m * (head_dim + 2) * 4)
+
+
 _SMEM: dict[Family, Callable[[InstanceSpec], int]] = {
     Family.DECODE: _stages_or_states,
     Family.FLASH_SM90: _query_stages_and_barriers,
+    Family.MEA_DECODE: _query_and_tile_or_state,
 }
 
 _WORDS: dict[str, type[Word]] = {

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from pa_ops.checks import INT32_MAX, Arguments, Sizes
 from pa_ops.faults import mask_of
-from pa_ops.heuristics import Division, division
+from pa_ops.heuristics import SPLITTING, Division, division, extremes
 from pa_ops.launch import (
     ALIGNMENT,
     Attention,
@@ -73,7 +73,8 @@ def _scores(arguments: Arguments, head_dim: int) -> Scores:
 def _attention(arguments: Arguments, sizes: Sizes, q: Rows, out: Rows, keys: Keys) -> Attention:
     lse = None if arguments["lse"] is None else "lse"
     heads, head_dim = sizes["Hq"], sizes["D"]
-    return Attention(q, out, keys, heads, head_dim, _scores(arguments, head_dim), lse, arguments["sinks"])
+    scores = _scores(arguments, head_dim)
+    return Attention(q, out, keys, heads, head_dim, sizes["Dv"], scores, lse, arguments["sinks"])
 
 
 def _attention_steps(op: str, arguments: Arguments, sizes: Sizes, registry: Registry) -> Iterator[Step]:
@@ -110,19 +111,20 @@ def _attend(
 def _division(problem: Problem, arguments: Arguments, registry: Registry) -> tuple[Selection | None, Selection | None]:
     """The kernels for sequences of few query rows and for the others; None where all go to the one that is there."""
     backend = arguments["backend"]
-    few = registry.find(problem, backend, (Family.DECODE,))
-    if few is None:
-        return None, registry.select(problem, backend)
-    many = registry.find(problem, backend, tuple(LAUNCHES))
-    if many is None:
-        return few, None
-    chosen = division(problem, few.entry.spec.tile.m)
-    return None if chosen is Division.PREFILL else few, None if chosen is Division.DECODE else many
+    few, many = (registry.select(extreme, backend).family for extreme in extremes(problem))
+    if few is many:
+        chosen = registry.select(problem, backend)
+        return (chosen, None) if few in SPLITTING else (None, chosen)
+    splitting, other = (registry.find(problem, backend, family) for family in (few, many))
+    assert splitting is not None and other is not None
+    chosen_by = division(problem, splitting.entry.spec.tile.m)
+    return None if chosen_by is Division.PREFILL else splitting, None if chosen_by is Division.DECODE else other
 
 
 LAUNCHES: dict[Family, Callable[..., Launch]] = {
     Family.FLASH_SM80: attention_launch,
     Family.FLASH_SM90: persistent_launch,
+    Family.MEA: attention_launch,
 }
 
 

@@ -7,20 +7,13 @@
 #pragma once
 
 #include "half.cuh"
+#include "memory.cuh"
 
 namespace pa {
 
 enum Fault : unsigned { POSITION = 1, SLOT = 2 };
 
-constexpr int LANES = 32;
 constexpr int VECTOR = 8; // elements of 16 bytes
-
-using Address = unsigned long long;
-
-__device__ inline int load_int(Address base, long long index)
-{
-    return reinterpret_cast<const int *>(base)[index];
-}
 
 __device__ inline void raise(const Arguments &args, Fault fault)
 {

@@ -17,6 +17,18 @@ __device__ inline Half to_half(float value)
         return static_cast<Half>(bits >> 16 | 0x40u);
     return static_cast<Half>((bits + 0x7FFFu + (bits >> 16 & 1u)) >> 16);
 }
+
+// Two neighbouring elements.
+__device__ inline unsigned pair_of(float low, float high)
+{
+#if __CUDA_ARCH__ >= 800
+    unsigned pair;
+    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(high), "f"(low));
+    return pair;
+#else
+    return to_half(low) | static_cast<unsigned>(to_half(high)) << 16;
+#endif
+}
 #else
 __device__ inline float to_float(Half value)
 {
@@ -30,6 +42,18 @@ __device__ inline Half to_half(float value)
     Half narrow;
     asm("cvt.rn.f16.f32 %0, %1;" : "=h"(narrow) : "f"(value));
     return narrow;
+}
+
+// Two neighbouring elements.
+__device__ inline unsigned pair_of(float low, float high)
+{
+#if __CUDA_ARCH__ >= 800
+    unsigned pair;
+    asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(high), "f"(low));
+    return pair;
+#else
+    return to_half(low) | static_cast<unsigned>(to_half(high)) << 16;
+#endif
 }
 #endif
 

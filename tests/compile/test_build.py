@@ -26,8 +26,8 @@ from pa_ops.spec import Family
 
 pytestmark = pytest.mark.compile
 TARGET = "sm_80"
-FEW = "*_fp16_*"  # of the smoke preset: 6 instances of flash_sm80, 3 of decode, append, merge
-ALL = 11
+FEW = "*_fp16_*"  # of the smoke preset: 6 of flash_sm80, 3 of decode, 2 of mea, 1 of mea_decode, append, merge
+ALL = 14
 QUICK = "*append*"  # 2 instances that no worker needs the DSL for
 RUN = """
 import sys
@@ -89,20 +89,21 @@ def test_G1_second_build_rebuilds_nothing_and_an_edit_rebuilds_what_it_touches(t
     assert stamps(home) == before
 
     append = [name for name in everything if "_append_" in name]
+    cuda = [name for name in everything if "_append_" in name or "_mea_" in name]
     with (toy / "append.cu.j2").open("a") as template:
         template.write("// later\n")
     assert stale(home, toy) == append
     assert list(run(home, toy).compiled) == append
     after = stamps(home)
-    untouched = [path for path in before if path.suffix == ".cubin" and "_append_" not in path.name]
+    untouched = [path for path in before if path.suffix == ".image" and "_append_" not in path.name]
     assert len(untouched) == ALL - 1 and all(after[path] == before[path] for path in untouched)
 
     edit(toy / "device" / "scale.cuh", "THREADS = 128", "THREADS = 64")
-    assert stale(home, toy) == append
+    assert stale(home, toy) == cuda
     edit(toy / "device" / "scale.py", "THREADS = 128", "THREADS = 64")
     assert stale(home, toy) == everything
     edit(toy / "device" / "scale.cuh", "THREADS = 64", "THREADS = 128")
-    assert stale(home, toy) == [name for name in everything if name not in append]
+    assert stale(home, toy) == [name for name in everything if name not in cuda]
 
 
 def test_G1_filtered_builds_merge_and_stale_rows_leave(tmp_path: Path, toy: Path) -> None:
@@ -115,7 +116,7 @@ def test_G1_filtered_builds_merge_and_stale_rows_leave(tmp_path: Path, toy: Path
     assert [name for name in outcome.dropped if "_fp16_" in name] and len(outcome.compiled) == 1
     layout = Layout(home / TARGET)
     (left,) = check_whole(layout)
-    assert "_bf16_" in left and [path.stem for path in layout.objects.glob("*.cubin")] == [left]
+    assert "_bf16_" in left and [path.stem for path in layout.objects.glob("*.image")] == [left]
 
 
 def test_G1_a_damaged_product_is_made_again_and_strays_leave(tmp_path: Path, toy: Path) -> None:
@@ -236,7 +237,7 @@ def test_G5_nvrtc_says_why_it_refuses_a_target(tmp_path: Path) -> None:
     source = tmp_path / "empty.cu"
     source.write_text("")
     with pytest.raises(nvrtc.NvrtcError, match=r"for sm_20\n.*gpu-architecture"):
-        nvrtc.compile_cubin(Toolchain().nvrtc, source, "sm_20", tmp_path)
+        nvrtc.compile_image(Toolchain().nvrtc, source, "sm_20", tmp_path)
 
 
 def test_G1_crash_of_the_compiler_costs_its_instance_only(tmp_path: Path, toy: Path) -> None:
@@ -298,7 +299,7 @@ def test_G1_an_undefined_name_in_a_template_is_an_error(tmp_path: Path, toy: Pat
 
 
 def test_G1_an_empty_selection_is_an_error(tmp_path: Path, toy: Path) -> None:
-    with pytest.raises(InvalidArgument, match="filter: must match one of 22 instances"):
+    with pytest.raises(InvalidArgument, match="filter: must match one of 28 instances"):
         run(tmp_path / "home", toy, "*nothing*")
     assert not (tmp_path / "home").exists()
 

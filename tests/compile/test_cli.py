@@ -33,14 +33,14 @@ def test_list_filters_and_tells_axes_as_json(capsys: Capture) -> None:
     assert "filter" in capsys.readouterr().err
     assert cli.main(["list", "--filter", "*bf16*d256*", "--arch", "sm_90", "--json"]) == 0
     rows = json.loads(capsys.readouterr().out)
-    assert len(rows) == 6 + 2, "flash_sm80 of every layout and mask, decode of both its masks"
+    assert len(rows) == 2 * (6 + 2), "flash_sm80, mea: every layout and mask; decode, mea_decode: their two"
     assert all(row["head_dim"] == 256 and row["targets"] == ["sm_90a"] and row["built"] == [] for row in rows)
 
 
 @pytest.mark.parametrize(
     ("command", "words"),
     [
-        (["build", "--filter", "*nothing*"], "filter: must match one of 68 instances"),
+        (["build", "--filter", "*nothing*"], "filter: must match one of 116 instances"),
         (["build", "--arch", "sm_52"], "arch: must be one of sm_53"),
         (["build", "--preset", "huge"], "preset: must be one of smoke, serving, full"),
         (["build", "--jobs", "-1"], "jobs: must be an integer >= 0"),

@@ -18,7 +18,16 @@ from pa_ops.generator import inventory, matrix, ninja, targets
 from pa_ops.generator.cubin import read_facts
 from pa_ops.generator.digest import Digester
 from pa_ops.generator.language import OLDEST_CUTE_SM, Language, language_of
-from pa_ops.generator.matrix import DECODE_MASKS, DECODE_TILES, FLASH_SM80_TILES, RULES, declared, refusals
+from pa_ops.generator.matrix import (
+    DECODE_MASKS,
+    DECODE_TILES,
+    FLASH_SM80_TILES,
+    MEA_DECODE_TILES,
+    MEA_TILES,
+    RULES,
+    declared,
+    refusals,
+)
 from pa_ops.generator.plan import Planner
 from pa_ops.generator.render import CUDA_TYPES, Renderer
 from pa_ops.generator.toolchain import Toolchain
@@ -51,22 +60,42 @@ def test_G4_every_candidate_is_declared_or_refused_with_a_reason() -> None:
         built = set(declared("full", (target,)))
         assert refused.isdisjoint(built)
         assert refused | built == set(matrix.candidates("full"))
-    assert {refusal.rule for refusal in refusals()} == {"kv-dtype", "before-sm80", "shared-memory"}
-    assert {refusal.rule for refusal in refusals("full", ("sm_90a", "sm_100f"))} == {"kv-dtype"}
+    assert {refusal.rule for refusal in refusals()} == {
+        "kv-dtype",
+        "before-sm80",
+        "bf16-before-sm80",
+        "other-tile",
+        "shared-memory",
+    }
+    assert {refusal.rule for refusal in refusals("full", ("sm_90a", "sm_100f"))} == {"kv-dtype", "other-tile"}
     assert all(refusal.reason for refusal in refusals())
     assert all(rule.reason for rule in RULES)
 
 
-def test_G5_targets_before_sm_80_get_append_and_the_reason_for_each_refusal() -> None:
+def test_G5_targets_before_sm_80_get_cuda_kernels_and_the_reason_for_each_refusal() -> None:
     older = [target for target in targets.DECLARED_TARGETS if parse_target(target) < OLDEST_CUTE_SM]
     assert older == ["sm_53", "sm_60", "sm_70", "sm_75"]
     for target in older:
         specs = declared("full", (target,))
-        assert [spec.family for spec in specs] == [Family.APPEND] * 2
+        mea = {Family.MEA: len(MEA_TILES) * len(Layout) * len(Mask)}
+        mea[Family.MEA_DECODE] = len(MEA_DECODE_TILES) * len(DECODE_MASKS)
+        assert Counter(spec.family for spec in specs) == {Family.APPEND: 2, **mea}
+        assert {spec.dtype for spec in specs if spec.family in mea} == {DType.FP16}
         reasons = {refusal.spec: refusal.rule for refusal in refusals("full", (target,))}
         assert set(reasons) == {*matrix.candidates("full")} - {*specs}
         same = {rule for spec, rule in reasons.items() if spec.kv_dtype is spec.dtype}
-        assert same == {"before-sm80"}
+        assert same == {"before-sm80", "bf16-before-sm80", "other-tile"}
+
+
+@pytest.mark.parametrize("sm", [53, 60, 61, 62, 70, 72, 75])
+@pytest.mark.parametrize("head_dim", range(8, 257, 8))
+def test_B1_mea_on_every_sm_before_80(sm: int, head_dim: int) -> None:
+    cases = (("paged_attention", 1, Family.MEA_DECODE), ("paged_attention", 512, Family.MEA))
+    for op, tokens, family in (*cases, ("varlen_attention", 1, Family.MEA), ("varlen_attention", 512, Family.MEA)):
+        problem = Problem(op=op, dtype="fp16", head_dim=head_dim, tokens=tokens)
+        entry = select_entry(declared_rows(), problem, Capability.of_sm(sm)).entry
+        assert entry.spec.family is family and entry.target == targets.target_of_sm(sm)
+        assert entry.spec.head_dim == min(tile for tile in MEA_TILES if tile >= head_dim)
 
 
 def test_decode_of_the_largest_head_is_refused_where_a_block_may_have_99_kib() -> None:

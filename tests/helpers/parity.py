@@ -41,8 +41,9 @@ class Evidence:
         entries = {entry.name: entry for entry in here.entries}
         for name in {call.instance for call in calls}:
             row = self.rows.setdefault(name, Row(entries[name].digest, tools=here.tools(entries[name])))
-            row.tests += 1
-            row.worst_error = max(row.worst_error, error)
+            if row.digest == entries[name].digest:  # else code of the same name for another target
+                row.tests += 1
+                row.worst_error = max(row.worst_error, error)
 
     def write(self, path: Path) -> None:
         """JSON by instance name."""

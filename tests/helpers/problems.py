@@ -25,11 +25,17 @@ class Shape:
     dtype: torch.dtype = torch.float16
     page_size: int = 16
     pool: str = "separate"
+    head_dim_v: int = 0
 
     @property
     def heads(self) -> int:
         """Query heads."""
         return self.kv_heads * self.group
+
+    @property
+    def value_dim(self) -> int:
+        """The head size of V: that of K unless `head_dim_v` is another."""
+        return self.head_dim_v or self.head_dim
 
 
 @dataclass
@@ -60,7 +66,9 @@ class Call:
     def poisoned_results(self) -> tuple[Tensor, Tensor]:
         """NaN-filled out and lse for `run_into`."""
         q = self.tensors["q"]
-        return torch.full_like(q, torch.nan), q.new_full((q.shape[1], q.shape[0]), torch.nan, dtype=torch.float32)
+        value = next(tensor for name, tensor in self.tensors.items() if name in ("v", "v_cache"))
+        out = q.new_full((*q.shape[:2], value.shape[-1]), torch.nan)
+        return out, q.new_full((q.shape[1], q.shape[0]), torch.nan, dtype=torch.float32)
 
 
 def prefix_sums(lengths: Sequence[int], device: torch.device) -> Tensor:
@@ -93,7 +101,7 @@ def empty_pool(shape: Shape, pages: int, device: torch.device) -> tuple[Tensor, 
         return torch.full(sizes, torch.nan, dtype=shape.dtype, device=device)
 
     if shape.pool == "separate":
-        return nan(pages, size, heads, dim), nan(pages, size, heads, dim)
+        return nan(pages, size, heads, dim), nan(pages, size, heads, shape.value_dim)
     if shape.pool == "fused":
         fused = nan(pages, 2, size, heads, dim)
         return fused[:, 0], fused[:, 1]
@@ -143,7 +151,7 @@ def paged(
     k_cache, v_cache = empty_pool(shape, pages, device)
     at = torch.tensor(slots, dtype=torch.int64, device=device)
     for cache in (k_cache, v_cache):
-        cache[at // size, at % size] = randn(generator, shape.dtype, len(slots), shape.kv_heads, shape.head_dim)
+        cache[at // size, at % size] = randn(generator, shape.dtype, len(slots), *cache.shape[2:])
     rows = sum(new for new, _ in pairs)
     tensors = {
         "q": query(generator, shape, rows),
@@ -162,7 +170,8 @@ def varlen(
     """`varlen_attention` over (new, kv) lengths; keys of sequences without queries and past the end are NaN."""
     generator = torch.Generator(device).manual_seed(seed)
     rows, keys = (sum(pair[side] for pair in pairs) for side in (0, 1))
-    k, v = (randn(generator, shape.dtype, keys + SPARE_ROWS, shape.kv_heads, shape.head_dim) for _ in "kv")
+    sizes = (shape.head_dim, shape.value_dim)
+    k, v = (randn(generator, shape.dtype, keys + SPARE_ROWS, shape.kv_heads, size) for size in sizes)
     seen = [bool(new) for new, kv in pairs for _ in range(kv)] + [False] * SPARE_ROWS
     unseen = ~torch.tensor(seen, dtype=torch.bool, device=device)
     k[unseen] = torch.nan

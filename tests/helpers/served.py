@@ -12,7 +12,8 @@ from pa_ops import reference
 
 TENSORS = ("query", "key", "value", "k_cache", "v_cache", "cu_seqlens_q", "past_lens", "block_table")
 CACHES = ("k_cache", "v_cache")
-KERNELS = (["append", "decode"], ["append", "flash_sm80"], ["append", "decode", "flash_sm80"])
+PAIRS = (("decode", "flash_sm80"), ("mea_decode", "mea"))
+KERNELS = [["append", *some] for few, many in PAIRS for some in ([few], [many], [few, many])]
 """The families that may serve one call, in the order of their launches."""
 
 

@@ -50,6 +50,13 @@ def test_an_unknown_sm_is_taken_for_the_newest_known_below_it(sm: int) -> None:
     assert all(parse_target(target) <= sm for target in capability.targets)
 
 
+@pytest.mark.parametrize(
+    ("sm", "target"), [(53, "sm_53"), (62, "sm_62"), (75, "sm_75"), (80, "sm_80"), (86, "sm_80"), (90, "sm_90a")]
+)
+def test_what_to_build_for_a_device(sm: int, target: str) -> None:
+    assert Capability.of_sm(sm).build_target == target
+
+
 def test_oldest_sm_of_a_feature() -> None:
     assert min_sm(frozenset({Feature.CP_ASYNC, Feature.MMA_BF16})) == 80
     assert min_sm(frozenset({Feature.MMA_F16})) == 75

@@ -386,7 +386,7 @@ def test_what_no_kernel_serves_is_refused_and_never_dropped(launches: Launches) 
         ((q, *(c.to(torch.float8_e4m3fn) for c in (k_cache, v_cache)), *where), {}, "e4m3fn"),
         ((q[:, :, :20], k_cache[..., :20], v_cache[..., :20], *where), {}, "multiple of 8"),
         (paged(dim=264), {}, "up to 256, got 264"),
-        ((q, k_cache, v_cache[..., :32], *where), {}, "64 (K) and 32 (V)"),
+        ((q, k_cache, v_cache[..., :32], *where), {"backend": "flash"}, "64 (K) and 32 (V)"),
         ((torch.zeros(3 * 8 * 64 + 1).half()[1:].view(3, 8, 64), k_cache, v_cache, *where), {}, "16 bytes"),
         ((q, torch.zeros(4, 16, 2, 65).half()[..., :64], v_cache, *where), {}, "16 bytes"),
     ]
@@ -407,26 +407,30 @@ def test_B4_overrides_reach_the_selection(launches: Launches, monkeypatch: pytes
     monkeypatch.setenv("PA_OPS_BACKEND", "flash_sm80")
     call("paged_attention", *tensors)
     assert len(launches) == 3
-    with pytest.raises(NoInstance, match=r"mea \(backend=\)"):
-        call("paged_attention", *tensors, backend="mea")
-    with pa_ops.backend("mea"), pytest.raises(NoInstance, match=r"pa_ops.backend\(\)"):
+    with pytest.raises(NoInstance, match=r"lean \(backend=\)"):
+        call("paged_attention", *tensors, backend="lean")
+    with pa_ops.backend("lean"), pytest.raises(NoInstance, match=r"pa_ops.backend\(\)"):
         call("paged_attention", *tensors)
-    monkeypatch.setenv("PA_OPS_BACKEND", "mea")
-    with pytest.raises(NoInstance, match=r"mea \(PA_OPS_BACKEND\)"):
+    monkeypatch.setenv("PA_OPS_BACKEND", "lean")
+    with pytest.raises(NoInstance, match=r"lean \(PA_OPS_BACKEND\)"):
         call("paged_attention", *tensors)
     monkeypatch.delenv("PA_OPS_BACKEND")
-    monkeypatch.setenv("PA_OPS_DISABLE", "flash,decode")
+    monkeypatch.setenv("PA_OPS_DISABLE", "flash,decode,mea")
     with pytest.raises(NoInstance, match="PA_OPS_DISABLE=flash"):
         call("paged_attention", *tensors)
     assert launches.families == ["flash_sm80"] * 3
-    for disabled, left, new in (("flash", "decode", 40), ("decode", "flash_sm80", 3)):
+    cases = (("flash", "mea", 40), ("flash", "decode", 3), ("flash,mea", "decode", 40), ("decode", "flash_sm80", 3))
+    for disabled, left, new in (*cases, ("flash,decode", "mea_decode", 3), ("flash,decode", "mea", 40)):
         monkeypatch.setenv("PA_OPS_DISABLE", disabled)
         call("paged_attention", *paged(new))
         assert launches[-1].family == left and launches[-1].serves(new)
     monkeypatch.delenv("PA_OPS_DISABLE")
+    for new, family in ((3, "mea_decode"), (40, "mea")):
+        call("paged_attention", *paged(new), backend="mea")
+        assert launches[-1].family == family and launches[-1].serves(new)
     with pa_ops.batch_invariant():
         call("paged_attention", *tensors)
-    assert launches[-1].family == "flash_sm80" and len(launches) == 6
+    assert launches[-1].family == "flash_sm80" and len(launches) == 12
     words = "backend: needs a family that batch invariance leaves in, got decode"
     with pa_ops.batch_invariant(), pytest.raises(NoInstance, match=words):
         call("paged_attention", *tensors, backend="decode")

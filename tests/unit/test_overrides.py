@@ -37,7 +37,7 @@ def test_a_family_is_refused_for_cpu_tensors(how: str, monkeypatch: pytest.Monke
 
 
 def test_B27_families_are_unique_names() -> None:
-    assert pa_ops.families() == ("flash_sm80", "decode")
+    assert pa_ops.families() == ("flash_sm80", "decode", "mea", "mea_decode")
 
 
 def test_importing_pa_ops_loads_no_kernel_runtime() -> None:

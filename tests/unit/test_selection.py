@@ -100,17 +100,17 @@ def test_B6_the_error_lists_gates_values_overrides_and_leaves_out_useless_comman
 
 
 def test_B6_an_override_that_leaves_nothing_raises_and_is_named() -> None:
-    neither = Policy(disabled=frozenset({"flash", "decode"}))
-    text = refusal(paged(), 90, policy=Policy("mea", "PA_OPS_BACKEND"))
-    for family in ("flash_sm80", "decode"):
-        assert f"backend: needs mea (PA_OPS_BACKEND), got {family}" in text
-    assert "families: flash_sm80, decode" in text
+    neither = Policy(disabled=frozenset({"flash", "decode", "mea"}))
+    text = refusal(paged(), 90, policy=Policy("lean", "PA_OPS_BACKEND"))
+    for family in ("flash_sm80", "decode", "mea"):
+        assert f"backend: needs lean (PA_OPS_BACKEND), got {family}" in text
+    assert "families: flash_sm80, decode, mea" in text
     assert "pa-ops build" not in text
     text = refusal(paged(), 90, policy=neither)
     assert "PA_OPS_DISABLE=flash" in text and "PA_OPS_DISABLE=decode" in text
-    assert "PA_OPS_DISABLE decode,flash" in text
+    assert "PA_OPS_DISABLE decode,flash,mea" in text
     assert "pa-ops build" not in text
-    for overruled in (Policy("mea"), neither):
+    for overruled in (Policy("lean"), neither):
         assert "pa-ops build" not in refusal(paged(), 90, (), overruled)
     with pytest.raises(InvalidArgument, match=r"^backend: "):
         Policy("")
@@ -128,7 +128,7 @@ def test_B6_overrides_reach_families_their_first_words_and_instances() -> None:
             same = {**{axis: getattr(chosen.entry.spec, axis) for axis in axes}, "head_dim": 256}
             (bigger,) = {row.name for row in ROWS if all(getattr(row.spec, axis) == same[axis] for axis in same)}
             assert select_entry(ROWS, problem, H200, Policy(bigger)).instance == bigger
-        for words_, chosen in (({"flas", "decode"}, many), ({"flash"}, few)):
+        for words_, chosen in (({"flas", "decode"}, many), ({"flash", "mea"}, few)):
             assert select_entry(ROWS, problem, H200, Policy(disabled=frozenset(words_))).entry == chosen.entry
     append = Problem(op="append_kv", dtype="bf16", head_dim=128)
     strict = Policy("flash", disabled=frozenset({"append", "flash"}))
@@ -144,8 +144,11 @@ def serves(row: Entry, problem: Problem, capability: Capability) -> bool:
     fits = problem.head_dim <= spec.head_dim and problem.head_dim_v <= spec.head_dim_v
     pages = (problem.op == "paged_attention") == (spec.layout == "gather")
     asked = "window" if problem.window else "causal" if problem.causal else "full"
-    masked = asked == spec.mask or (spec.family == "decode" and (asked, spec.mask) == ("full", "causal"))
-    whole = problem.head_dim % 8 == 0 and problem.head_dim == problem.head_dim_v
+    masked = asked == spec.mask or (
+        spec.family in ("decode", "mea_decode") and (asked, spec.mask) == ("full", "causal")
+    )
+    even = problem.head_dim % 8 == 0 and problem.head_dim_v % 8 == 0
+    whole = even and (problem.head_dim == problem.head_dim_v or spec.family == "mea")
     same = problem.dtype == spec.dtype and problem.kv_dtype == spec.kv_dtype
     loads = row.target in capability.targets and row.smem_bytes <= capability.smem_optin_bytes
     return fits and pages and masked and whole and same and loads and problem.aligned
@@ -231,7 +234,7 @@ def test_B7_batch_invariance_leaves_out_a_family_that_cuts_sequences_by_their_ne
     text = refusal(paged(), 90, tuple(row for row in ROWS if row.spec.family is Family.DECODE), steady)
     assert "backend: needs a family that batch invariance leaves in, got decode" in text
     assert "PA_OPS_DISABLE unset, batch invariance on" in text
-    assert text.count("pa-ops build") == 1 and "'pa_attn_flash_sm80_" in text
+    assert text.count("pa-ops build") == 2 and "'pa_attn_flash_sm80_" in text and "'pa_attn_mea_" in text
 
 
 GATED = {"head_dim", "head_dim_v", "sm", "smem_bytes", "smem_optin_bytes", "page_size", "num_heads", "num_kv_heads"}
@@ -337,8 +340,10 @@ def test_native_code_is_preferred() -> None:
 
 
 @pytest.mark.parametrize("head_dim_v", [32, 64, 136])
-def test_C10_no_row_of_one_head_size_serves_two(head_dim_v: int) -> None:
-    text = refusal(Problem(op="varlen_attention", dtype="fp16", head_dim=128, head_dim_v=head_dim_v), 90)
+def test_C10_rows_of_one_head_size_serve_two_only_where_they_say_so(head_dim_v: int) -> None:
+    problem = Problem(op="varlen_attention", dtype="fp16", head_dim=128, head_dim_v=head_dim_v)
+    assert select_entry(ROWS, problem, H200).family is Family.MEA
+    text = refusal(problem, 90, policy=Policy("flash"))
     assert f"NO  equal head sizes: needs one head size for K and V, got 128 (K) and {head_dim_v} (V)" in text
 
 

@@ -1,11 +1,11 @@
-// Turns the first numbers of a cache into their multiples.
+// Turns the first numbers of a tensor into their multiples.
 #pragma once
 
 constexpr int THREADS = 128;
 
-__device__ inline void scale(const Arguments &args)
+__device__ inline void scale(unsigned long long numbers, int count)
 {
     const int at = blockIdx.x * THREADS + threadIdx.x;
-    if (at < args.tokens)
-        reinterpret_cast<float *>(args.k_cache)[at] *= FACTOR;
+    if (at < count)
+        reinterpret_cast<float *>(numbers)[at] *= FACTOR;
 }

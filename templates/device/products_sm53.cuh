@@ -1,0 +1,129 @@
+// The two products of attention for one warp without tensor cores: turns tiles in shared memory into scores and outputs.
+//
+// Elements are widened as they are read, and everything is fp32 FMA: the half2 FMA of these SMs is twice as fast, and
+// adds up in fp16. Accumulators lie as those of mma.m16n8k8 do.
+#pragma once
+
+#include "half.cuh"
+#include "tiles.cuh"
+
+namespace pa {
+
+struct Path {
+    static constexpr int PIECE_ROWS = 16;
+    static constexpr int REGISTERS = 4;    // of a 16 x 8 tile of an accumulator
+    static constexpr int ROW_STEP = 8;     // from a thread's first row of a piece to its second
+    static constexpr int FIRST_SHARER = 1; // lanes that share a row differ in this bit and the next, up to 2
+
+    __device__ static int row(int lane)
+    {
+        return lane / 4;
+    }
+
+    // The first column of a tile that a thread holds; register i adds i % 2.
+    __device__ static int column(int lane)
+    {
+        return lane % 4 * 2;
+    }
+
+    // The channel of registers 2 slot and 2 slot + 1 of output tile `tile`. A thread's eight channels in four tiles are
+    // neighbours, so that one access brings the values of all.
+    __device__ static int channel(int lane, int tile, int)
+    {
+        return tile / 4 * 32 + lane % 4 * 8 + tile % 4 * 2;
+    }
+
+    struct Eight {
+        float at[ELEMENTS];
+
+        __device__ explicit Eight(Shared address)
+        {
+            const uint4 run = load_shared(address);
+            const unsigned pairs[4] = {run.x, run.y, run.z, run.w};
+#pragma unroll
+            for (int i = 0; i < ELEMENTS; i++)
+                at[i] = to_float(static_cast<Half>(pairs[i / 2] >> i % 2 * 16));
+        }
+    };
+
+    // s = Q K^T: the warp's rows of the query tile, which begin at `q`, by the tile of keys at `k`. One of PARTS calls
+    // has its part of the channels; the first clears s.
+    template <int PARTS, int PIECES, int TILES>
+    __device__ static void scores(float (&s)[PIECES][TILES][REGISTERS], Shared q, Shared k, int part, int lane)
+    {
+#pragma unroll
+        for (int piece = 0; piece < PIECES; piece++)
+#pragma unroll
+            for (int tile = 0; tile < TILES; tile++)
+#pragma unroll
+                for (int i = 0; i < REGISTERS; i++)
+                    s[piece][tile][i] = part == 0 ? 0.0f : s[piece][tile][i];
+#pragma unroll 1
+        for (int step = 0; step < CHUNKS / PARTS; step++) {
+            const int chunk = part * (CHUNKS / PARTS) + step;
+#pragma unroll
+            for (int piece = 0; piece < PIECES; piece++) {
+                const int first = piece * PIECE_ROWS + row(lane);
+                const Eight rows[2] = {Eight(tile_address(q, first, chunk)),
+                                       Eight(tile_address(q, first + ROW_STEP, chunk))};
+#pragma unroll
+                for (int tile = 0; tile < TILES; tile++)
+#pragma unroll
+                    for (int c = 0; c < 2; c++) {
+                        const Eight key(tile_address(k, tile * 8 + column(lane) + c, chunk));
+#pragma unroll
+                        for (int i = 0; i < ELEMENTS; i++)
+#pragma unroll
+                            for (int slot = 0; slot < 2; slot++) {
+                                float &score = s[piece][tile][slot * 2 + c];
+                                score = fmaf(rows[slot].at[i], key.at[i], score);
+                            }
+                    }
+            }
+        }
+    }
+
+    // o += P V for the channels from `first` on, a multiple of 64. One of PARTS calls, in order, has its part of the
+    // keys; `p` is used up: its tiles move through the first, so that the loop over them need not be unrolled.
+    template <int PARTS, int PIECES, int TILES, int OUTPUTS>
+    __device__ static void accumulate(float (&o)[PIECES][OUTPUTS][REGISTERS], float (&p)[PIECES][TILES][REGISTERS],
+                                      Shared v, int part, int first, int lane)
+    {
+#pragma unroll 1
+        for (int step = 0; step < TILES / PARTS; step++) {
+            const int tile = part * (TILES / PARTS) + step;
+#pragma unroll
+            for (int key = 0; key < 8; key++) {
+                const int owner = lane / 4 * 4 + key / 2;
+                float weights[PIECES][2];
+#pragma unroll
+                for (int piece = 0; piece < PIECES; piece++)
+#pragma unroll
+                    for (int slot = 0; slot < 2; slot++)
+                        weights[piece][slot] = __shfl_sync(ALL_LANES, p[piece][0][slot * 2 + key % 2], owner);
+#pragma unroll
+                for (int out = 0; out < OUTPUTS; out += 4) {
+                    const Eight value(tile_address(v, tile * 8 + key, first / ELEMENTS + out + lane % 4));
+#pragma unroll
+                    for (int piece = 0; piece < PIECES; piece++)
+#pragma unroll
+                        for (int i = 0; i < ELEMENTS; i++)
+#pragma unroll
+                            for (int slot = 0; slot < 2; slot++) {
+                                float &sum = o[piece][out + i / 2][slot * 2 + i % 2];
+                                sum = fmaf(weights[piece][slot], value.at[i], sum);
+                            }
+                }
+            }
+#pragma unroll
+            for (int piece = 0; piece < PIECES; piece++)
+#pragma unroll
+                for (int next = 1; next < TILES; next++)
+#pragma unroll
+                    for (int i = 0; i < REGISTERS; i++)
+                        p[piece][next - 1][i] = p[piece][next][i];
+        }
+    }
+};
+
+} // namespace pa

@@ -1,0 +1,148 @@
+// The two products of attention for one warp on SM 7.5 and newer: turns tiles in shared memory into scores and outputs.
+//
+// ldmatrix brings 16 x 16 pieces; a multiplication of 16 keys or channels is two mma.m16n8k8 before SM 8.0, whose
+// operands are the halves of those of the one mma.m16n8k16 from there on.
+#pragma once
+
+#include "half.cuh"
+#include "tiles.cuh"
+
+namespace pa {
+
+struct Path {
+    static constexpr int PIECE_ROWS = 16;
+    static constexpr int REGISTERS = 4;    // of a 16 x 8 tile of an accumulator
+    static constexpr int ROW_STEP = 8;     // from a thread's first row of a piece to its second
+    static constexpr int FIRST_SHARER = 1; // lanes that share a row differ in this bit and the next, up to 2
+
+    __device__ static int row(int lane)
+    {
+        return lane / 4;
+    }
+
+    // The first column of a tile that a thread holds; register i adds i % 2.
+    __device__ static int column(int lane)
+    {
+        return lane % 4 * 2;
+    }
+
+    // The channel of registers 2 slot and 2 slot + 1 of output tile `tile`.
+    __device__ static int channel(int lane, int tile, int)
+    {
+        return tile * 8 + column(lane);
+    }
+
+    // 8 x 8 matrices by the addresses of their rows, eight lanes each.
+    template <bool TRANSPOSED> __device__ static uint4 matrices(Shared address)
+    {
+        uint4 m;
+        if constexpr (TRANSPOSED)
+            asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
+                         : "=r"(m.x), "=r"(m.y), "=r"(m.z), "=r"(m.w)
+                         : "r"(address));
+        else
+            asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+                         : "=r"(m.x), "=r"(m.y), "=r"(m.z), "=r"(m.w)
+                         : "r"(address));
+        return m;
+    }
+
+    // The lane's address of a 16 x 16 piece at row 0, chunk 0. by_row: matrices 1 and 2 are the upper right and the
+    // lower left one in that order, as the second operand has them; else the other way round.
+    __device__ static Shared lane_address(Shared tile, int lane, bool by_row)
+    {
+        const int upper = lane / 8 % 2, right = lane / 16;
+        return tile_address(tile, lane % 8 + 8 * (by_row ? right : upper), by_row ? upper : right);
+    }
+
+    // The piece at `row`, a multiple of 8, and `chunk`, which is even: the swizzled bits hold the lane's part alone.
+    __device__ static Shared at(Shared address, int row, int chunk)
+    {
+        return (address ^ (chunk % 8 * CHUNK)) + row * PITCH + chunk / 8 * 8 * CHUNK;
+    }
+
+    __device__ static void multiply(float (&c)[4], const uint4 &a, unsigned low, unsigned high)
+    {
+#if __CUDA_ARCH__ >= 800
+#if PA_BF16
+        asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
+            "{%0, %1, %2, %3};"
+#else
+        asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
+            "{%0, %1, %2, %3};"
+#endif
+            : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+            : "r"(a.x), "r"(a.y), "r"(a.z), "r"(a.w), "r"(low), "r"(high));
+#else
+        asm("mma.sync.aligned.m16n8k8.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5}, {%6}, {%0, %1, %2, %3};"
+            : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+            : "r"(a.x), "r"(a.y), "r"(low));
+        asm("mma.sync.aligned.m16n8k8.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5}, {%6}, {%0, %1, %2, %3};"
+            : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+            : "r"(a.z), "r"(a.w), "r"(high));
+#endif
+    }
+
+    // s = Q K^T: the warp's rows of the query tile, which begin at `q`, by the tile of keys at `k`. One of PARTS calls
+    // has its part of the channels; the first clears s.
+    template <int PARTS, int PIECES, int TILES>
+    __device__ static void scores(float (&s)[PIECES][TILES][REGISTERS], Shared q, Shared k, int part, int lane)
+    {
+        const Shared q_lane = lane_address(q, lane, false), k_lane = lane_address(k, lane, true);
+#pragma unroll
+        for (int piece = 0; piece < PIECES; piece++)
+#pragma unroll
+            for (int tile = 0; tile < TILES; tile++)
+#pragma unroll
+                for (int i = 0; i < REGISTERS; i++)
+                    s[piece][tile][i] = part == 0 ? 0.0f : s[piece][tile][i];
+#pragma unroll
+        for (int step = 0; step < CHUNKS / PARTS; step += 2) {
+            const int chunk = part * (CHUNKS / PARTS) + step;
+            uint4 a[PIECES];
+#pragma unroll
+            for (int piece = 0; piece < PIECES; piece++)
+                a[piece] = matrices<false>(at(q_lane, piece * PIECE_ROWS, chunk));
+#pragma unroll
+            for (int tile = 0; tile < TILES; tile += 2) {
+                const uint4 b = matrices<false>(at(k_lane, tile * 8, chunk));
+#pragma unroll
+                for (int piece = 0; piece < PIECES; piece++) {
+                    multiply(s[piece][tile], a[piece], b.x, b.y);
+                    multiply(s[piece][tile + 1], a[piece], b.z, b.w);
+                }
+            }
+        }
+    }
+
+    // o += P V, P being `p` rounded to 16 bits, for the channels from `first` on, a multiple of 64. One
+    // of PARTS calls has its part of the keys.
+    template <int PARTS, int PIECES, int TILES, int OUTPUTS>
+    __device__ static void accumulate(float (&o)[PIECES][OUTPUTS][REGISTERS],
+                                      float (&p)[PIECES][TILES][REGISTERS], Shared v, int part, int first, int lane)
+    {
+        const Shared v_lane = lane_address(v, lane, false) + first * 2;
+#pragma unroll
+        for (int step = 0; step < TILES / PARTS; step += 2) {
+            const int tile = part * (TILES / PARTS) + step;
+            uint4 a[PIECES];
+#pragma unroll
+            for (int piece = 0; piece < PIECES; piece++) {
+                const float(&left)[REGISTERS] = p[piece][tile], (&right)[REGISTERS] = p[piece][tile + 1];
+                a[piece] = {pair_of(left[0], left[1]), pair_of(left[2], left[3]), pair_of(right[0], right[1]),
+                            pair_of(right[2], right[3])};
+            }
+#pragma unroll
+            for (int out = 0; out < OUTPUTS; out += 2) {
+                const uint4 b = matrices<true>(at(v_lane, tile * 8, out));
+#pragma unroll
+                for (int piece = 0; piece < PIECES; piece++) {
+                    multiply(o[piece][out], a[piece], b.x, b.y);
+                    multiply(o[piece][out + 1], a[piece], b.z, b.w);
+                }
+            }
+        }
+    }
+};
+
+} // namespace pa
