@@ -306,7 +306,9 @@ def test_B9_shared_memory_is_a_gate(family: str, sm: int) -> None:
     assert "pa-ops build" not in text
 
 
-@pytest.mark.parametrize(("page_size", "fits"), [(1, False), (7, False), (8, True), (12, False), (24, True), (256, True)])
+@pytest.mark.parametrize(
+    ("page_size", "fits"), [(1, False), (7, False), (8, True), (12, False), (24, True), (256, True)]
+)
 def test_X1_pages_that_no_box_of_eight_keys_divides_go_to_flash_sm80(page_size: int, fits: bool) -> None:
     chosen = select_entry(ROWS, prefill(page_size=page_size), H200)
     assert chosen.family is (Family.FLASH_SM90 if fits else Family.FLASH_SM80)
