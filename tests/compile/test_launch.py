@@ -49,7 +49,7 @@ def test_programs_launch_what_their_python_twin_says(family: Family, product: La
     assert len(asked) == len(wanted) > 50
     for got, want in zip(asked, wanted, strict=True):
         extent, words = json.loads(want.removeprefix("want "))
-        blocks = f"{extent[0]} {extent[1]} 1 x {entry.spec.threads}, {entry.smem_bytes} B shared"
+        blocks = f"{extent[0]} {extent[1]} 1 x {entry.spec.threads}, {entry.spec.smem_bytes} B shared"
         assert got.startswith(f"launch {blocks}, stream 0, {size} B:")
         assert numbers(got) == words
     assert lines.count("load ELF") == 1, "an image is loaded once"
