@@ -20,6 +20,7 @@ class Language(Word):
 _STATEMENTS = {Language.CUTE: "# %", Language.CUDA: "// %"}
 LANGUAGES: dict[Family, Language] = {
     Family.FLASH_SM80: Language.CUTE,
+    Family.FLASH_SM90: Language.CUTE,
     Family.DECODE: Language.CUTE,
     Family.MEA: Language.CUDA,
     Family.MEA_DECODE: Language.CUDA,

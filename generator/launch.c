@@ -28,10 +28,12 @@ static struct {
     int (*cuKernelSetAttribute)(int, int, handle, int);
     int (*cuLaunchKernel)(handle, unsigned, unsigned, unsigned, unsigned, unsigned, unsigned, unsigned, handle, void **,
                           void **);
+    int (*cuTensorMapEncodeTiled)(void *, int, uint32_t, void *, const uint64_t *, const uint64_t *, const uint32_t *,
+                                  const uint32_t *, int, int, int, int);
 } driver;
 static handle contexts[DEVICES];
 static pthread_mutex_t lock = PTHREAD_MUTEX_INITIALIZER;
-static int opened;
+static _Atomic int opened;
 
 int pa_fail(const char *kind, const char *what, const char *why)
 {
@@ -64,7 +66,8 @@ static int open_driver(void)
 {
     static const char *const names[] = {
         "cuGetErrorName",    "cuGetErrorString",   "cuDevicePrimaryCtxRetain", "cuCtxGetCurrent", "cuCtxSetCurrent",
-        "cuLibraryLoadData", "cuLibraryGetKernel", "cuKernelSetAttribute",     "cuLaunchKernel"};
+        "cuLibraryLoadData", "cuLibraryGetKernel", "cuKernelSetAttribute",     "cuLaunchKernel",
+        "cuTensorMapEncodeTiled"};
     void *library = dlopen("libcuda.so.1", RTLD_NOW);
     if (library == NULL)
         return pa_fail("RuntimeError", "no NVIDIA driver", dlerror());
@@ -74,7 +77,7 @@ static int open_driver(void)
             return pa_fail("RuntimeError", "the driver is too old, CUDA 12 is needed; it lacks", names[i]);
         memcpy((char *)&driver + i * sizeof symbol, &symbol, sizeof symbol);
     }
-    opened = 1;
+    atomic_store(&opened, 1);
     return 0;
 }
 
@@ -95,6 +98,26 @@ static int prepare(struct pa_kernel *kernel, int device)
         CHECK(cuKernelSetAttribute(SHARED_CARVEOUT, ALL_SHARED, kernel->handle, device), kernel->entry);
     }
     atomic_fetch_or(&kernel->prepared, UINT64_C(1) << device);
+    return 0;
+}
+
+int pa_encode(void *map, const struct pa_tensor *tensor)
+{
+    enum { INTERLEAVE_NONE, SWIZZLE_128_BYTES = 3, PROMOTE_256_BYTES = 3, ZEROS_OUTSIDE = 0, COLUMNS = 64 };
+    static const uint32_t steps[PA_MAP_RANK] = {1, 1, 1, 1};
+    const uint32_t box[PA_MAP_RANK] = {COLUMNS, tensor->rows, 1, 1};
+    _Alignas(64) char made[PA_MAP_BYTES];
+    if (!atomic_load(&opened)) {
+        pthread_mutex_lock(&lock);
+        int status = opened ? 0 : open_driver();
+        pthread_mutex_unlock(&lock);
+        if (status)
+            return status;
+    }
+    CHECK(cuTensorMapEncodeTiled(made, tensor->type, PA_MAP_RANK, tensor->address, tensor->sizes, tensor->strides, box,
+                                 steps, INTERLEAVE_NONE, SWIZZLE_128_BYTES, PROMOTE_256_BYTES, ZEROS_OUTSIDE),
+          "a tensor map");
+    memcpy(map, made, sizeof made);
     return 0;
 }
 

@@ -18,6 +18,20 @@ struct pa_kernel {
 /* 0, or -1 with a raised error: the kernel on a grid of x * y blocks, its argument record given as bytes. */
 int pa_launch(struct pa_kernel *kernel, int device, void *stream, const void *record, unsigned x, unsigned y);
 
+enum { PA_MAP_BYTES = 128, PA_MAP_RANK = 4 };
+
+/* Half-precision rows in device memory, innermost dimension first; strides in bytes, of all dimensions but that. A copy
+ * brings a box of 64 elements, swizzled over their 128 bytes, by `rows` of dimension 1. type: a CUtensorMapDataType. */
+struct pa_tensor {
+    void *address;
+    uint64_t sizes[PA_MAP_RANK], strides[PA_MAP_RANK - 1];
+    uint32_t rows;
+    int type;
+};
+
+/* 0, or -1 with a raised error: what the copy engine is told of a tensor, PA_MAP_BYTES of it. */
+int pa_encode(void *map, const struct pa_tensor *tensor);
+
 /* Raise an error of a Python kind; returns -1. */
 int pa_fail(const char *kind, const char *what, const char *why);
 

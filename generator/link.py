@@ -19,13 +19,17 @@ from .ninja import shell
 from .toolchain import Toolchain
 
 SYMBOL_PREFIX = "__tvm_ffi_"
-SOURCES = (Path(__file__).with_name("launch.c"), Path(__file__).with_name("program.c"))
-VERSION_SCRIPT = f"{{ global: {SYMBOL_PREFIX}*; local: *; }};\n"
+EXPORTS = ("pa_attach", "pa_operator", "pa_watch", "pa_keep", "pa_lend", "pa_raise")  # what pa_ops/native.py calls
+SOURCES = tuple(
+    Path(__file__).with_name(name) for name in ("launch.c", "program.c", "kept.c", "operators.c", "raise.c")
+)
+VERSION_SCRIPT = f"{{ global: {SYMBOL_PREFIX}*; {' '.join(f'{name};' for name in EXPORTS)} local: *; }};\n"
 FLAGS = (
     "-shared",
     "-fPIC",
     "-O2",
     "-fvisibility=hidden",
+    "-fexceptions",  # raise.c's pass through operators.c
     "-Wl,--gc-sections",
     "-Wl,-z,defs",
     "-Wl,--build-id=none",

@@ -26,6 +26,15 @@ FLASH_SM80_TILES: dict[int, dict[Layout, Tile]] = {
     128: {Layout.DENSE: Tile(128, 32, 1, 4), Layout.GATHER: Tile(128, 32, 1, 4)},
     256: {Layout.DENSE: Tile(64, 64, 1, 4), Layout.GATHER: Tile(64, 64, 1, 4)},
 }
+# Tile of each head size for wgmma, by how keys are found: 64 query rows a computing warpgroup beside one that copies,
+# and as many keys and stages as shared memory and registers hold. Keys are a multiple of 16, the rows of a copy's box
+# for the smallest usual page.
+FLASH_SM90_TILES: dict[int, dict[Layout, Tile]] = {
+    64: {Layout.DENSE: Tile(192, 112, 3, 16), Layout.GATHER: Tile(192, 112, 3, 16)},
+    128: {Layout.DENSE: Tile(128, 128, 3, 12), Layout.GATHER: Tile(128, 128, 3, 12)},
+    192: {Layout.DENSE: Tile(128, 96, 2, 12), Layout.GATHER: Tile(128, 96, 2, 12)},
+    256: {Layout.DENSE: Tile(128, 80, 2, 12), Layout.GATHER: Tile(128, 80, 2, 12)},
+}
 # Tile of each head size for few query rows: as many stages as let two blocks share an SM, or else one.
 DECODE_TILES: dict[int, Tile] = {
     64: Tile(16, 128, 3, 4),
@@ -81,18 +90,21 @@ def _grid(head_dims: Iterable[int], layouts: Iterable[Layout], masks: Iterable[M
 
 
 _PAGED = (Layout.GATHER,)
+_SMOKE_PREFILL = (
+    *_grid((64,), (Layout.DENSE,), (Mask.FULL, Mask.CAUSAL)),
+    *_grid((64,), _PAGED, (Mask.CAUSAL, Mask.WINDOW)),
+    *_grid((128,), Layout, (Mask.CAUSAL,)),
+)
 _SMOKE: dict[Family, tuple[Cell, ...]] = {
-    Family.FLASH_SM80: (
-        *_grid((64,), (Layout.DENSE,), (Mask.FULL, Mask.CAUSAL)),
-        *_grid((64,), _PAGED, (Mask.CAUSAL, Mask.WINDOW)),
-        *_grid((128,), Layout, (Mask.CAUSAL,)),
-    ),
+    Family.FLASH_SM80: _SMOKE_PREFILL,
+    Family.FLASH_SM90: _SMOKE_PREFILL,
     Family.DECODE: (*_grid((64,), _PAGED, DECODE_MASKS), *_grid((128,), _PAGED, (Mask.CAUSAL,))),
     Family.MEA: _grid((64,), Layout, (Mask.CAUSAL,)),
     Family.MEA_DECODE: _grid((64,), _PAGED, (Mask.CAUSAL,)),
 }
 _SERVING: dict[Family, tuple[Cell, ...]] = {
     Family.FLASH_SM80: _grid(FLASH_SM80_TILES, Layout, Mask),
+    Family.FLASH_SM90: _grid(FLASH_SM90_TILES, Layout, Mask),
     Family.DECODE: _grid(DECODE_TILES, _PAGED, DECODE_MASKS),
     Family.MEA: _grid(MEA_TILES, Layout, Mask),
     Family.MEA_DECODE: _grid(MEA_DECODE_TILES, _PAGED, DECODE_MASKS),
@@ -141,6 +153,11 @@ def _mea_tile(head_dim: int, target: str) -> Tile:
 
 RULES: tuple[Rule, ...] = (
     Rule(
+        "hopper-alone",
+        lambda spec, target: spec.family is Family.FLASH_SM90 and target != "sm_90a",
+        "wgmma is an instruction of SM 9.0 alone",
+    ),
+    Rule(
         "kv-dtype",
         lambda spec, _: spec.kv_dtype is not spec.dtype,
         "kernels read K and V in the query's dtype; quantised caches are served by the reference only",
@@ -174,6 +191,8 @@ def _tiles(family: Family, cell: Cell) -> tuple[Tile, ...]:
     """The tiles of an attention family's kernels for `cell`; a rule leaves one of several to each target."""
     if family is Family.FLASH_SM80:
         return (TILE_EXCEPTIONS.get(cell, FLASH_SM80_TILES[cell.head_dim][cell.layout]),)
+    if family is Family.FLASH_SM90:
+        return (FLASH_SM90_TILES[cell.head_dim][cell.layout],)
     if family is Family.MEA:
         return MEA_TILES[cell.head_dim]
     return ({Family.DECODE: DECODE_TILES, Family.MEA_DECODE: MEA_DECODE_TILES}[family][cell.head_dim],)

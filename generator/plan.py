@@ -17,13 +17,13 @@ from pa_ops.spec import InstanceSpec
 from . import matrix
 from .digest import Digester, sha256_of
 from .layout import Layout
-from .link import FLAGS
+from .link import FLAGS, SOURCES
 from .render import Renderer
 from .toolchain import Toolchain
 
 HERE = Path(__file__).parent
 COMPILE_SOURCES = (HERE / "worker.py", HERE / "cubin.py", HERE / "ptx.py", HERE / "nvrtc.py", Path(arguments.__file__))
-LINK_SOURCES = (HERE / "launch.c", HERE / "launch.h", HERE / "program.c")
+LINK_SOURCES = (*SOURCES, *(HERE / name for name in ("launch.h", "program.h", "kept.h", "host.h")))
 
 
 def select(preset: str, target: str, pattern: str | None) -> tuple[InstanceSpec, ...]:

@@ -3,32 +3,28 @@
  * A program is an array of 64-bit words that pa_ops/program.py writes:
  *   tensors, steps, device
  *   a tensor:  present, dtype, dimensions, flags; a dimension: rule, name, value
- *   a step:    kernel, record bytes, patches, grid rule and its three numbers; the record; a patch: six words
+ *   a step:    kernel, record bytes, patches, grid rule and its three numbers; the record; its patches
+ *   a patch:   offset, bytes, a value; of a tensor map: offset, bytes, rows of a box, element type, eight values
+ *   a value:   source, tensor and axis, times, plus
  * Dimensions that may differ from call to call have a name: the first tensor that shows it fixes its size. Whatever
  * else selection looked at is compared, so a program never runs on a call that it does not fit. */
+#include "program.h"
+
 #include "launch.h"
 
-#include <dlpack/dlpack.h>
 #include <string.h>
 #include <tvm/ffi/extra/c_env_api.h>
 
-enum { TENSORS = 24, NAMES = 8, RECORD_WORDS = 64, MAX_BLOCKS = 65535 };
+enum { RECORD_WORDS = 128, MAX_BLOCKS = 65535 };
 enum { ALIGNED = 1, WRITTEN = 2 };                         /* flags of a tensor */
 enum { CONSTANT, EQUAL, AT_LEAST };                        /* rules of a dimension */
-enum { ADDRESS, STRIDE, SIZE };                            /* sources of a patch */
+enum { ADDRESS, STRIDE, SIZE, CONSTANT_VALUE };            /* sources of a value */
 enum { GRID_TILES, GRID_TOKENS, GRID_ROWS, GRID_FIXED };              /* rules of a grid */
 enum { VECTOR_BYTES = 16 };
 
 typedef int64_t word;
 
-struct call {
-    const word *at; /* what is read next */
-    const DLTensor *tensors[TENSORS];
-    word sizes[NAMES];
-    int known[NAMES];
-};
-
-static word next(struct call *call) { return *call->at++; }
+static word next(struct pa_call *call) { return *call->at++; }
 
 static word ceil_div(word a, word b) { return (a + b - 1) / b; }
 
@@ -36,16 +32,16 @@ static word min(word a, word b) { return a < b ? a : b; }
 
 static word max(word a, word b) { return a > b ? a : b; }
 
-static const DLTensor *tensor_of(const TVMFFIAny *value)
+static DLTensor *tensor_of(const TVMFFIAny *value)
 {
     if (value->type_index == kTVMFFIDLTensorPtr)
         return value->v_ptr;
     if (value->type_index == kTVMFFITensor)
-        return (const void *)((const char *)value->v_ptr + sizeof(TVMFFIObject));
+        return (void *)((char *)value->v_ptr + sizeof(TVMFFIObject));
     return NULL;
 }
 
-static int size_fits(struct call *call, word size)
+static int size_fits(struct pa_call *call, word size)
 {
     word rule = next(call), name = next(call), value = next(call);
     if (rule == CONSTANT)
@@ -76,7 +72,7 @@ static int strides_fit(const DLTensor *tensor, word flags)
     return 1;
 }
 
-static int tensor_fits(struct call *call, const DLTensor *tensor, word device)
+static int tensor_fits(struct pa_call *call, const DLTensor *tensor)
 {
     word present = next(call), dtype = next(call), dimensions = next(call), flags = next(call);
     if (present != (tensor != NULL))
@@ -84,7 +80,8 @@ static int tensor_fits(struct call *call, const DLTensor *tensor, word device)
     if (!present)
         return 1;
     if ((word)tensor->dtype.code << 8 != (dtype & 0xFF00) || tensor->dtype.bits != (dtype & 0xFF) ||
-        tensor->ndim != dimensions || tensor->device.device_id != device)
+        tensor->ndim != dimensions || tensor->device.device_id != call->device ||
+        (int32_t)tensor->device.device_type != call->kind)
         return 0;
     for (int i = 0; i < tensor->ndim; i++)
         if (!size_fits(call, tensor->shape[i]))
@@ -92,21 +89,62 @@ static int tensor_fits(struct call *call, const DLTensor *tensor, word device)
     return strides_fit(tensor, flags);
 }
 
-static void patch(struct call *call, char *record)
+/* The tensor as a call of these sizes would bring it, contiguous and with no memory yet. */
+static void describe(struct pa_call *call, DLTensor *tensor)
 {
-    word offset = next(call), width = next(call), source = next(call), place = next(call);
-    word times = next(call), plus = next(call), value;
+    next(call);
+    word dtype = next(call), stride = 1;
+    tensor->ndim = (int32_t)next(call);
+    tensor->dtype = (DLDataType){(uint8_t)(dtype >> 8), (uint8_t)dtype, 1};
+    next(call);
+    for (int i = 0; i < tensor->ndim; i++) {
+        word rule = next(call), name = next(call), value = next(call);
+        tensor->shape[i] = rule == CONSTANT ? value : call->sizes[name] + value;
+    }
+    for (int i = tensor->ndim - 1; i >= 0; stride *= max(tensor->shape[i--], 1))
+        tensor->strides[i] = stride;
+}
+
+static word value_of(struct pa_call *call)
+{
+    word source = next(call), place = next(call), times = next(call), plus = next(call);
     const DLTensor *tensor = call->tensors[place >> 8];
+    if (source == CONSTANT_VALUE)
+        return plus;
     if (source == ADDRESS)
-        value = (word)(intptr_t)tensor->data + (word)tensor->byte_offset + plus;
-    else
-        value = (source == STRIDE ? tensor->strides : tensor->shape)[place & 0xFF] * times + plus;
+        return (word)(intptr_t)tensor->data + (word)tensor->byte_offset + plus;
+    return (source == STRIDE ? tensor->strides : tensor->shape)[place & 0xFF] * times + plus;
+}
+
+/* Nothing is copied from an empty tensor, and nothing steps over an extent of 1: any address, any stride will do. */
+static int patch_map(struct pa_call *call, void *map)
+{
+    word rows = next(call), type = next(call);
+    struct pa_tensor tensor = {.type = (int)type, .rows = (uint32_t)rows};
+    word address = value_of(call);
+    tensor.address = (void *)(intptr_t)(address ? address : VECTOR_BYTES);
+    for (int i = 0; i < PA_MAP_RANK; i++)
+        tensor.sizes[i] = (uint64_t)max(value_of(call), 1);
+    for (int i = 0; i < PA_MAP_RANK - 1; i++) {
+        word stride = value_of(call);
+        tensor.strides[i] = tensor.sizes[i + 1] > 1 ? (uint64_t)stride : VECTOR_BYTES;
+    }
+    return pa_encode(map, &tensor);
+}
+
+static int patch(struct pa_call *call, char *record)
+{
+    word offset = next(call), width = next(call);
+    if (width == PA_MAP_BYTES)
+        return patch_map(call, record + offset);
+    word value = value_of(call);
     int32_t narrow = (int32_t)min(value, INT32_MAX);
     memcpy(record + offset, width == 4 ? (void *)&narrow : (void *)&value, (size_t)width);
+    return 0;
 }
 
 /* x and y from sizes 0 (tokens) and 1 (sequences): an extent may exceed the work, never fall short of it. */
-static void grid(struct call *call, unsigned extent[2])
+static void grid(struct pa_call *call, unsigned extent[2])
 {
     word rule = next(call), a = next(call), b = next(call), c = next(call);
     word tokens = call->sizes[0], sequences = call->sizes[1], x, y;
@@ -128,7 +166,7 @@ static void grid(struct call *call, unsigned extent[2])
     extent[1] = (unsigned)y;
 }
 
-static int run_step(struct call *call, int device, void *stream)
+static int run_step(struct pa_call *call, int device, void *stream)
 {
     word record[RECORD_WORDS];
     unsigned extent[2];
@@ -140,8 +178,36 @@ static int run_step(struct call *call, int device, void *stream)
     memcpy(record, call->at, (size_t)bytes);
     call->at += ceil_div(bytes, sizeof(word));
     for (word i = 0; i < patches; i++)
-        patch(call, (char *)record);
+        if (patch(call, (char *)record))
+            return -1;
     return pa_launch(kernel, device, stream, record, extent[0], extent[1]);
+}
+
+int64_t pa_tensors(const int64_t *program) { return program[0]; }
+
+enum pa_fit pa_match(struct pa_call *call, const int64_t *program, unsigned made)
+{
+    memset(call->known, 0, sizeof call->known);
+    call->sizes[0] = call->sizes[1] = 0;
+    call->at = program;
+    word tensors = next(call);
+    call->steps = next(call);
+    call->device = (int32_t)next(call);
+    call->kind = call->tensors[0] == NULL ? 0 : (int32_t)call->tensors[0]->device.device_type;
+    for (int i = 0; i < tensors; i++)
+        if (made >> i & 1)
+            describe(call, call->tensors[i]);
+        else if (!tensor_fits(call, call->tensors[i]))
+            return PA_MISFIT;
+    return call->sizes[0] == 0 || (call->known[1] && call->sizes[1] == 0) ? PA_EMPTY : PA_FITS;
+}
+
+int pa_start(struct pa_call *call, void *stream)
+{
+    for (word i = 0; i < call->steps; i++)
+        if (run_step(call, call->device, stream))
+            return -1;
+    return 0;
 }
 
 /* pa_call(program's address, tensors or None...) -> 0: the call does not fit; 1: launched; 2: it has no rows. */
@@ -149,30 +215,18 @@ PA_EXPORT int __tvm_ffi_pa_call(void *self, const TVMFFIAny *args, int32_t count
 {
     (void)self;
     result->type_index = kTVMFFIInt;
-    result->v_int64 = 0;
-    if (count < 1 || count > TENSORS || args[0].type_index != kTVMFFIInt)
+    result->v_int64 = PA_MISFIT;
+    if (count < 1 || count > PA_TENSORS || args[0].type_index != kTVMFFIInt)
         return pa_fail("TypeError", "pa_call", "takes a program's address, then tensors");
-    struct call call = {.at = (const word *)(intptr_t)args[0].v_int64};
-    word tensors = next(&call), steps = next(&call), device = next(&call);
-    if (tensors != count - 1)
+    const word *program = (const word *)(intptr_t)args[0].v_int64;
+    if (pa_tensors(program) != count - 1)
         return pa_fail("TypeError", "pa_call", "the program is for another number of tensors");
-    int kind = kDLCPU;
-    for (int i = 0; i < tensors; i++) {
+    struct pa_call call;
+    for (int i = 0; i < count - 1; i++)
         call.tensors[i] = tensor_of(&args[i + 1]);
-        if (!tensor_fits(&call, call.tensors[i], device))
-            return 0;
-        if (i == 0)
-            kind = call.tensors[i]->device.device_type;
-        if (call.tensors[i] != NULL && (int)call.tensors[i]->device.device_type != kind)
-            return 0;
-    }
-    result->v_int64 = 2;
-    if (call.sizes[0] == 0 || (call.known[1] && call.sizes[1] == 0))
-        return 0;
-    void *stream = TVMFFIEnvGetStream(kind, (int32_t)device);
-    for (word i = 0; i < steps; i++)
-        if (run_step(&call, (int)device, stream))
-            return -1;
-    result->v_int64 = 1;
+    enum pa_fit fit = pa_match(&call, program, 0);
+    if (fit == PA_FITS && pa_start(&call, TVMFFIEnvGetStream(call.kind, call.device)))
+        return -1;
+    result->v_int64 = fit;
     return 0;
 }

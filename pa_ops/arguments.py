@@ -10,6 +10,7 @@ import struct
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import accumulate
 
 from pa_ops.spec import Family
 
@@ -17,6 +18,9 @@ ADDRESS = "Q"
 INT64 = "q"
 INT32 = "i"
 FLOAT32 = "f"
+MAP_BYTES = 128
+MAP_ALIGNMENT = 64
+CONSTANT_BASE = 0x210  # where SM 9.0 keeps the record in its constant bank; a map is aligned there, not in the record
 
 
 @dataclass(frozen=True)
@@ -24,17 +28,18 @@ class Record:
     """The fields of one kernel's argument, 8-byte ones first, so that no padding lies between them.
 
     addresses: device pointers, 0 where an optional tensor is absent; strides: bytes and other 64-bit numbers; counts:
-    32-bit integers and flags; factors: fp32.
+    32-bit integers and flags; factors: fp32; maps: tensor maps of the copy engine, which the host encodes.
     """
 
     addresses: tuple[str, ...]
     strides: tuple[str, ...] = ()
     counts: tuple[str, ...] = ()
     factors: tuple[str, ...] = ()
+    maps: tuple[str, ...] = ()
 
     @property
     def fields(self) -> Iterator[tuple[str, str]]:
-        """(name, letter of its type) in order; letters as in the struct module."""
+        """(name, letter of its type) in order, without the maps; letters as in the struct module."""
         for letter, names in (
             (ADDRESS, self.addresses),
             (INT64, self.strides),
@@ -44,31 +49,32 @@ class Record:
             yield from ((name, letter) for name in names)
 
     @cached_property
+    def _struct(self) -> struct.Struct:
+        return struct.Struct("<" + "".join(letter for _, letter in self.fields))
+
+    @property
     def size(self) -> int:
         """Bytes of the record, padding at its end not counted."""
-        return self.head.size + self._tail.size
+        return self.offsets[self.maps[-1]] + MAP_BYTES if self.maps else self._struct.size
 
     @cached_property
-    def head(self) -> struct.Struct:
-        """Packs the addresses."""
-        return struct.Struct(f"<{len(self.addresses)}{ADDRESS}")
+    def offsets(self) -> Mapping[str, int]:
+        """Where each field begins, in bytes."""
+        sizes = [struct.calcsize(f"<{letter}") for _, letter in self.fields]
+        found = dict(zip((name for name, _ in self.fields), accumulate(sizes, initial=0), strict=False))
+        first = -(-(CONSTANT_BASE + self._struct.size) // MAP_ALIGNMENT) * MAP_ALIGNMENT - CONSTANT_BASE
+        return found | {name: first + place * MAP_BYTES for place, name in enumerate(self.maps)}
 
-    @cached_property
-    def _tail(self) -> struct.Struct:
-        counts = (len(self.strides), len(self.counts), len(self.factors))
-        return struct.Struct("<{}q{}i{}f".format(*counts))
-
-    def tail(self, values: Mapping[str, int | float]) -> bytes:
-        """The bytes after the addresses; raises KeyError for a field without a value, ValueError for one too many."""
-        names = (*self.strides, *self.counts, *self.factors)
-        if values.keys() - set(names):
-            raise ValueError(f"no such fields: {sorted(values.keys() - set(names))}")
-        return self._tail.pack(*(values[name] for name in names))
+    def pack(self, values: Mapping[str, int | float]) -> bytes:
+        """The bytes of a launch, maps zero; raises ValueError unless each field has a value, and nothing else has."""
+        names = [name for name, _ in self.fields]
+        if values.keys() != set(names):
+            raise ValueError(f"values and fields differ: {sorted(values.keys() ^ set(names))}")
+        return self._struct.pack(*(values[name] for name in names)).ljust(self.size, b"\0")
 
     def unpack(self, data: bytes) -> dict[str, int | float]:
-        """The fields of a packed record by name."""
-        values = (*self.head.unpack_from(data), *self._tail.unpack_from(data, self.head.size))
-        return dict(zip((name for name, _ in self.fields), values, strict=True))
+        """The fields of a packed record by name, without the maps."""
+        return dict(zip((name for name, _ in self.fields), self._struct.unpack_from(data), strict=True))
 
 
 ATTENTION = Record(
@@ -116,6 +122,14 @@ ATTENTION = Record(
         "softcap_in",  # scale / softcap, 0 = off: scores become tanh(score * softcap_in) ...
         "log2_scale",  # ... and then times this: softcap * log2(e), or scale * log2(e)
     ),
+)
+
+FLASH_SM90 = Record(
+    addresses=("out", "lse", "cu_seqlens_q", "kv_lengths", "block_table", "sinks", "tickets"),
+    strides=("out_token_stride", "out_head_stride", "lse_head_stride", "table_stride"),
+    counts=(*ATTENTION.counts, "box_rows"),  # keys that one copy brings: they divide the page and the tile
+    factors=ATTENTION.factors,
+    maps=("q_map", "k_map", "v_map"),
 )
 
 MEA = Record(
@@ -207,6 +221,7 @@ MERGE = Record(
 
 RECORDS: dict[Family, Record] = {
     Family.FLASH_SM80: ATTENTION,
+    Family.FLASH_SM90: FLASH_SM90,
     Family.DECODE: DECODE,
     Family.MEA: MEA,
     Family.MEA_DECODE: DECODE,

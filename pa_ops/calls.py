@@ -34,7 +34,7 @@ REFERENCES: dict[str, Callable[..., Any]] = {
 ATTENTION = ("paged_attention", "paged_attention_", "varlen_attention")
 REFERENCE_DECISIONS = {op: Decision(op, REFERENCE, REFERENCE, ()) for op in SCHEMAS}
 
-_OPTIONS = ("sinks", "k_scale", "v_scale", "out", "lse")
+_OPTIONS = ("sinks", "k_scale", "v_scale", "out", "lse", "workspace")
 TENSORS: dict[str, tuple[str, ...]] = {
     "paged_attention": (
         "q",
@@ -44,7 +44,6 @@ TENSORS: dict[str, tuple[str, ...]] = {
         "seqlens_k",
         "block_table",
         *_OPTIONS,
-        "workspace",
     ),
     "varlen_attention": ("q", "k", "v", "cu_seqlens_q", "cu_seqlens_k", *_OPTIONS),
     "paged_attention_": (
@@ -60,7 +59,6 @@ TENSORS: dict[str, tuple[str, ...]] = {
         "sin",
         "slot_mapping",
         *_OPTIONS,
-        "workspace",
     ),
     "append_kv": ("slot_mapping", "key", "value", "k_cache", "v_cache", "k_scale", "v_scale"),
     "merge_states": ("out_a", "lse_a", "out_b", "lse_b", "out", "lse"),

@@ -12,6 +12,7 @@ from pa_ops.calls import REFERENCES, TENSORS, Plan, kind_of, known, plan_of
 from pa_ops.checked import check_values
 from pa_ops.checks import validate
 from pa_ops.environment import settings
+from pa_ops.native import keep
 from pa_ops.schema import base_of, signature
 from pa_ops.scratch import workspace
 from pa_ops.trace import record
@@ -19,8 +20,6 @@ from pa_ops.trace import record
 Results = tuple[Tensor, Tensor]
 Given = tuple[Tensor | None, ...]
 Options = dict[str, Any]
-
-VARLEN_TENSORS = 5  # positional ones; paged attention has one more
 
 
 def _attention(op: str) -> Callable[..., Results]:
@@ -47,8 +46,7 @@ def _attention_out(op: str) -> Callable[..., None]:
 
 def _attention_given(tensors: tuple[Tensor, ...], options: Options, out: Tensor, lse: Tensor | None) -> Given:
     get = options.get
-    given = (*tensors, get("sinks"), get("k_scale"), get("v_scale"), out, lse)
-    return given if len(tensors) == VARLEN_TENSORS else (*given, _workspace(out))
+    return (*tensors, get("sinks"), get("k_scale"), get("v_scale"), out, lse, _workspace(out))
 
 
 def paged_attention_(*tensors: Tensor, **options: Any) -> Tensor:
@@ -147,6 +145,7 @@ def _launched(plan: Plan, given: Given) -> bool:
     done = 0 if plan.program is None else plan.run(plan.program.address, *given)
     if done == 1:
         record(plan.settings, *plan.decisions)
+        keep(plan)
     return bool(done)
 
 

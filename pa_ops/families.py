@@ -22,7 +22,7 @@ class Gates:
     needs: features by dtype of the query. masks: which masks of a problem a row of each mask serves. head_multiple and
     head_max bind both head sizes. split_heads: K and V may differ in head size. aligned: pointers and strides must be
     multiples of 16 bytes. quantised: the cache may have another type than the query. invariant: what a row makes of a
-    sequence depends on nothing else in the batch.
+    sequence depends on nothing else in the batch. page_multiple: of which the tokens of a page must be a multiple.
     """
 
     op: KernelOp
@@ -37,6 +37,7 @@ class Gates:
     aligned: bool
     quantised: bool
     invariant: bool
+    page_multiple: int = 1
 
 
 _OWN_MASK = {mask: frozenset({mask}) for mask in Mask}
@@ -65,6 +66,21 @@ GATES: dict[Family, Gates] = {
         aligned=True,
         quantised=False,
         invariant=True,
+    ),
+    Family.FLASH_SM90: Gates(
+        op=KernelOp.ATTN,
+        needs={dtype: frozenset({Feature.TMA, Feature.WGMMA}) for dtype in (DType.FP16, DType.BF16)},
+        layouts=frozenset(Layout),
+        masks=_OWN_MASK,
+        head_multiple=8,
+        head_max=256,
+        split_heads=False,
+        softcap=True,
+        sinks=True,
+        aligned=True,
+        quantised=False,
+        invariant=True,
+        page_multiple=8,
     ),
     Family.DECODE: Gates(
         op=KernelOp.ATTN,
@@ -217,6 +233,9 @@ def family_checks(family: Family, problem: Problem, capability: Capability) -> I
     for option, supported in (("softcap", gates.softcap), ("sinks", gates.sinks)):
         asked = bool(getattr(problem, option))
         yield Check(option, "on or off" if supported else "off", "on" if asked else "off", supported or not asked)
+    if problem.page_size is not None:
+        need = f"a multiple of {gates.page_multiple}"
+        yield Check("page size", need, str(problem.page_size), problem.page_size % gates.page_multiple == 0)
     need = "pointers and strides in multiples of 16 bytes" if gates.aligned else "any alignment"
     got = "16-byte aligned" if problem.aligned else "unaligned"
     yield Check("alignment", need, got, problem.aligned or not gates.aligned)

@@ -19,10 +19,11 @@ LOAD_ROWS = 64
 
 DECODE_ROWS = 16  # of a decode tile; beyond so many, one of 64 or 128 query rows is better filled than two
 MIXED_TOKENS = 1024
-# Attention families, the best first, where the longest sequence has few query rows and where it has more. The mea ones
-# are for SMs that the others do not reach: there, by an override, or for what no other takes.
-FOR_FEW_ROWS = (Family.DECODE, Family.FLASH_SM80, Family.MEA_DECODE, Family.MEA)
-FOR_MANY_ROWS = (Family.FLASH_SM80, Family.MEA, Family.DECODE, Family.MEA_DECODE)
+# Attention families, the best first, where the longest sequence has few query rows and where it has more; wgmma does
+# about twice the work of mma.sync on an H200. The mea ones are for SMs that the others do not reach: there, by an
+# override, or for what no other takes.
+FOR_FEW_ROWS = (Family.DECODE, Family.FLASH_SM90, Family.FLASH_SM80, Family.MEA_DECODE, Family.MEA)
+FOR_MANY_ROWS = (Family.FLASH_SM90, Family.FLASH_SM80, Family.MEA, Family.DECODE, Family.MEA_DECODE)
 SPLITTING = frozenset({Family.DECODE, Family.MEA_DECODE})  # blocks share the keys out; made for few query rows
 BY_NAME = frozenset({Family.MEA, Family.MEA_DECODE})  # an SM that has others runs these when they are asked for
 
@@ -81,8 +82,8 @@ def division(problem: Problem, rows: int) -> Division:
 def cost(entry: Entry, problem: Problem, capability: Capability) -> Cost:
     """A total order on rows: the family for as many rows, padded head sizes, the busiest SM's work, how native it is.
 
-    Padding comes early because it costs shared memory and registers as well as work. The name decides what is left,
-    so that the order of the rows carries no meaning.
+    The family comes first, however much it pads. Padding comes early because it costs shared memory and registers as
+    well as work. The name decides what is left, so that the order of the rows carries no meaning.
     """
     spec = entry.spec
     tile_m = max(spec.tile.m, 1)

@@ -13,15 +13,16 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from pa_ops.arguments import APPEND, DECODE, MERGE, RECORDS
+from pa_ops.arguments import APPEND, DECODE, FLASH_SM90, MERGE, RECORDS, Record
 from pa_ops.errors import InvalidArgument
 from pa_ops.plan import ceil_div
-from pa_ops.program import Address, Grid, GridRule, Launch, Size, Source, Stride
-from pa_ops.scratch import blocks_of, counters_at
-from pa_ops.spec import InstanceSpec
+from pa_ops.program import Address, Grid, GridRule, Launch, Size, Source, Stride, TensorMap, Value
+from pa_ops.scratch import blocks_of, counters_at, tickets_at
+from pa_ops.spec import DType, InstanceSpec
 
 LOG2_E = math.log2(math.e)
 WINDOW_LIMIT = 1 << 30  # keeps pos - W inside an int32; no sequence is that long
+DTYPES = {DType.FP16: torch.float16, DType.BF16: torch.bfloat16}
 HALF = 2  # bytes of an element of fp16 or bf16
 ALIGNMENT = 16  # bytes of a vector access; what `Problem.aligned` promises
 APPEND_THREADS = 128
@@ -31,9 +32,9 @@ FILLING_BLOCKS = 1024  # of `append`: below that many, a token is cut into slice
 class Rows(NamedTuple):
     """Rows of heads [T, H, D], whatever tensor they are part of: address, byte strides of a token and of a head."""
 
-    address: Source
-    token: Source
-    head: Source
+    address: Value
+    token: Value
+    head: Value
 
     @classmethod
     def of(cls, name: str) -> Rows:
@@ -126,7 +127,7 @@ class Attention:
         }
 
 
-def attention_launch(kernel: int, spec: InstanceSpec, call: Attention, *, skip_up_to: int) -> Launch:
+def attention_launch(kernel: int, spec: InstanceSpec, call: Attention, *, skip_up_to: int, num_sms: int) -> Launch:
     """Attend by tiles of query rows; sequences of `skip_up_to` tokens or fewer are left to `decode_launch`.
 
     The bound of lengths holds for every call to come.
@@ -135,7 +136,41 @@ def attention_launch(kernel: int, spec: InstanceSpec, call: Attention, *, skip_u
     grid = Grid(GridRule.TILES, spec.tile.m, bound, call.heads)
     record = RECORDS[spec.family]
     sources = {**call.sources(), "skip_up_to": skip_up_to, "head_dim_v": call.head_dim_v}
-    return Launch(kernel, record, {name: sources[name] for name, _ in record.fields}, grid)
+    return Launch(kernel, record, _fields(record, sources), grid)
+
+
+def persistent_launch(kernel: int, spec: InstanceSpec, call: Attention, *, skip_up_to: int, num_sms: int) -> Launch:
+    """Attend by one block an SM that lists its tiles itself; shorter sequences are left as in `attention_launch`."""
+    sources: dict[str, Source] = {
+        **call.sources(),
+        **_map_sources(spec, call),
+        "tickets": Address("workspace", tickets_at(num_sms)),
+        "skip_up_to": skip_up_to,
+    }
+    return Launch(kernel, FLASH_SM90, _fields(FLASH_SM90, sources), Grid(GridRule.FIXED, num_sms, 1))
+
+
+def _fields(record: Record, sources: dict[str, Source]) -> dict[str, Source]:
+    """Those of `sources` that the record has."""
+    return {name: sources[name] for name in (*(name for name, _ in record.fields), *record.maps)}
+
+
+def _map_sources(spec: InstanceSpec, call: Attention) -> dict[str, Source]:
+    """Tensor maps of q, k and v, and how many keys a box has: as many as divide both a page and the tile."""
+    keys, dtype = call.keys, DTYPES[spec.dtype]
+    box_rows = math.gcd(keys.page_size, spec.tile.n)
+    q_sizes = (call.head_dim, _tokens(call.q), call.heads, 1)
+    made: dict[str, Source] = {
+        "box_rows": box_rows,
+        "q_map": TensorMap(call.q.address, q_sizes, (call.q.token, call.q.head, 0), spec.tile.m, dtype),
+    }
+    row = 1 if keys.page_size else 0
+    for letter, name in (("k", keys.k), ("v", keys.v)):
+        pages, page_stride = (Size(name, 0), Stride(name, 0, HALF)) if keys.page_size else (1, 0)
+        sizes = (call.head_dim, Size(name, row), keys.kv_heads, pages)
+        strides = (Stride(name, row, HALF), Stride(name, row + 1, HALF), page_stride)
+        made[f"{letter}_map"] = TensorMap(Address(name), sizes, strides, box_rows, dtype)
+    return made
 
 
 def decode_launch(kernel: int, call: Attention, *, causal: bool, skip_above: int, num_sms: int) -> Launch:

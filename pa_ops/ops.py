@@ -1,4 +1,8 @@
-"""Turns the operators into torch.ops.pa_ops.*, for CPU, CUDA and meta tensors."""
+"""Turns the operators into torch.ops.pa_ops.*, for CPU, CUDA and meta tensors.
+
+CUDA tensors are served by Python until a product is loaded, then by its kernels (`pa_ops.native`). PyTorch replaces no
+kernel without a word, but prefers one for CUDA to one for whatever has none, so that is what Python's is.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +12,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from pa_ops import cuda
+from pa_ops import cuda, native
 from pa_ops.calls import REFERENCE_DECISIONS, REFERENCES
 from pa_ops.checked import check_values
 from pa_ops.checks import RULES, Sizes, validate
@@ -48,6 +52,20 @@ def _require_reference(backend: str) -> None:
         raise InvalidArgument("backend", rule, f"{chosen.backend!r} (set by {chosen.backend_source})")
 
 
+def _on_others(op: str) -> Callable[..., Any]:
+    """The first calls of an operator on CUDA tensors, or all where PyTorch lacks what kernels need."""
+
+    def run(*args: Any, **kwargs: Any) -> Any:
+        device = args[0].device
+        if device.type not in ("cpu", "cuda"):
+            raise InvalidArgument(signature(op).names[0], "must be on the CPU or on a CUDA device", device)
+        results = cuda.IMPLEMENTATIONS[op](*args, **kwargs)
+        native.attach(device.index, cuda.IMPLEMENTATIONS)
+        return results
+
+    return run
+
+
 def _on_meta(op: str) -> Callable[..., Any]:
     """The shapes and dtypes of an operator's results, behind the same checks of shapes, dtypes and scalars."""
     results = _RESULTS[SCHEMAS[op].rpartition(" -> ")[2]]
@@ -78,7 +96,7 @@ def _register() -> torch.library.Library:
     for op, schema in SCHEMAS.items():
         library.define(op + schema, tags=(torch.Tag.pt2_compliant_tag,))
         library.impl(op, _on_cpu(op), "CPU")
-        library.impl(op, cuda.IMPLEMENTATIONS[op], "CUDA")
+        library.impl(op, _on_others(op), "CompositeExplicitAutograd")
         torch.library.register_fake(f"{NAMESPACE}::{op}", _on_meta(op), lib=library)
     return cast(torch.library.Library, library)
 

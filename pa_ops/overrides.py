@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import replace
+from typing import Any
 
 from pa_ops.environment import Settings, settings
 from pa_ops.selection import AUTO, Policy
@@ -14,6 +15,7 @@ REFERENCE = "reference"
 
 _BACKEND: ContextVar[str] = ContextVar("pa_ops_backend", default=AUTO)
 _INVARIANT: ContextVar[bool] = ContextVar("pa_ops_batch_invariant", default=False)
+BLOCKS: tuple[ContextVar[Any], ...] = (_BACKEND, _INVARIANT)  # what the context managers below set
 
 
 @contextmanager

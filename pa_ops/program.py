@@ -17,7 +17,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from pa_ops.arguments import ADDRESS, INT32, INT64, Record
+from pa_ops.arguments import ADDRESS, INT32, INT64, MAP_BYTES, Record
 from pa_ops.checks import Rule, parse_dim
 
 DTYPES = {  # DLPack's code and bits
@@ -28,6 +28,7 @@ DTYPES = {  # DLPack's code and bits
     torch.int64: (0, 64),
 }
 FREE_DIMS = ("T", "B", "max_pages", "pages", "total_k", "max_position")  # may differ from call to call
+MAP_DTYPES = {torch.float16: 6, torch.bfloat16: 9}  # CUtensorMapDataType
 WIDTHS = {ADDRESS: 8, INT64: 8, INT32: 4}
 
 # The handle of a device's current stream, in a tenth of the time that a torch.cuda.Stream takes to be made.
@@ -58,7 +59,25 @@ class Size(NamedTuple):
     plus: int = 0
 
 
-Source = Address | Stride | Size | int | float
+Value = Address | Stride | Size | int
+"""An integer of a later call: from one of its tensors, or now."""
+
+
+class TensorMap(NamedTuple):
+    """What the copy engine is told of four-dimensional half-precision rows, innermost first.
+
+    sizes: elements of a row, rows, heads, pages; strides: bytes between rows, heads, pages. One copy brings a box of
+    64 elements, swizzled over their 128 bytes, of `box_rows` rows.
+    """
+
+    address: Value
+    sizes: tuple[Value, Value, Value, Value]
+    strides: tuple[Value, Value, Value]
+    box_rows: int
+    dtype: torch.dtype
+
+
+Source = Value | float | TensorMap
 """Where a field comes from: a tensor of the call, or now."""
 
 
@@ -140,27 +159,36 @@ def _guard_words(guard: Guard, names: Mapping[str, int]) -> Iterator[int]:
 
 
 def _launch_words(launch: Launch, places: Mapping[str, int]) -> Iterator[int]:
-    fields = list(launch.record.fields)
-    if launch.sources.keys() != {name for name, _ in fields}:
-        raise ValueError(f"sources and fields differ: {sorted(launch.sources.keys() ^ {name for name, _ in fields})}")
-    format_, values, patches, offset = "<", [], [], 0
-    for name, letter in fields:
-        source = launch.sources[name]
-        if isinstance(source, (Address, Stride, Size)):
-            patches.append((offset, WIDTHS[letter], *_patch(source, places)))
-        values.append(0 if isinstance(source, tuple) else source)
-        format_ += letter
-        offset += struct.calcsize(f"<{letter}")
-    data = struct.pack(format_, *values)
+    record, sources = launch.record, launch.sources
+    fixed = {name: 0 if isinstance(source, tuple) else source for name, source in sources.items()}
+    data = record.pack({name: value for name, value in fixed.items() if name not in record.maps})
     padded = data.ljust(-(-len(data) // 8) * 8, b"\0")
+    patches: list[tuple[int, ...]] = []
+    for name, letter in record.fields:
+        source = sources[name]
+        if isinstance(source, (Address, Stride, Size)):
+            patches.append((record.offsets[name], WIDTHS[letter], *_value_words(source, places)))
+    for name in record.maps:
+        source = sources[name]
+        if not isinstance(source, TensorMap):
+            raise ValueError(f"{name} must be a tensor map, not {source}")
+        patches.append((record.offsets[name], MAP_BYTES, *_map_words(source, places)))
     yield from (launch.kernel, len(data), len(patches), *launch.grid)
     yield from struct.unpack(f"<{len(padded) // 8}q", padded)
     for patch in patches:
         yield from patch
 
 
-def _patch(source: Address | Stride | Size, places: Mapping[str, int]) -> tuple[int, int, int, int]:
+def _map_words(source: TensorMap, places: Mapping[str, int]) -> Iterator[int]:
+    yield from (source.box_rows, MAP_DTYPES[source.dtype])
+    for value in (source.address, *source.sizes, *source.strides):
+        yield from _value_words(value, places)
+
+
+def _value_words(source: Value, places: Mapping[str, int]) -> tuple[int, int, int, int]:
     """Source, place, times, plus."""
+    if isinstance(source, int):
+        return 3, 0, 0, source
     tensor = places[source.tensor] << 8
     if isinstance(source, Address):
         return 0, tensor, 1, source.plus

@@ -82,6 +82,10 @@ class Registry:
         call: Callable[..., int] = library[CALLER]
         return call
 
+    def library(self) -> Path | None:
+        """A library that is loaded, None where there is none."""
+        return next(iter(self._libraries), None)
+
 
 def size_class(problem: Problem) -> tuple[int, int, int, int]:
     """Sizes to the power of two: what may rank kernels, and few enough values to cache by."""

@@ -1,8 +1,8 @@
 """Turns a device and its current stream into the memory in which split attention leaves partial results.
 
 Its size depends on the device alone. A stream has its own, so that calls on two streams never meet; graphs captured on
-one stream share it, and must not be replayed at the same time. The arrival counters must be zero when a kernel begins,
-and it leaves them so; what is zeroed under capture is zero in that graph's replays alone, and is therefore not kept.
+one stream share it, and must not be replayed at the same time. The counters must be zero when a kernel begins, and it
+leaves them so; what is zeroed under capture is zero in that graph's replays alone, and is therefore not kept.
 """
 
 from __future__ import annotations
@@ -15,7 +15,8 @@ from pa_ops.program import stream_of
 BLOCKS_AN_SM = 2
 MAX_STATE_WORDS = 32 * (256 + 2)  # outputs, maximum and sum of a row, the most rows that a tile has
 
-_held: dict[tuple[int, int], Tensor] = {}
+held: dict[tuple[int, int], Tensor] = {}
+"""Device and stream -> the workspace that is the stream's for good."""
 _spare: dict[int, Tensor] = {}  # one a device, for the first stream that is met while it is being captured
 
 
@@ -29,6 +30,11 @@ def counters_at(num_sms: int) -> int:
     return 2 * blocks_of(num_sms) * MAX_STATE_WORDS * 4
 
 
+def tickets_at(num_sms: int) -> int:
+    """Where the counter of tiles that blocks have taken lies, in bytes: after the arrival counters."""
+    return counters_at(num_sms) + 4 * blocks_of(num_sms)
+
+
 def workspace(device: int) -> Tensor:
     """The current stream's, [words] int32, kept because graphs may refer to it; waits for the device once, when made.
 
@@ -36,14 +42,14 @@ def workspace(device: int) -> Tensor:
     whose counters every replay sets to zero first.
     """
     key = (device, stream_of(device))
-    found = _held.get(key)
+    found = held.get(key)
     if found is None:
         if not torch.cuda.is_current_stream_capturing():
-            found = _held[key] = _made(device)
+            found = held[key] = _made(device)
             _spare.setdefault(device, _made(device))
             torch.cuda.synchronize(device)
         elif device in _spare:
-            found = _held[key] = _spare.pop(device)
+            found = held[key] = _spare.pop(device)
         else:
             found = _made(device)
     return found
@@ -52,6 +58,6 @@ def workspace(device: int) -> Tensor:
 def _made(device: int) -> Tensor:
     num_sms = torch.cuda.get_device_properties(device).multi_processor_count
     counters = counters_at(num_sms) // 4
-    fresh = torch.empty(counters + blocks_of(num_sms), dtype=torch.int32, device=torch.device("cuda", device))
+    fresh = torch.empty(tickets_at(num_sms) // 4 + 1, dtype=torch.int32, device=torch.device("cuda", device))
     fresh[counters:].zero_()
     return fresh

@@ -44,6 +44,7 @@ class Family(Word):
     """The template that a kernel is rendered from."""
 
     FLASH_SM80 = "flash_sm80"
+    FLASH_SM90 = "flash_sm90"
     DECODE = "decode"
     MEA = "mea"
     MEA_DECODE = "mea_decode"
@@ -194,6 +195,11 @@ def _stages_or_states(spec: InstanceSpec) -> int:
     return max(ring, spec.tile.warps * spec.tile.m * (spec.head_dim_v + 2) * 4)
 
 
+def _query_stages_and_barriers(spec: InstanceSpec) -> int:
+    """The Q tile, every stage of K and of V with its barriers and its word of holes, two slots of the work list."""
+    return _query_and_stages(spec) + 36 * spec.tile.stages + 168
+
+
 def _query_and_tile_or_state(spec: InstanceSpec) -> int:
     """The query rows and one tile, which keys and values take turns in, or the final state of a block."""
     head_dim = max(spec.head_dim, spec.head_dim_v)
@@ -202,6 +208,7 @@ def _query_and_tile_or_state(spec: InstanceSpec) -> int:
 
 _SMEM: dict[Family, Callable[[InstanceSpec], int]] = {
     Family.DECODE: _stages_or_states,
+    Family.FLASH_SM90: _query_stages_and_barriers,
     Family.MEA_DECODE: _query_and_tile_or_state,
 }
 

@@ -25,6 +25,7 @@ from pa_ops.launch import (
     attention_launch,
     decode_launch,
     merge_launch,
+    persistent_launch,
 )
 from pa_ops.manifest import Entry
 from pa_ops.problem import Problem
@@ -32,6 +33,7 @@ from pa_ops.program import Launch
 from pa_ops.registry import Registry
 from pa_ops.schema import base_of
 from pa_ops.selection import AUTO, Selection
+from pa_ops.spec import Family
 from pa_ops.trace import Decision
 
 WORD = {
@@ -99,7 +101,10 @@ def _attend(
         )
         yield Step(launch, _decision(op, few), aligned)
     if many is not None:
-        launch = attention_launch(registry.kernel(many.entry), many.entry.spec, call, skip_up_to=limit)
+        spec = many.entry.spec
+        launch = LAUNCHES[spec.family](
+            registry.kernel(many.entry), spec, call, skip_up_to=limit, num_sms=registry.capability.num_sms
+        )
         yield Step(launch, _decision(op, many), aligned)
 
 
@@ -114,6 +119,13 @@ def _division(problem: Problem, arguments: Arguments, registry: Registry) -> tup
     assert splitting is not None and other is not None
     chosen_by = division(problem, splitting.entry.spec.tile.m)
     return None if chosen_by is Division.PREFILL else splitting, None if chosen_by is Division.DECODE else other
+
+
+LAUNCHES: dict[Family, Callable[..., Launch]] = {
+    Family.FLASH_SM80: attention_launch,
+    Family.FLASH_SM90: persistent_launch,
+    Family.MEA: attention_launch,
+}
 
 
 def _decision(op: str, selection: Selection) -> Decision:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -27,14 +27,13 @@ class Decision:
 
 
 _history: deque[Decision] = deque(maxlen=KEPT)
-_recordings: list[list[Decision]] = []
+SINKS: list[Callable[[tuple[Decision, ...]], None]] = [_history.extend]  # native.py's kernels call them too
 
 
 def record(now: Settings, *decisions: Decision) -> None:
     """Adds a call's launches to the history and to every open recording; prints them where the settings say so."""
-    _history.extend(decisions)
-    for calls in _recordings:
-        calls.extend(decisions)
+    for take in SINKS:
+        take(decisions)
     if now.debug:
         print(*decisions, sep="\n", file=sys.stderr)
 
@@ -53,8 +52,9 @@ def history() -> tuple[Decision, ...]:
 def recording() -> Iterator[list[Decision]]:
     """Collects the calls made inside the block, from any thread: `with pa_ops.trace.recording() as calls:`."""
     calls: list[Decision] = []
-    _recordings.append(calls)
+    take = calls.extend
+    SINKS.append(take)
     try:
         yield calls
     finally:
-        _recordings[:] = [open_ for open_ in _recordings if open_ is not calls]
+        SINKS[:] = [sink for sink in SINKS if sink is not take]

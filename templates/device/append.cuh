@@ -2,7 +2,8 @@
 //
 // One block a token, grid-stride, so that the grid follows from the number of tokens alone; few tokens are cut into
 // slices of a block each. A token finds its sequence by a search of cu_seqlens_q, its position from past_lens, its
-// slot in slot_mapping or through the block table. Addresses and strides are bytes and 64 bits wide. Arithmetic is fp32, rounded once.
+// slot in slot_mapping or through the block table. Addresses and strides are bytes and 64 bits wide. Arithmetic is fp32,
+// rounded once.
 #pragma once
 
 #include "half.cuh"

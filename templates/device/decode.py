@@ -104,13 +104,8 @@ class Decode:
 
         frag_q = cute.make_rmem_tensor((self.m_tiles * self.head_dim // 16 * 4,), Int32)
         self.load_queries(args, frag_q, q_start, kv_head, row_first, live_rows, lane)
-        acc_o = cute.make_rmem_tensor((self.m_tiles * self.d_tiles * 4,), Float32)
         acc_s = cute.make_rmem_tensor((self.m_tiles * self.n_tiles * 4,), Float32)
-        row_max = cute.make_rmem_tensor((self.m_tiles * 2,), Float32)
-        row_sum = cute.make_rmem_tensor((self.m_tiles * 2,), Float32)
-        acc_o.fill(0.0)
-        row_max.fill(-Float32.inf)
-        row_sum.fill(0.0)
+        acc_o, row_max, row_sum = softmax.fresh_state(self.m_tiles, self.d_tiles)
 
         ring = smem + warp * (self.stages * 2 * self.tile_bytes)
         holes = smem + self.holes_at + warp * (self.stages * 4)

@@ -13,7 +13,6 @@ from cutlass import Float32, Int32, Int64
 from pa_ops.templates.device import pages, products, softmax
 from pa_ops.templates.device.ptx import (
     cp_async_16,
-    ld_global_i32,
     ld_shared_128,
     opaque,
     st_global_128,
@@ -21,7 +20,7 @@ from pa_ops.templates.device.ptx import (
     st_shared_32,
 )
 from pa_ops.templates.device.tiles import Fragments, TileShape
-from pa_ops.templates.device.worklist import find_tile, length_at
+from pa_ops.templates.device.worklist import find_tile, length_at, paged_keys
 
 LOG2_E = 1.4426950408889634
 LN_2 = 0.6931471805599453
@@ -73,8 +72,7 @@ class FlashSm80:
         q_start, q_len = length_at(args.cu_seqlens_q, sequence, args.tokens)
         k_start = Int32(0)
         if cutlass.const_expr(self.paged):
-            stored = ld_global_i32(args.kv_lengths + Int64(sequence) * 4)
-            k_len = cutlass.min(cutlass.max(stored + args.past_lengths * q_len, 0), args.keys)
+            k_len = paged_keys(args, sequence, q_len)
         else:
             k_start, k_len = length_at(args.kv_lengths, sequence, args.keys)
         # The last blocks of a causal sequence see most keys: start them first.
@@ -112,13 +110,8 @@ class FlashSm80:
         frag_q = Fragments(self.shape, s_q + warp_rows, lane, swapped=False)
         frag_k = Fragments(self.shape, s_k, lane, swapped=True)
         frag_v = Fragments(self.shape, s_v, lane, swapped=False)
-        acc_o = cute.make_rmem_tensor((self.m_tiles * self.d_tiles * 4,), Float32)
         acc_s = cute.make_rmem_tensor((self.m_tiles * self.n_tiles * 4,), Float32)
-        row_max = cute.make_rmem_tensor((self.m_tiles * 2,), Float32)
-        row_sum = cute.make_rmem_tensor((self.m_tiles * 2,), Float32)
-        acc_o.fill(0.0)
-        row_max.fill(-Float32.inf)
-        row_sum.fill(0.0)
+        acc_o, row_max, row_sum = softmax.fresh_state(self.m_tiles, self.d_tiles)
         live_pages = pages.page_registers(self.keys)
 
         if steps > 0:

@@ -261,13 +261,6 @@ def ld_global_pair(address, where, *, loc=None, ip=None):
 
 
 @dsl_user_op
-def ld_global_i64(address, *, loc=None, ip=None):
-    """Load one int64 from global memory through the read-only path."""
-    operand = [Int64(address).ir_value(loc=loc, ip=ip)]
-    return Int64(_asm(T.i64(), operand, "ld.global.nc.b64 $0, [$1];", "=l,l", True, loc, ip))
-
-
-@dsl_user_op
 def ld_global_f32(address, *, loc=None, ip=None):
     """Load one fp32 from global memory through the read-only path."""
     operand = [Int64(address).ir_value(loc=loc, ip=ip)]
@@ -299,18 +292,3 @@ def st_global_half(dtype, address, value, *, loc=None, ip=None):
     text = f"{{ .reg .b16 h; cvt.rn.{kind}.f32 h, $1; st.global.b16 [$0], h; }}"
     operands = [Int64(address).ir_value(loc=loc, ip=ip), Float32(value).ir_value(loc=loc, ip=ip)]
     _asm(None, operands, text, "l,f", True, loc, ip)
-
-
-def _copy_global(text):
-    @dsl_user_op
-    def op(target, source, *, loc=None, ip=None):
-        operands = [Int64(target).ir_value(loc=loc, ip=ip), Int64(source).ir_value(loc=loc, ip=ip)]
-        _asm(None, operands, text, "l,l", True, loc, ip)
-
-    return op
-
-
-copy_global_16 = _copy_global(
-    "{ .reg .b32 a, b, c, d; ld.global.nc.v4.b32 {a, b, c, d}, [$1]; st.global.v4.b32 [$0], {a, b, c, d}; }"
-)
-copy_global_2 = _copy_global("{ .reg .b16 h; ld.global.nc.b16 h, [$1]; st.global.b16 [$0], h; }")

@@ -9,8 +9,8 @@ import cutlass
 import cutlass.cute as cute
 from cutlass import Int32, Int64
 
-from pa_ops.templates.device.ptx import ld_global_i32, ld_shared_32, st_shared_32
-from pa_ops.templates.device.worklist import length_at
+from pa_ops.templates.device.ptx import ld_shared_32, st_shared_32
+from pa_ops.templates.device.worklist import length_at, paged_keys, scan_warp
 
 WORDS = 8  # of shared memory that `find_share` needs
 LEAST = 4  # tiles of a share
@@ -24,8 +24,7 @@ def span(args, sequence: Int32, rows: cutlass.Constexpr, keys: cutlass.Constexpr
     so that its rows are written.
     """
     q_start, q_len = length_at(args.cu_seqlens_q, sequence, args.tokens)
-    stored = ld_global_i32(args.kv_lengths + Int64(sequence) * 4)
-    k_len = cutlass.min(cutlass.max(stored + args.past_lengths * q_len, 0), args.keys)
+    k_len = paged_keys(args, sequence, q_len)
     first = Int32(0)
     if cutlass.const_expr(window):
         first = cutlass.max(k_len - q_len - args.window + 1, 0) // keys
@@ -33,16 +32,6 @@ def span(args, sequence: Int32, rows: cutlass.Constexpr, keys: cutlass.Constexpr
     blocks = (q_len * args.group + (rows - 1)) // rows
     blocks = Int32(cutlass.select_(q_len > args.skip_above, Int32(0), blocks))
     return q_start, q_len, k_len, first, tiles, blocks
-
-
-@cute.jit
-def scan_warp(value: Int32):
-    """The inclusive prefix sum of one value a lane."""
-    lane = cute.arch.lane_idx()
-    for power in cutlass.range_constexpr(5):
-        below = cute.arch.shuffle_sync_up(value, 1 << power)
-        value = Int32(cutlass.select_(lane >= (1 << power), value + below, value))
-    return value
 
 
 @cute.jit

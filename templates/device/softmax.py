@@ -12,6 +12,17 @@ from pa_ops.templates.device.ptx import ex2, fma, ld_global_f32, ld_global_half,
 RESCALE_BITS = 8.0
 
 
+def fresh_state(m_tiles, d_tiles):
+    """(outputs, maxima, sums) of a thread's rows that have seen no key."""
+    acc_o = cute.make_rmem_tensor((m_tiles * d_tiles * 4,), Float32)
+    row_max = cute.make_rmem_tensor((m_tiles * 2,), Float32)
+    row_sum = cute.make_rmem_tensor((m_tiles * 2,), Float32)
+    acc_o.fill(0.0)
+    row_max.fill(-Float32.inf)
+    row_sum.fill(0.0)
+    return acc_o, row_max, row_sum
+
+
 def quad(value, combine):
     """Combine one value over the four lanes that share a row."""
     value = combine(value, cute.arch.shuffle_sync_bfly(value, 1))
@@ -23,6 +34,17 @@ def cap(acc_s, scale_in):
     slope = scale_in * 2.885390081777927  # 2 log2(e)
     for i in range(cute.size(acc_s)):
         acc_s[i] = fma(Float32(-2.0), rcp(ex2(acc_s[i] * slope) + 1.0), Float32(1.0))
+
+
+def largest(values):
+    """The maximum of many values, by four chains: one alone would wait for every comparison before it."""
+    chains = list(values[:4])
+    for i in range(4, len(values)):
+        chains[i % 4] = cute.arch.fmax(chains[i % 4], values[i])
+    top = chains[0]
+    for chain in chains[1:]:
+        top = cute.arch.fmax(top, chain)
+    return top
 
 
 def row_elements(row, n_tiles):
@@ -39,10 +61,7 @@ def outgrown(acc_s, row_max, log2_scale, n_tiles):
     """
     some = False
     for row in range(cute.size(row_max)):
-        first, *others = row_elements(row, n_tiles)
-        top = acc_s[first]
-        for i in others:
-            top = cute.arch.fmax(top, acc_s[i])
+        top = largest([acc_s[i] for i in row_elements(row, n_tiles)])
         some = some | ((top - row_max[row]) * log2_scale > RESCALE_BITS)
     return cute.arch.vote_any_sync(some)
 
@@ -54,16 +73,33 @@ def base_of(top, log2_scale):
 
 def rescale(acc_s, acc_o, row_max, row_sum, log2_scale, n_tiles, d_tiles):
     """Move output and sums to the maxima of the rows, this block included."""
+    scale_rows(acc_o, raise_maxima(acc_s, row_max, row_sum, log2_scale, n_tiles), d_tiles)
+
+
+def raise_maxima(acc_s, row_max, row_sum, log2_scale, n_tiles):
+    """Move the sums to the maxima of the rows, this block included; the factors that the outputs still have to take."""
+    factors = []
     for row in range(cute.size(row_max)):
-        top = row_max[row]
-        for i in row_elements(row, n_tiles):
-            top = cute.arch.fmax(top, acc_s[i])
+        top = cute.arch.fmax(row_max[row], largest([acc_s[i] for i in row_elements(row, n_tiles)]))
         top = quad(top, cute.arch.fmax)
         shrink = ex2(row_max[row] * log2_scale - base_of(top, log2_scale))
         row_max[row] = top
         row_sum[row] = row_sum[row] * shrink
+        factors.append(shrink)
+    return factors
+
+
+def scale_rows(acc_o, factors, d_tiles):
+    """Multiply each row's outputs by its factor."""
+    for row, factor in enumerate(factors):
         for i in row_elements(row, d_tiles):
-            acc_o[i] = acc_o[i] * shrink
+            acc_o[i] = acc_o[i] * factor
+
+
+def start(acc_s, row_max, row_sum, log2_scale, n_tiles):
+    """The softmax of a row's first block, whose outputs hold nothing that would have to be scaled."""
+    raise_maxima(acc_s, row_max, row_sum, log2_scale, n_tiles)
+    exponentiate(acc_s, row_max, row_sum, log2_scale, n_tiles)
 
 
 def exponentiate(acc_s, row_max, row_sum, log2_scale, n_tiles):

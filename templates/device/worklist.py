@@ -23,8 +23,25 @@ def length_at(prefix_sums: Int64, index: Int32, total: Int32):
 
 
 @cute.jit
+def paged_keys(args, sequence: Int32, queries: Int32):
+    """Keys of a paged sequence, its `queries` new ones included, at most what a row of the block table has room for."""
+    stored = ld_global_i32(args.kv_lengths + Int64(sequence) * 4)
+    return cutlass.min(cutlass.max(stored + args.past_lengths * queries, 0), args.keys)
+
+
+@cute.jit
+def scan_warp(value: Int32):
+    """The inclusive prefix sum of one value a lane."""
+    lane = cute.arch.lane_idx()
+    for power in cutlass.range_constexpr(5):
+        below = cute.arch.shuffle_sync_up(value, 1 << power)
+        value = Int32(cutlass.select_(lane >= (1 << power), value + below, value))
+    return value
+
+
+@cute.jit
 def find_tile(args, rows: cutlass.Constexpr, rank: Int32):
-    """(sequence, row block) of the `rank`-th tile of `rows` query rows, or (-1, 0) beyond the last one.
+    """(sequence, row block) of the `rank`-th tile of `rows` query rows; beyond the last, -1 and how far beyond.
 
     Sequences of `skip_up_to` tokens or fewer have no tiles here: another kernel's launch has them. One warp reads 32
     lengths a step and scans them: 64 sequences cost two steps, a single one costs one.
@@ -41,10 +58,7 @@ def find_tile(args, rows: cutlass.Constexpr, rank: Int32):
             _, length = length_at(args.cu_seqlens_q, index, args.tokens)
             if length > args.skip_up_to:
                 tiles = (length + (rows - 1)) // rows
-        scan = tiles
-        for power in cutlass.range_constexpr(5):
-            below = cute.arch.shuffle_sync_up(scan, 1 << power)
-            scan = cutlass.select_(lane >= (1 << power), scan + below, scan)
+        scan = scan_warp(tiles)
         total = cute.arch.shuffle_sync(scan, 31)
         owner = 32 - cute.arch.popc(cute.arch.vote_ballot_sync(scan > remaining))
         if remaining < total:
@@ -53,5 +67,6 @@ def find_tile(args, rows: cutlass.Constexpr, rank: Int32):
             first = args.sequences
         else:
             remaining = remaining - total
+            block = remaining
             first = first + 32
     return found, block

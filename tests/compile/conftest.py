@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,7 @@ from pa_ops.generator.layout import Layout
 from pa_ops.generator.render import template_folder
 
 TOY = Path(__file__).parent / "toy"
+DRIVER = Path(__file__).parent / "fake_driver.c"
 
 
 @pytest.fixture
@@ -28,3 +30,12 @@ def product(tmp_path_factory: pytest.TempPathFactory) -> Layout:
     home = tmp_path_factory.mktemp("products")
     build(Request(home, "smoke", ("sm_90a",)))
     return Layout(home / "sm_90a")
+
+
+@pytest.fixture(scope="session")
+def driver(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a stand-in libcuda.so.1."""
+    folder = tmp_path_factory.mktemp("driver")
+    command = ["gcc", "-shared", "-fPIC", "-w", "-Wl,-soname,libcuda.so.1", DRIVER, "-o", folder / "libcuda.so.1"]
+    subprocess.run(command, check=True)
+    return folder

@@ -30,6 +30,18 @@ int cuKernelSetAttribute(int attribute, int value, void *kernel, int device)
 {
     return printf("attribute %d = %d on %d\n", attribute, value, device), 0;
 }
+int cuTensorMapEncodeTiled(void *map, int type, uint32_t rank, void *address, const uint64_t *sizes,
+                           const uint64_t *strides, const uint32_t *box, const uint32_t *steps, int interleave,
+                           int swizzle, int promotion, int fill)
+{
+    uint64_t words[16] = {(uintptr_t)address};
+    memcpy(words + 1, sizes, 4 * sizeof *words);
+    memcpy(words + 5, strides, 3 * sizeof *words);
+    words[10] = box[1];
+    words[11] = (uint64_t)type;
+    memcpy(map, words, sizeof words);
+    return code("cuTensorMapEncodeTiled");
+}
 int cuLaunchKernel(void *kernel, unsigned x, unsigned y, unsigned z, unsigned threads, unsigned b, unsigned c,
                    unsigned smem, void *stream, void **parameters, void **extra)
 {

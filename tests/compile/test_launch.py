@@ -17,17 +17,7 @@ from pa_ops.spec import Family
 
 pytestmark = pytest.mark.compile
 HERE = Path(__file__).parent
-DRIVER = HERE / "fake_driver.c"
 SCRIPT = HERE / "launch_script.py"
-
-
-@pytest.fixture(scope="module")
-def driver(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with a stand-in libcuda.so.1."""
-    folder = tmp_path_factory.mktemp("driver")
-    command = ["gcc", "-shared", "-fPIC", "-w", "-Wl,-soname,libcuda.so.1", DRIVER, "-o", folder / "libcuda.so.1"]
-    subprocess.run(command, check=True)
-    return folder
 
 
 def name_of(product: Layout, family: Family) -> str:

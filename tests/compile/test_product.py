@@ -17,7 +17,7 @@ from pa_ops.generator.build import Request, build
 from pa_ops.generator.cubin import is_code_for, read_facts
 from pa_ops.generator.language import OLDEST_CUTE_SM, Language, language_of
 from pa_ops.generator.layout import Layout
-from pa_ops.generator.link import SYMBOL_PREFIX
+from pa_ops.generator.link import EXPORTS, SYMBOL_PREFIX
 from pa_ops.generator.plan import Planner
 from pa_ops.generator.toolchain import Toolchain
 from pa_ops.manifest import Entry, Manifest
@@ -45,7 +45,7 @@ def test_G2_manifest_rows_template_parameters_and_symbols_are_one_set(product: L
     assert names == [spec.name for spec in declared]
     assert [InstanceSpec.parse(name) for name in names] == list(declared)
     exported = [line.split()[-1] for line in output("nm", "-D", "--defined-only", product.library).splitlines()]
-    assert sorted(exported) == sorted(SYMBOL_PREFIX + name for name in (*names, CALLER))
+    assert sorted(exported) == sorted([*EXPORTS, *(SYMBOL_PREFIX + name for name in (*names, CALLER))])
     module = tvm_ffi.load_module(str(product.library))
     for entry in rows(product):
         assert callable(module[entry.symbol])

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from pa_ops.arguments import MAP_BYTES
 from pa_ops.checks import INT32_MAX
 from pa_ops.plan import attention_tiles
 from pa_ops.program import DTYPES, DimRule, GridRule
@@ -81,14 +82,32 @@ def _tensor_fits(words: Words, sizes: dict[int, int], tensor: Tensor | None) -> 
     return all(_dim_fits(words, sizes, size) for size in tensor.shape) and _strides_fit(tensor, flags)
 
 
-def _patch(words: Words, record: bytearray, tensors: tuple[Tensor | None, ...]) -> None:
-    offset, width, source, place, times, plus = words.take(6)
+def _value(words: Words, tensors: tuple[Tensor | None, ...]) -> int:
+    source, place, times, plus = words.take(4)
+    if source == 3:
+        return plus
     tensor = tensors[place >> 8]
     assert tensor is not None
     if source == 0:
-        value = tensor.data_ptr() + plus
-    else:
-        value = (tensor.stride() if source == 1 else tensor.shape)[place & 0xFF] * times + plus
+        return tensor.data_ptr() + plus
+    return (tensor.stride() if source == 1 else tensor.shape)[place & 0xFF] * times + plus
+
+
+def _map(words: Words, tensors: tuple[Tensor | None, ...]) -> bytes:
+    """What the stand-in driver of tests/compile/fake_driver.c makes of a tensor map."""
+    rows, dtype = words.take(2)
+    address = _value(words, tensors) or 16
+    sizes = [max(_value(words, tensors), 1) for _ in range(4)]
+    strides = [_value(words, tensors) if size > 1 else (_value(words, tensors), 16)[1] for size in sizes[1:]]
+    return struct.pack("<8q16xqqq24x", address, *sizes, *strides, rows, dtype, 0)
+
+
+def _patch(words: Words, record: bytearray, tensors: tuple[Tensor | None, ...]) -> None:
+    offset, width = words.take(2)
+    if width == MAP_BYTES:
+        record[offset : offset + width] = _map(words, tensors)
+        return
+    value = _value(words, tensors)
     struct.pack_into("<i" if width == 4 else "<q", record, offset, min(value, INT32_MAX) if width == 4 else value)
 
 

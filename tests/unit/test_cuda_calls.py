@@ -357,11 +357,13 @@ def test_every_sequence_is_served_by_exactly_one_launch(
 def test_records_have_no_padding_and_pack_what_they_unpack() -> None:
     for family, record in RECORDS.items():
         values = {name: number for number, (name, _) in enumerate(record.fields)}
-        tail = {name: values[name] for name in values if name not in record.addresses}
-        data = record.head.pack(*range(len(record.addresses))) + record.tail(tail)
+        data = record.pack(values)
         assert len(data) == record.size and record.unpack(data) == values, family
-        with pytest.raises(ValueError, match="no such fields"):
-            record.tail({**tail, "surplus": 1})
+        assert list(record.offsets) == list(values) and record.offsets[[*values][-1]] == record.size - 4
+        with pytest.raises(ValueError, match="surplus"):
+            record.pack({**values, "surplus": 1})
+        with pytest.raises(ValueError, match=record.addresses[0]):
+            record.pack({name: value for name, value in values.items() if name != record.addresses[0]})
 
 
 @pytest.mark.parametrize("sequences", [0, 1])

@@ -12,7 +12,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 import pa_ops
 from helpers.serving import serving
-from pa_ops import InvalidArgument, reference
+from pa_ops import InvalidArgument, ops, reference
 from pa_ops.schema import SCHEMAS, signature
 
 
@@ -88,7 +88,13 @@ def test_G7_the_schema_is_the_declared_one(op: str) -> None:
 def test_each_backend_answers_the_operator(op: str) -> None:
     name = f"pa_ops::{op}"
     for key in ("CPU", "CUDA", "Meta"):
-        assert torch._C._dispatch_has_kernel_for_dispatch_key(name, key), key
+        assert torch._C._dispatch_has_computed_kernel_for_dispatch_key(name, key), key
+
+
+def test_tensors_elsewhere_are_refused() -> None:
+    tensors, _ = samples("merge_states")[0]
+    with pytest.raises(InvalidArgument, match=r"^out_a: must be on the CPU or on a CUDA device; got meta"):
+        ops._on_others("merge_states")(*(tensor.to("meta") for tensor in tensors))
 
 
 @pytest.mark.parametrize("op", ["paged_attention", "paged_attention_", "varlen_attention", "merge_states"])

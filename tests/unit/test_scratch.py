@@ -30,7 +30,7 @@ class Device:
 @pytest.fixture
 def device(monkeypatch: pytest.MonkeyPatch) -> Device:
     made = Device()
-    monkeypatch.setattr(scratch, "_held", {})
+    monkeypatch.setattr(scratch, "held", {})
     monkeypatch.setattr(scratch, "_spare", {})
     monkeypatch.setattr(scratch, "stream_of", lambda device: made.stream)
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: made.capturing)

@@ -1,0 +1,317 @@
+"""FlashAttention forward for SM90: turns a batch's queries and the keys they see into output rows and LSE.
+
+Warp-specialised and persistent: one warp lists the block's tiles, one keeps the copy engine busy, two or three
+warpgroups compute. In each, Q K^T of one block of keys runs while the softmax of the block before waits for nothing,
+and P V of that block behind it; the groups take turns, so that one's softmax hides under another's products. Outputs
+go from registers to memory, so that the next tile's queries and keys arrive meanwhile.
+The scheme is FlashAttention-3's (Shah et al., arXiv 2407.08608); work list, pages, masks and epilogue are this
+project's.
+"""
+
+import cutlass
+import cutlass.cute as cute
+from cutlass import Float32, Int32, Int64, Uint32
+from cutlass.cute.nvgpu import warpgroup
+
+from pa_ops.templates.device import softmax, tma
+from pa_ops.templates.device.copier import Copier
+from pa_ops.templates.device.lister import Lister
+from pa_ops.templates.device.ptx import ld_shared_32, opaque, st_global_128, st_global_f32
+from pa_ops.templates.device.shared_sm90 import (
+    BARRIER,
+    EDGES,
+    END,
+    HEAD,
+    INNER,
+    KEYS,
+    LIVE,
+    POSITION,
+    SLOT,
+    SLOTS,
+    STEPS,
+    TOKEN,
+    Shared,
+)
+from pa_ops.templates.device.warpgroup import COLUMN, GROUP_ROWS, GROUP_THREADS, Products
+
+LOG2_E = 1.4426950408889634
+LN_2 = 0.6931471805599453
+TURNS = 1  # the first of the named barriers by which warpgroups take turns
+TAILS = 8  # the first of those at which one has cleared the tail of a tile
+REGISTERS = {2: (232, 40), 3: (160, 32)}  # of a computing and of a copying thread, by computing warpgroups
+
+
+class FlashSm90:
+    """One instance: the compile-time choices and the code that they specialise."""
+
+    def __init__(self, dtype, head_dim, paged, causal, window, rows, keys, stages):
+        self.dtype, self.head_dim, self.paged = dtype, head_dim, paged
+        self.causal, self.window = causal, window
+        self.rows, self.keys, self.stages = rows, keys, stages
+        self.groups = rows // GROUP_ROWS
+        self.threads = (self.groups + 1) * GROUP_THREADS
+        self.n_tiles, self.d_tiles = keys // 8, head_dim // 8
+        self.halves = head_dim // COLUMN
+        self.products = Products(dtype, head_dim, self.groups, keys)
+        self.kv_bytes = keys * head_dim * 2
+        self.shared = Shared(rows * head_dim * 2, self.kv_bytes, stages, warps=4 * self.groups)
+        self.lister = Lister(self.shared, head_dim, paged, causal, window, rows, keys)
+        self.copier = Copier(self.shared, head_dim, paged, rows, keys)
+        self.smem_bytes = self.shared.bytes
+
+    @cute.jit
+    def __call__(self, args):
+        maps = [tma.map_argument() for _ in range(3)]
+        self.kernel(args, *maps).launch(
+            grid=[1, 1, 1],
+            block=[self.threads, 1, 1],
+            smem=self.smem_bytes,
+            min_blocks_per_mp=1,
+            preferred_smem_carveout=100,
+        )
+
+    @cute.kernel
+    def kernel(self, args, q_map: cute.CopyAtom, k_map: cute.CopyAtom, v_map: cute.CopyAtom):
+        pointer = cute.arch.get_dyn_smem(cutlass.Uint8, alignment=1024)
+        smem = Int32(pointer.toint())
+        tid, _, _ = cute.arch.thread_idx()
+        warp = cute.arch.make_warp_uniform(cute.arch.warp_idx())
+        if tid == 0:
+            for barrier, arrivals in self.shared.barriers():
+                tma.init_barrier(smem + barrier, arrivals)
+            tma.publish_barriers()
+        cute.arch.barrier()
+        computing, copying = REGISTERS[self.groups]
+        if warp < 4:
+            cute.arch.setmaxregister_decrease(copying)
+            if warp == 0:
+                self.copier.run(args, smem, tma.map_address(q_map), tma.map_address(k_map), tma.map_address(v_map))
+            elif warp == 1:
+                self.lister.run(args, smem)
+        else:
+            cute.arch.setmaxregister_increase(computing)
+            self.compute(args, pointer, smem, warp)
+
+    @cute.jit
+    def compute(self, args, pointer, smem: Int32, warp: Int32):
+        """A computing warpgroup: its 64 rows of each of the block's tiles.
+
+        What a tile is stays in its slot and is read again where it is needed: registers are scarce.
+        """
+        lane = cute.arch.lane_idx()
+        group = warp // 4 - 1
+        if group == self.groups - 1:
+            self.pass_turn(group)
+        turn, stage, parity = Int32(0), Int32(0), Int32(0)
+        tma.wait_for(smem + self.shared.slot_full, 0)
+        slot = smem + self.shared.slots
+        while ld_shared_32(slot) != 0:
+            acc_o, row_max, row_sum = softmax.fresh_state(1, self.d_tiles)
+            tma.wait_for(smem + self.shared.q_full, turn & 1)
+            if ld_shared_32(slot + STEPS) > 0:
+                stage, parity = self.attend(args, pointer, smem, slot, group, stage, parity, acc_o, row_max, row_sum)
+            else:
+                self.release(smem + self.shared.q_empty, lane)
+            self.store(args, slot, acc_o, row_max, row_sum, warp, lane)
+            self.release(smem + self.shared.slot_empty + turn % SLOTS * BARRIER, lane)
+            turn = turn + 1
+            tma.wait_for(smem + self.shared.slot_full + turn % SLOTS * BARRIER, turn // SLOTS & 1)
+            slot = smem + self.shared.slots + turn % SLOTS * SLOT
+
+    @cute.jit
+    def attend(
+        self,
+        args,
+        pointer,
+        smem: Int32,
+        slot: Int32,
+        group: Int32,
+        stage: Int32,
+        parity: Int32,
+        acc_o,
+        row_max,
+        row_sum,
+    ):
+        """Outputs, maxima and sums of the group's rows over the keys of the tile in `slot`; the stage that follows."""
+        lane = cute.arch.lane_idx()
+        s_q = self.products.tile(pointer, self.rows, self.head_dim)
+        s_k = self.products.tile(pointer + self.shared.k, self.keys, self.head_dim, self.stages)
+        s_v = self.products.tile(pointer + self.shared.v, self.keys, self.head_dim, self.stages)
+        acc_s = cute.make_rmem_tensor((self.n_tiles * 4,), Float32)
+        factors = cute.make_rmem_tensor((2,), Float32)
+        probabilities = self.products.probabilities()
+
+        steps, edges, inner = [ld_shared_32(slot + at) for at in (STEPS, EDGES, INNER)]
+        tma.wait_for(smem + self.shared.k_full + stage * BARRIER, parity)
+        self.products.start_scores(s_q, s_k, stage, group, acc_s)
+        warpgroup.wait_group(0)
+        hole = self.take_holes(smem, stage)
+        self.release(smem + self.shared.k_empty + stage * BARRIER, lane)
+        self.treat(args, acc_s, slot, Int32(0), edges, inner, hole)
+        softmax.start(acc_s, row_max, row_sum, args.log2_scale, self.n_tiles)
+        self.products.round(acc_s, probabilities)
+
+        for i in cutlass.range(1, steps, unroll=1):
+            last, last_parity = stage, parity
+            stage, parity = self.shared.after(stage, parity)
+            tma.wait_for(smem + self.shared.k_full + stage * BARRIER, parity)
+            self.take_turn(group)
+            self.products.start_scores(s_q, s_k, stage, group, acc_s)
+            tma.wait_for(smem + self.shared.v_full + last * BARRIER, last_parity)
+            if i == 1:
+                self.clear_tail(smem, slot, last, group)
+            self.products.start_outputs(probabilities, s_v, last, group, acc_o)
+            self.pass_turn(group)
+            warpgroup.wait_group(1)
+            hole = self.take_holes(smem, stage)
+            self.release(smem + self.shared.k_empty + stage * BARRIER, lane)
+            self.treat(args, acc_s, slot, i, edges, inner, hole)
+            outgrown = softmax.outgrown(acc_s, row_max, args.log2_scale, self.n_tiles)
+            for _ in cutlass.range(opaque(outgrown), unroll=1):
+                raised = softmax.raise_maxima(acc_s, row_max, row_sum, args.log2_scale, self.n_tiles)
+                factors[0], factors[1] = raised
+            softmax.exponentiate(acc_s, row_max, row_sum, args.log2_scale, self.n_tiles)
+            warpgroup.wait_group(0)
+            self.release(smem + self.shared.v_empty + last * BARRIER, lane)
+            for _ in cutlass.range(opaque(outgrown), unroll=1):
+                softmax.scale_rows(acc_o, [factors[0], factors[1]], self.d_tiles)
+            self.products.round(acc_s, probabilities)
+
+        self.release(smem + self.shared.q_empty, lane)  # while the last block's values are still to be multiplied
+        tma.wait_for(smem + self.shared.v_full + stage * BARRIER, parity)
+        if steps == 1:
+            self.clear_tail(smem, slot, stage, group)
+        if cutlass.const_expr(self.window):
+            key_first = (ld_shared_32(slot + END) - steps) * self.keys
+            self.clear(smem, stage, Int32(0), ld_shared_32(slot + POSITION) - args.window + 1 - key_first, group)
+        self.products.start_outputs(probabilities, s_v, stage, group, acc_o)
+        warpgroup.wait_group(0)
+        self.release(smem + self.shared.v_empty + stage * BARRIER, lane)
+        return self.shared.after(stage, parity)
+
+    @cute.jit
+    def release(self, barrier: Int32, lane: Int32):
+        """This warp no longer reads what the barrier guards."""
+        cute.arch.sync_warp()
+        if lane == 0:
+            tma.arrive_at(barrier)
+
+    @cute.jit
+    def take_turn(self, group: Int32):
+        """Wait until the group before has started its products."""
+        cute.arch.barrier(barrier_id=TURNS + group, number_of_threads=2 * GROUP_THREADS)
+
+    @cute.jit
+    def pass_turn(self, group: Int32):
+        """Let the next group start its products."""
+        following = Int32(cutlass.select_(group == self.groups - 1, Int32(0), group + 1))
+        cute.arch.barrier_arrive(barrier_id=TURNS + following, number_of_threads=2 * GROUP_THREADS)
+
+    def take_holes(self, smem, stage):
+        """A bit for each box of the stage's keys that has no page."""
+        return ld_shared_32(smem + self.shared.holes + stage * 4) if self.paged else Int32(0)
+
+    @cute.jit
+    def clear_tail(self, smem: Int32, slot: Int32, stage: Int32, group: Int32):
+        """Zero the values past the last key of the tile's first block, which is in `stage`."""
+        key_first = (ld_shared_32(slot + END) - 1) * self.keys
+        self.clear(smem, stage, ld_shared_32(slot + KEYS) - key_first, Int32(self.keys), group)
+
+    @cute.jit
+    def clear(self, smem: Int32, stage: Int32, begin: Int32, stop: Int32, group: Int32):
+        """Zero the values of rows [begin, stop) of a stage: whatever lies there, nothing times it is to be nothing.
+
+        Keys past the last and before the window are loaded with their page or block. Each group clears them for
+        itself, so that none waits for another.
+        """
+        thread = cute.arch.thread_idx()[0] % GROUP_THREADS
+        if begin < stop:
+            base = smem + self.shared.v + stage * self.kv_bytes
+            for half in cutlass.range_constexpr(self.halves):
+                for chunk in cutlass.range(begin * 8 + thread, stop * 8, GROUP_THREADS, unroll=1):
+                    tma.st_shared_128(base + half * (self.keys * COLUMN * 2) + chunk * 16, [Int32(0)] * 4)
+            tma.fence_async()
+            cute.arch.barrier(barrier_id=TAILS + group, number_of_threads=GROUP_THREADS)
+
+    @cute.jit
+    def treat(self, args, acc_s, slot: Int32, i: Int32, edges: Int32, inner: Int32, hole: Int32):
+        """Cap the scores of block `i`, and -inf where a row must not see a key; nothing in the middle ones."""
+        for _ in cutlass.range(opaque(args.softcap_in > 0.0), unroll=1):
+            softmax.cap(acc_s, args.softcap_in)
+        edge = i < edges
+        if cutlass.const_expr(self.window):
+            edge = edge | (i >= inner)
+        for _ in cutlass.range(opaque(edge), unroll=1):
+            self.hide(args, acc_s, slot, i)
+        if cutlass.const_expr(self.paged):
+            for turn in cutlass.range(opaque(hole != 0), unroll=1):
+                # The turn is 0; it keeps the divisions inside the loop.
+                for nt in cutlass.range_constexpr(self.n_tiles):
+                    box = Uint32(nt * 8 + turn) // Uint32(args.box_rows)
+                    drop = ((Uint32(hole) >> box) & 1) != 0
+                    for i in cutlass.range_constexpr(4):
+                        acc_s[nt * 4 + i] = cutlass.select_(drop, Float32(-Float32.inf), acc_s[nt * 4 + i])
+
+    def hide(self, args, acc_s, slot, i):
+        """-inf for keys past the last, after the row's own position, before its window."""
+        thread, _, _ = cute.arch.thread_idx()
+        first = ld_shared_32(slot + POSITION) + row_of(thread)
+        keys = ld_shared_32(slot + KEYS)
+        column = (ld_shared_32(slot + END) - 1 - i) * self.keys + (thread & 3) * 2
+        for r in range(2):
+            here = first + r * 8
+            stop = (cutlass.min(keys, here + 1) if self.causal or self.window else keys) - column
+            begin = here - args.window - column
+            for nt in range(self.n_tiles):
+                for c in range(2):
+                    drop = stop <= nt * 8 + c
+                    if self.window:
+                        drop = drop | (begin >= nt * 8 + c)
+                    at = nt * 4 + r * 2 + c
+                    acc_s[at] = cutlass.select_(drop, Float32(-Float32.inf), acc_s[at])
+
+    @cute.jit
+    def store(self, args, slot: Int32, acc_o, row_max, row_sum, warp: Int32, lane: Int32):
+        """Write this thread's rows: four lanes trade words, so that each stores 16 bytes of one row."""
+        head, token, live = ld_shared_32(slot + HEAD), ld_shared_32(slot + TOKEN), ld_shared_32(slot + LIVE)
+        sink = Float32(-Float32.inf)
+        if args.sinks != 0:
+            sink = softmax.sink_of(self.dtype, args, head) * LOG2_E
+        scale, lse = softmax.finish(row_max, row_sum, args.log2_scale, sink, 1)
+        mine = lane & 3
+        first_row = row_of(warp * 32 + lane)
+        lse_row = args.lse + Int64(head) * args.lse_head_stride + Int64(token) * 4
+        out_row = args.out + Int64(token) * args.out_token_stride + Int64(head) * args.out_head_stride
+        for r in cutlass.range_constexpr(2):
+            row = first_row + r * 8
+            st_global_f32(lse_row + Int64(row) * 4, lse[r] * LN_2, (mine == 0) & (row < live) & (args.lse != 0))
+            target = out_row + Int64(row) * args.out_token_stride
+            for first in cutlass.range_constexpr(0, self.d_tiles, 4):
+                words = []
+                for dt in cutlass.range_constexpr(first, first + 4):
+                    at = dt * 4 + r * 2
+                    words.append(softmax.scaled_pair(self.dtype, acc_o[at], acc_o[at + 1], scale[r]))
+                column = (mine + first) * 8
+                traded = trade(words, mine)
+                st_global_128(target + Int64(column) * 2, traded, (row < live) & (column < args.head_dim))
+
+
+def row_of(thread):
+    """The first of the two rows, eight apart, of the tile that a computing thread holds."""
+    return ((thread >> 5) - 4) * 16 + ((thread & 31) >> 2)
+
+
+def trade(words, mine):
+    """Transpose four words of four neighbouring lanes: lane i gets the words i of all, in the order of lanes."""
+    odd, upper = (mine & 1) != 0, (mine & 2) != 0
+    for first in (0, 2):
+        low, high = words[first], words[first + 1]
+        got = cute.arch.shuffle_sync_bfly(cutlass.select_(odd, low, high), 1)
+        words[first] = Int32(cutlass.select_(odd, got, low))
+        words[first + 1] = Int32(cutlass.select_(odd, high, got))
+    for at in (0, 1):
+        low, high = words[at], words[at + 2]
+        got = cute.arch.shuffle_sync_bfly(cutlass.select_(upper, low, high), 2)
+        words[at] = Int32(cutlass.select_(upper, got, low))
+        words[at + 2] = Int32(cutlass.select_(upper, high, got))
+    return words

@@ -1,0 +1,123 @@
+"""The listing warp of a persistent block: turns tickets into the tiles of its work list, one slot after another.
+
+Whoever is nearly done takes the next tile, in an order that keeps a section of heads in the L2 cache and leaves short
+tiles for the end. A ticket taken early would be a tile that waits while another block has nothing to do.
+"""
+
+import cutlass
+import cutlass.cute as cute
+from cutlass import Int32
+
+from pa_ops.templates.device import tma
+from pa_ops.templates.device.ptx import st_global_i32, st_shared_32
+from pa_ops.templates.device.shared_sm90 import BARRIER, SLOT, SLOTS
+from pa_ops.templates.device.worklist import find_tile, length_at, paged_keys
+
+NEAR_BYTES = 24 << 20  # of keys and values that a section of heads may have: half of an H200's L2 cache
+LATE = 2  # of a causal sequence's row blocks, one in so many comes after all others: the first, which see fewest keys
+
+
+class Lister:
+    """Lists tiles of `rows` query rows against blocks of `keys` keys."""
+
+    def __init__(self, shared, head_dim, paged, causal, window, rows, keys):
+        self.shared, self.paged, self.causal, self.window = shared, paged, causal, window
+        self.rows, self.keys = rows, keys
+        self.near_keys = NEAR_BYTES // (head_dim * 4)
+
+    @cute.jit
+    def run(self, args, smem: Int32):
+        """Fill slots until the work ends, then one that says so."""
+        turn = Int32(0)
+        sequence, row_first, head = self.tile_at(args, cute.arch.block_idx()[0])
+        while sequence >= 0:
+            q_start, q_len = length_at(args.cu_seqlens_q, sequence, args.tokens)
+            first_key, k_len = self.keys_of(args, sequence, q_len)
+            live = cutlass.min(q_len - row_first, self.rows)
+            position = k_len - q_len + row_first
+            # Some row sees keys [low, high), every row keys [safe_low, safe_high).
+            low, safe_low, high, safe_high = Int32(0), Int32(0), k_len, k_len
+            if cutlass.const_expr(self.causal or self.window):
+                high = cutlass.max(cutlass.min(k_len, position + live), 0)
+                safe_high = cutlass.min(k_len, position + 1)
+            if cutlass.const_expr(self.window):
+                low = cutlass.max(position - args.window + 1, 0)
+                safe_low = cutlass.max(position + live - args.window, 0)
+            end = (high + (self.keys - 1)) // self.keys
+            steps = cutlass.max(end - low // self.keys, 0)
+            edges = end - cutlass.max(safe_high, 0) // self.keys
+            inner = end - (safe_low + (self.keys - 1)) // self.keys
+            tile = (sequence, q_start + row_first, live, head, position, k_len, first_key, low, high)
+            self.fill(smem, turn, (Int32(1), *tile, steps, end, edges, inner))
+            tma.wait_for(smem + self.shared.asked, turn & 1)
+            turn = turn + 1
+            sequence, row_first, head = self.tile_at(args, self.take_ticket(args))
+        self.fill(smem, turn, (Int32(0),))
+
+    def fill(self, smem, turn, words):
+        """Write the first words of the slot of that turn, when it has been read."""
+        slot = turn % SLOTS
+        tma.wait_for(smem + self.shared.slot_empty + slot * BARRIER, (turn // SLOTS + 1) & 1)
+        self.write(smem + self.shared.slots + slot * SLOT, smem + self.shared.slot_full + slot * BARRIER, words)
+
+    @cute.jit
+    def write(self, slot: Int32, full: Int32, words):
+        if cute.arch.lane_idx() == 0:
+            for i, word in enumerate(words):
+                st_shared_32(slot + i * 4, word)
+            tma.arrive_at(full)
+        cute.arch.sync_warp()
+
+    @cute.jit
+    def take_ticket(self, args):
+        """The rank of the block's next tile."""
+        ticket = Int32(0)
+        if cute.arch.lane_idx() == 0:
+            ticket = cute.arch.grid_dim()[0] + tma.take(args.tickets)
+        return cute.arch.shuffle_sync(ticket, 0)
+
+    @cute.jit
+    def tile_at(self, args, rank: Int32):
+        """(sequence, first row in it, head) of the tile of that rank; sequence -1 beyond the last one.
+
+        The heads of a sequence go by sections whose keys and values stay in the L2 cache; in a section the last row
+        blocks come first, because in a causal sequence they see most keys. The first ones follow after all sections:
+        few keys, in the cache for all heads, and short tiles fill the end evenly.
+        """
+        place = rank // args.heads
+        sequence, block = find_tile(args, self.rows, place)
+        row_first, head = Int32(0), rank - place * args.heads
+        if sequence >= 0:
+            _, q_len = length_at(args.cu_seqlens_q, sequence, args.tokens)
+            _, k_len = self.keys_of(args, sequence, q_len)
+            tiles = (q_len + (self.rows - 1)) // self.rows
+            late = Int32(0)
+            if cutlass.const_expr(self.causal):
+                late = tiles // LATE
+            within = block * args.heads + head
+            section = cutlass.min(args.group * cutlass.max(self.near_keys // cutlass.max(k_len, 1), 1), args.heads)
+            first, stop = Int32(0), late
+            rest = within - (tiles - late) * args.heads
+            if rest < 0:
+                first = within // (section * (tiles - late)) * section
+                stop = tiles
+                rest = within - first * (tiles - late)
+                section = cutlass.min(section, args.heads - first)
+            else:
+                section = args.heads
+            row_first = (stop - 1 - rest // section) * self.rows
+            head = first + rest % section
+        elif block * args.heads + head == cute.arch.grid_dim()[0] - 1:
+            # Blocks stop at the first rank beyond the last tile, each at one of its own: this is the last block.
+            st_global_i32(args.tickets, Int32(0))
+        return sequence, row_first, head
+
+    @cute.jit
+    def keys_of(self, args, sequence: Int32, queries: Int32):
+        """(first key where they are dense, keys) of a sequence."""
+        first, count = Int32(0), Int32(0)
+        if cutlass.const_expr(self.paged):
+            count = paged_keys(args, sequence, queries)
+        else:
+            first, count = length_at(args.kv_lengths, sequence, args.keys)
+        return first, count

@@ -1,0 +1,58 @@
+"""The shared memory of a warp-specialised block: where its tiles, barriers and slots lie, and how stages follow.
+
+Barriers come in pairs: "full" ends a phase when what it guards has been written, "empty" when it has been read. By
+"asked" the copying warp wants the next tile.
+"""
+
+import cutlass
+import cutlass.cute as cute
+from cutlass import Int32
+
+BARRIER = 8  # bytes
+SLOTS = 2  # one that is computed, one that is copied
+SLOT = 56  # bytes
+THERE, SEQUENCE, TOKEN, LIVE, HEAD, POSITION, KEYS, FIRST_KEY, LOW, HIGH, STEPS, END, EDGES, INNER = range(0, SLOT, 4)
+
+
+class Shared:
+    """Offsets in bytes of a Q tile, `stages` tiles of K and of V, their barriers, a word of holes a stage, the slots.
+
+    A slot is one tile of the work list: whether there is one; its sequence, first query row and rows, head, position of
+    the first row; the sequence's keys, the first of them where they are dense, and the keys [low, high) that some row
+    sees; the blocks of keys that hold those, from the last, before `end`, to the first. Every row sees all keys of
+    those numbered [edges, inner).
+    """
+
+    def __init__(self, q_bytes, kv_bytes, stages, warps):
+        self.stages, self.warps = stages, warps
+        self.k = q_bytes
+        self.v = self.k + stages * kv_bytes
+        self.q_full = self.v + stages * kv_bytes
+        self.q_empty = self.q_full + BARRIER
+        self.k_full = self.q_empty + BARRIER
+        self.k_empty = self.k_full + stages * BARRIER
+        self.v_full = self.k_empty + stages * BARRIER
+        self.v_empty = self.v_full + stages * BARRIER
+        self.slot_full = self.v_empty + stages * BARRIER
+        self.slot_empty = self.slot_full + SLOTS * BARRIER
+        self.asked = self.slot_empty + SLOTS * BARRIER
+        self.holes = self.asked + BARRIER
+        self.slots = self.holes + stages * 4
+        self.bytes = self.slots + SLOTS * SLOT
+
+    def barriers(self):
+        """(offset, arrivals a phase) of every barrier; a computing warp arrives once, at slots the copying one too."""
+        yield from ((self.q_full, 1), (self.q_empty, self.warps), (self.asked, 1))
+        for stage in range(self.stages):
+            at = stage * BARRIER
+            yield from ((self.k_full + at, 1), (self.k_empty + at, self.warps))
+            yield from ((self.v_full + at, 1), (self.v_empty + at, self.warps))
+        for slot in range(SLOTS):
+            at = slot * BARRIER
+            yield from ((self.slot_full + at, 1), (self.slot_empty + at, self.warps + 1))
+
+    @cute.jit
+    def after(self, stage: Int32, parity: Int32):
+        """The stage that follows, and the parity of its phase."""
+        wraps = stage == self.stages - 1
+        return Int32(cutlass.select_(wraps, Int32(0), stage + 1)), parity ^ Int32(cutlass.select_(wraps, 1, 0))

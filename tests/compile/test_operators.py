@@ -1,0 +1,36 @@
+"""The kernels that serve steady calls without Python: what they launch, refuse, leave to Python and let go."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from pa_ops.generator.layout import Layout
+
+pytestmark = pytest.mark.compile
+SCRIPT = Path(__file__).with_name("operators_script.py")
+SCENES = [
+    line.split()[1].partition("(")[0]
+    for mark, line in zip(SCRIPT.read_text().splitlines(), SCRIPT.read_text().splitlines()[1:], strict=False)
+    if mark == "@scene"
+]
+
+
+@pytest.fixture(scope="module")
+def told(product: Layout, driver: Path) -> dict[str, str]:
+    """What went wrong in each scene, of a process in which the driver is a stand-in."""
+    environment = {**os.environ, "LD_LIBRARY_PATH": str(driver)}
+    command = [sys.executable, str(SCRIPT), str(product.root.parent)]
+    run = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    return dict(map(json.loads, run.stdout.splitlines()))
+
+
+@pytest.mark.parametrize("scene", SCENES)
+def test_kernels_without_python(scene: str, told: dict[str, str]) -> None:
+    assert told[scene] == "", told[scene]
