@@ -12,7 +12,7 @@ from pa_ops import reference
 
 TENSORS = ("query", "key", "value", "k_cache", "v_cache", "cu_seqlens_q", "past_lens", "block_table")
 CACHES = ("k_cache", "v_cache")
-PAIRS = (("decode", "flash_sm80"), ("mea_decode", "mea"))
+PAIRS = (("decode", "flash_sm80"), ("decode", "flash_sm90"), ("mea_decode", "mea"))
 KERNELS = [["append", *some] for few, many in PAIRS for some in ([few], [many], [few, many])]
 """The families that may serve one call, in the order of their launches."""
 
