@@ -11,14 +11,15 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
+from pa_ops.capability import parse_target
 from pa_ops.errors import InvalidArgument
 from pa_ops.manifest import Manifest
 
 from .build import default_jobs
 from .digest import sha256_of
 from .layout import Layout
-from .targets import TARGETS, default_targets, target_of_sm, visible_sms
-from .toolchain import Toolchain, examine
+from .targets import DECLARED_TARGETS, TARGETS, default_targets, target_of_sm, visible_sms
+from .toolchain import OLDER_NVRTC, Toolchain, ToolchainError, examine
 
 
 @dataclass(frozen=True)
@@ -34,7 +35,19 @@ def _tools() -> Iterator[Finding]:
     yield Finding("Python", sys.version_info >= (3, 10), sys.version.split()[0])
     for part, works, detail in examine(Toolchain()):
         yield Finding(part, works, detail)
+    yield _targets(Toolchain())
     yield Finding("jobs", True, f"{default_jobs()} compile workers at a time fit cores and free memory")
+
+
+def _targets(tools: Toolchain) -> Finding:
+    """Which declared targets can be built, NVRTC 13 knowing none before sm_75; well where those built here are."""
+    try:
+        missing = [target for target in DECLARED_TARGETS if parse_target(target) not in tools.nvrtc_sms]
+    except ToolchainError:
+        return Finding("targets", False, "none without NVRTC")
+    told = f"NVRTC {tools.nvrtc_version} does not know {', '.join(missing)}; {OLDER_NVRTC}"
+    well = set(default_targets()).isdisjoint(missing)
+    return Finding("targets", well, told if missing else f"all: {', '.join(DECLARED_TARGETS)}")
 
 
 def _gpus() -> Iterator[Finding]:

@@ -43,15 +43,14 @@ DECODE_TILES: dict[int, Tile] = {
     192: Tile(16, 64, 2, 4),
     256: Tile(16, 64, 3, 4),
 }
-# Tiles of each head size in CUDA C++, tall ones first: the fastest on an H200 through sm_75's PTX of those that never
-# spill (docs/performance.md). The others are for SMs before 7.0, where a block may have 48 KiB and no path has use for
-# a tall tile.
-MEA_TILES: dict[int, tuple[Tile, ...]] = {
-    64: (Tile(128, 64, 1, 4),),
-    128: (Tile(128, 32, 1, 4), Tile(64, 64, 1, 4)),
-    256: (Tile(64, 16, 1, 4), Tile(32, 32, 1, 4)),
+# Tiles of each head size in CUDA C++ by the oldest SM that gets them, newest first: the fastest on an H200 through the
+# PTX of sm_75, or as sm_90a, of those that never spill there (docs/performance.md). Before SM 7.0 a block may have no
+# more than 48 KiB, and no path has use for a tall one.
+MEA_TILES: dict[int, dict[int, Tile]] = {
+    64: {53: Tile(128, 64, 1, 4)},
+    128: {70: Tile(128, 32, 1, 4), 53: Tile(64, 64, 1, 4)},
+    256: {80: Tile(64, 32, 1, 4), 53: Tile(64, 16, 1, 4)},
 }
-OLDEST_TALL_SM = 70
 # Few query rows: each warp has 16 keys a step.
 MEA_DECODE_TILES: dict[int, Tile] = dict.fromkeys(MEA_TILES, Tile(16, 64, 1, 4))
 DECODE_MASKS = (Mask.CAUSAL, Mask.WINDOW)
@@ -147,8 +146,7 @@ def _smem_limit(target: str) -> int:
 
 def _mea_tile(head_dim: int, target: str) -> Tile:
     """The tile of the family `mea` that a target gets."""
-    tall, *others = MEA_TILES[head_dim]
-    return tall if parse_target(target) >= OLDEST_TALL_SM or not others else others[0]
+    return next(tile for oldest, tile in MEA_TILES[head_dim].items() if parse_target(target) >= oldest)
 
 
 RULES: tuple[Rule, ...] = (
@@ -177,7 +175,7 @@ RULES: tuple[Rule, ...] = (
     Rule(
         "other-tile",
         lambda spec, target: spec.family is Family.MEA and spec.tile != _mea_tile(spec.head_dim, target),
-        "one tile a target: tall ones from SM 7.0 on, whose tensor cores they feed with fewer loads",
+        "one tile a target: the larger ones where tensor cores want fewer loads, and where they do not spill",
     ),
     Rule(
         "shared-memory",
@@ -194,7 +192,7 @@ def _tiles(family: Family, cell: Cell) -> tuple[Tile, ...]:
     if family is Family.FLASH_SM90:
         return (FLASH_SM90_TILES[cell.head_dim][cell.layout],)
     if family is Family.MEA:
-        return MEA_TILES[cell.head_dim]
+        return tuple(MEA_TILES[cell.head_dim].values())
     return ({Family.DECODE: DECODE_TILES, Family.MEA_DECODE: MEA_DECODE_TILES}[family][cell.head_dim],)
 
 

@@ -29,6 +29,15 @@ def version(library: Path | str) -> str:
     return f"{major.value}.{minor.value}"
 
 
+def sms(library: Path | str) -> frozenset[int]:
+    """SM numbers that the library compiles for."""
+    nvrtc, count = load(library), ctypes.c_int()
+    nvrtc.nvrtcGetNumSupportedArchs(ctypes.byref(count))
+    found = (ctypes.c_int * count.value)()
+    nvrtc.nvrtcGetSupportedArchs(found)
+    return frozenset(found)
+
+
 def _log(nvrtc: ctypes.CDLL, program: Program) -> str:
     size = ctypes.c_size_t()
     nvrtc.nvrtcGetProgramLogSize(program, ctypes.byref(size))

@@ -42,6 +42,7 @@ class Missing:
 
 NO_DSL = Missing("the CuTe DSL", "pip install nvidia-cutlass-dsl==4.8.1")
 NO_NVRTC = Missing("NVRTC", "pip install nvidia-cuda-nvrtc-cu12, or set CUDA_HOME to a CUDA toolkit")
+OLDER_NVRTC = "pip install 'nvidia-cuda-nvrtc-cu12>=12.9,<13', which knows every SM from 5.0 on"
 NO_TVM_FFI = Missing("tvm-ffi", "pip install apache-tvm-ffi")
 NO_COMPILER = Missing("a C compiler", "install gcc or clang, or name one in CC")
 NO_STRIP = Missing("strip", "install binutils")
@@ -119,6 +120,11 @@ class Toolchain:
     def nvrtc_version(self) -> str:
         """NVRTC's version, as it tells it."""
         return nvrtc.version(self.nvrtc)
+
+    @cached_property
+    def nvrtc_sms(self) -> frozenset[int]:
+        """SM numbers that NVRTC compiles for."""
+        return nvrtc.sms(self.nvrtc)
 
     @cached_property
     def tvm_ffi_library(self) -> Path:

@@ -1,6 +1,6 @@
 """FlashAttention forward for SM90: turns a batch's queries and the keys they see into output rows and LSE.
 
-Warp-specialised and persistent: one warp lists the block's tiles, one keeps the copy engine busy, two or three
+Warp-specialised and persistent: one warp lists the block's tiles, two keep the copy engine busy, two or three
 warpgroups compute. In each, Q K^T of one block of keys runs while the softmax of the block before waits for nothing,
 and P V of that block behind it; the groups take turns, so that one's softmax hides under another's products. Outputs
 go from registers to memory, so that the next tile's queries and keys arrive meanwhile.
@@ -56,8 +56,10 @@ class FlashSm90:
         self.kv_bytes = keys * head_dim * 2
         self.shared = Shared(rows * head_dim * 2, self.kv_bytes, stages, warps=4 * self.groups)
         self.lister = Lister(self.shared, head_dim, paged, causal, window, rows, keys)
-        self.copier = Copier(self.shared, head_dim, paged, rows, keys)
+        self.copier = Copier(self.shared, head_dim, paged, keys)
         self.smem_bytes = self.shared.bytes
+        # At 256 the products are three quarters of the work: waiting for turns costs 4%.
+        self.turns = head_dim <= 192
 
     @cute.jit
     def __call__(self, args):
@@ -85,9 +87,11 @@ class FlashSm90:
         if warp < 4:
             cute.arch.setmaxregister_decrease(copying)
             if warp == 0:
-                self.copier.run(args, smem, tma.map_address(q_map), tma.map_address(k_map), tma.map_address(v_map))
+                self.copier.run(args, smem, self.copier.k_ring, tma.map_address(k_map))
             elif warp == 1:
-                self.lister.run(args, smem)
+                self.copier.run(args, smem, self.copier.v_ring, tma.map_address(v_map))
+            elif warp == 2:
+                self.lister.run(args, smem, tma.map_address(q_map))
         else:
             cute.arch.setmaxregister_increase(computing)
             self.compute(args, pointer, smem, warp)
@@ -100,7 +104,7 @@ class FlashSm90:
         """
         lane = cute.arch.lane_idx()
         group = warp // 4 - 1
-        if group == self.groups - 1:
+        if group == (self.groups - 1 if self.turns else -1):
             self.pass_turn(group)
         turn, stage, parity = Int32(0), Int32(0), Int32(0)
         tma.wait_for(smem + self.shared.slot_full, 0)
@@ -150,18 +154,19 @@ class FlashSm90:
         self.treat(args, acc_s, slot, Int32(0), edges, inner, hole)
         softmax.start(acc_s, row_max, row_sum, args.log2_scale, self.n_tiles)
         self.products.round(acc_s, probabilities)
+        self.clear_tail(smem, slot, stage, parity, group)
 
         for i in cutlass.range(1, steps, unroll=1):
             last, last_parity = stage, parity
             stage, parity = self.shared.after(stage, parity)
             tma.wait_for(smem + self.shared.k_full + stage * BARRIER, parity)
-            self.take_turn(group)
+            if cutlass.const_expr(self.turns):
+                self.take_turn(group)
             self.products.start_scores(s_q, s_k, stage, group, acc_s)
             tma.wait_for(smem + self.shared.v_full + last * BARRIER, last_parity)
-            if i == 1:
-                self.clear_tail(smem, slot, last, group)
             self.products.start_outputs(probabilities, s_v, last, group, acc_o)
-            self.pass_turn(group)
+            if cutlass.const_expr(self.turns):
+                self.pass_turn(group)
             warpgroup.wait_group(1)
             hole = self.take_holes(smem, stage)
             self.release(smem + self.shared.k_empty + stage * BARRIER, lane)
@@ -171,16 +176,18 @@ class FlashSm90:
                 raised = softmax.raise_maxima(acc_s, row_max, row_sum, args.log2_scale, self.n_tiles)
                 factors[0], factors[1] = raised
             softmax.exponentiate(acc_s, row_max, row_sum, args.log2_scale, self.n_tiles)
+            # A sum is never negative. To ask keeps the wait below the exponentials, which then hide under the product;
+            # the assembler moves it above them otherwise.
+            outgrown = outgrown | (row_sum[0] + row_sum[1] < 0.0)
+            for _ in cutlass.range(opaque(outgrown), unroll=1):
+                warpgroup.wait_group(0)
+                softmax.scale_rows(acc_o, [factors[0], factors[1]], self.d_tiles)
             warpgroup.wait_group(0)
             self.release(smem + self.shared.v_empty + last * BARRIER, lane)
-            for _ in cutlass.range(opaque(outgrown), unroll=1):
-                softmax.scale_rows(acc_o, [factors[0], factors[1]], self.d_tiles)
             self.products.round(acc_s, probabilities)
 
         self.release(smem + self.shared.q_empty, lane)  # while the last block's values are still to be multiplied
         tma.wait_for(smem + self.shared.v_full + stage * BARRIER, parity)
-        if steps == 1:
-            self.clear_tail(smem, slot, stage, group)
         if cutlass.const_expr(self.window):
             key_first = (ld_shared_32(slot + END) - steps) * self.keys
             self.clear(smem, stage, Int32(0), ld_shared_32(slot + POSITION) - args.window + 1 - key_first, group)
@@ -212,10 +219,12 @@ class FlashSm90:
         return ld_shared_32(smem + self.shared.holes + stage * 4) if self.paged else Int32(0)
 
     @cute.jit
-    def clear_tail(self, smem: Int32, slot: Int32, stage: Int32, group: Int32):
-        """Zero the values past the last key of the tile's first block, which is in `stage`."""
-        key_first = (ld_shared_32(slot + END) - 1) * self.keys
-        self.clear(smem, stage, ld_shared_32(slot + KEYS) - key_first, Int32(self.keys), group)
+    def clear_tail(self, smem: Int32, slot: Int32, stage: Int32, parity: Int32, group: Int32):
+        """Zero the values past the last key of the tile's first block, which come to `stage`."""
+        tail = ld_shared_32(slot + KEYS) - (ld_shared_32(slot + END) - 1) * self.keys
+        if tail < self.keys:
+            tma.wait_for(smem + self.shared.v_full + stage * BARRIER, parity)
+            self.clear(smem, stage, tail, Int32(self.keys), group)
 
     @cute.jit
     def clear(self, smem: Int32, stage: Int32, begin: Int32, stop: Int32, group: Int32):
@@ -235,22 +244,29 @@ class FlashSm90:
 
     @cute.jit
     def treat(self, args, acc_s, slot: Int32, i: Int32, edges: Int32, inner: Int32, hole: Int32):
-        """Cap the scores of block `i`, and -inf where a row must not see a key; nothing in the middle ones."""
-        for _ in cutlass.range(opaque(args.softcap_in > 0.0), unroll=1):
-            softmax.cap(acc_s, args.softcap_in)
+        """Cap the scores of block `i`, and -inf where a row must not see a key; nothing in the middle ones.
+
+        One branch for all of it: those that are taken over code that is not run cost a block 5% of its time.
+        """
         edge = i < edges
         if cutlass.const_expr(self.window):
             edge = edge | (i >= inner)
-        for _ in cutlass.range(opaque(edge), unroll=1):
-            self.hide(args, acc_s, slot, i)
-        if cutlass.const_expr(self.paged):
-            for turn in cutlass.range(opaque(hole != 0), unroll=1):
-                # The turn is 0; it keeps the divisions inside the loop.
-                for nt in cutlass.range_constexpr(self.n_tiles):
-                    box = Uint32(nt * 8 + turn) // Uint32(args.box_rows)
-                    drop = ((Uint32(hole) >> box) & 1) != 0
-                    for i in cutlass.range_constexpr(4):
-                        acc_s[nt * 4 + i] = cutlass.select_(drop, Float32(-Float32.inf), acc_s[nt * 4 + i])
+        for turn in cutlass.range(opaque(edge | (args.softcap_in > 0.0) | (hole != 0)), unroll=1):
+            # The turn is 0; it keeps the divisions inside the loop.
+            if args.softcap_in > 0.0:
+                softmax.cap(acc_s, args.softcap_in)
+            if edge:
+                self.hide(args, acc_s, slot, i)
+            if cutlass.const_expr(self.paged):
+                self.hide_holes(args, acc_s, hole, turn)
+
+    def hide_holes(self, args, acc_s, hole, turn):
+        """-inf for keys without a page."""
+        for nt in range(self.n_tiles):
+            box = Uint32(nt * 8 + turn) // Uint32(args.box_rows)
+            drop = ((Uint32(hole) >> box) & 1) != 0
+            for i in range(4):
+                acc_s[nt * 4 + i] = cutlass.select_(drop, Float32(-Float32.inf), acc_s[nt * 4 + i])
 
     def hide(self, args, acc_s, slot, i):
         """-inf for keys past the last, after the row's own position, before its window."""

@@ -9,6 +9,7 @@
 #pragma once
 
 #include "half.cuh"
+#include "masks.cuh"
 #include "memory.cuh"
 #include "pages.cuh"
 #include "paths.cuh"
@@ -150,17 +151,6 @@ __device__ inline void load_queries(const Arguments &args, Shared q, const Tile 
     }
 }
 
-__device__ inline void cap(Scores &s, float scale)
-{
-#pragma unroll
-    for (int piece = 0; piece < PIECES; piece++)
-#pragma unroll
-        for (int tile = 0; tile < KEY_TILES; tile++)
-#pragma unroll
-            for (int i = 0; i < Path::REGISTERS; i++)
-                s[piece][tile][i] = capped(s[piece][tile][i], scale);
-}
-
 // -inf wherever a row must not see a key.
 __device__ inline void mask(Scores &s, const Arguments &args, const Tile &tile, int key_first, const Pages<KEYS> &pages)
 {
@@ -169,30 +159,14 @@ __device__ inline void mask(Scores &s, const Arguments &args, const Tile &tile, 
     const int column = key_first + Path::column(lane), k_len = tile.k_len;
     unsigned holes[Pages<KEYS>::WORDS];
     if constexpr (PAGED)
-#pragma unroll
-        for (int w = 0; w < Pages<KEYS>::WORDS; w++)
-            holes[w] = pages.holes(w) >> Path::column(lane);
+        pages.holes(holes, Path::column(lane));
 #pragma unroll
     for (int piece = 0; piece < PIECES; piece++)
 #pragma unroll
         for (int slot = 0; slot < 2; slot++) {
             const int here = position + piece * Path::PIECE_ROWS + slot * Path::ROW_STEP;
-            const int end = (CAUSAL || WINDOW ? min(k_len, here + 1) : k_len) - column;
-            const int begin = here - args.window + 1 - column;
-#pragma unroll
-            for (int t = 0; t < KEY_TILES; t++)
-#pragma unroll
-                for (int i = 0; i < Path::REGISTERS; i++) {
-                    if (slot_of(i) != slot)
-                        continue;
-                    const int key = t * 8 + i / 4 * 4 + i % 2;
-                    bool drop = end <= key;
-                    if constexpr (WINDOW)
-                        drop |= begin > key;
-                    if constexpr (PAGED)
-                        drop |= (holes[key / LANES] & 1u << key % LANES) != 0;
-                    s[piece][t][i] = drop ? PA_NOTHING : s[piece][t][i];
-                }
+            const int end = CAUSAL || WINDOW ? min(k_len, here + 1) : k_len;
+            hide(s[piece], slot, here - args.window + 1 - column, end - column, holes);
         }
 }
 
@@ -279,7 +253,7 @@ __device__ inline void run_tile(const Arguments &args, const Tile &tile, int hea
             }
         }
         if (args.softcap_in > 0.0f)
-            cap(s, args.softcap_in);
+            softmax.cap(s, args.softcap_in);
         bool edge = key_first + KEYS > band.safe_high;
         if constexpr (WINDOW)
             edge |= key_first < band.safe_low;

@@ -8,6 +8,7 @@
 #pragma once
 
 #include "half.cuh"
+#include "masks.cuh"
 #include "memory.cuh"
 #include "pages.cuh"
 #include "paths.cuh"
@@ -73,39 +74,18 @@ __device__ inline void load_queries(const Arguments &args, Shared q, const Lines
     stage.store(q);
 }
 
-__device__ inline void cap(Scores &s, float scale)
-{
-#pragma unroll
-    for (int tile = 0; tile < KEY_TILES; tile++)
-#pragma unroll
-        for (int i = 0; i < Path::REGISTERS; i++)
-            s[0][tile][i] = capped(s[0][tile][i], scale);
-}
-
 // -inf where a row does not see a key; `key_first` is the warp's first.
 __device__ inline void mask(Scores &s, const Arguments &args, const Segment &segment, int key_first,
                             const Pages<WARP_KEYS> &pages)
 {
     const int lane = threadIdx.x % LANES, column = key_first + Path::column(lane);
-    const unsigned holes = pages.holes(0) >> Path::column(lane);
+    unsigned holes[1];
+    pages.holes(holes, Path::column(lane));
 #pragma unroll
     for (int slot = 0; slot < 2; slot++) {
-        const int line = segment.lines.first + Path::row(lane) + slot * Path::ROW_STEP;
-        const int here = segment.shift + line / args.group;
-        const int end = (args.causal ? min(segment.k_len, here + 1) : segment.k_len) - column;
-        const int begin = here - args.window + 1 - column;
-#pragma unroll
-        for (int tile = 0; tile < KEY_TILES; tile++)
-#pragma unroll
-            for (int i = 0; i < Path::REGISTERS; i++) {
-                if (slot_of(i) != slot)
-                    continue;
-                const int key = tile * 8 + i / 4 * 4 + i % 2;
-                bool drop = end <= key || (holes & 1u << key) != 0;
-                if constexpr (WINDOW)
-                    drop |= begin > key;
-                s[0][tile][i] = drop ? PA_NOTHING : s[0][tile][i];
-            }
+        const int here = segment.shift + (segment.lines.first + Path::row(lane) + slot * Path::ROW_STEP) / args.group;
+        const int end = args.causal ? min(segment.k_len, here + 1) : segment.k_len;
+        hide(s[0], slot, here - args.window + 1 - column, end - column, holes);
     }
 }
 
@@ -189,7 +169,7 @@ __device__ inline void walk(const Arguments &args, const Segment &segment, unsig
         next.look_up(args, segment.table, key + STEP_KEYS, segment.low, segment.k_len);
         Path::scores<1>(s, q, tile, 0, lane);
         if (args.softcap_in > 0.0f)
-            cap(s, args.softcap_in);
+            softmax.cap(s, args.softcap_in);
         bool edge = key + WARP_KEYS > segment.safe_high || pages.has_hole();
         if constexpr (WINDOW)
             edge |= key < segment.safe_low;

@@ -57,10 +57,12 @@ template <int COUNT> struct Pages {
         return __any_sync(ALL_LANES, hole);
     }
 
-    // Bit i: key w * 32 + i has no page.
-    __device__ unsigned holes(int w) const
+    // Bit i of word w: key w * 32 + i + `column` has no page; i + `column` stays below 32.
+    __device__ void holes(unsigned (&words)[WORDS], int column) const
     {
-        return __ballot_sync(ALL_LANES, page[w] < 0);
+#pragma unroll
+        for (int w = 0; w < WORDS; w++)
+            words[w] = __ballot_sync(ALL_LANES, page[w] < 0) >> column;
     }
 };
 

@@ -96,6 +96,18 @@ template <class Path, int PIECES, int TILES> struct Softmax {
             }
     }
 
+    // Every score becomes tanh(score * scale).
+    __device__ static void cap(Scores &s, float scale)
+    {
+#pragma unroll
+        for (int piece = 0; piece < PIECES; piece++)
+#pragma unroll
+            for (int tile = 0; tile < TILES; tile++)
+#pragma unroll
+                for (int i = 0; i < Path::REGISTERS; i++)
+                    s[piece][tile][i] = capped(s[piece][tile][i], scale);
+    }
+
     // The largest score of a row, of those that this thread holds.
     __device__ static float largest(const Scores &s, int piece, int slot)
     {

@@ -76,6 +76,13 @@ def rescale(acc_s, acc_o, row_max, row_sum, log2_scale, n_tiles, d_tiles):
     scale_rows(acc_o, raise_maxima(acc_s, row_max, row_sum, log2_scale, n_tiles), d_tiles)
 
 
+def scale_rows(acc_o, factors, d_tiles):
+    """Multiply each row's outputs by its factor."""
+    for row, factor in enumerate(factors):
+        for i in row_elements(row, d_tiles):
+            acc_o[i] = acc_o[i] * factor
+
+
 def raise_maxima(acc_s, row_max, row_sum, log2_scale, n_tiles):
     """Move the sums to the maxima of the rows, this block included; the factors that the outputs still have to take."""
     factors = []
@@ -87,13 +94,6 @@ def raise_maxima(acc_s, row_max, row_sum, log2_scale, n_tiles):
         row_sum[row] = row_sum[row] * shrink
         factors.append(shrink)
     return factors
-
-
-def scale_rows(acc_o, factors, d_tiles):
-    """Multiply each row's outputs by its factor."""
-    for row, factor in enumerate(factors):
-        for i in row_elements(row, d_tiles):
-            acc_o[i] = acc_o[i] * factor
 
 
 def start(acc_s, row_max, row_sum, log2_scale, n_tiles):

@@ -14,7 +14,7 @@ from pa_ops.arguments import RECORDS
 from pa_ops.capability import MODELS, Capability, parse_target
 from pa_ops.coverage import Evidence
 from pa_ops.errors import BuildError, InvalidArgument
-from pa_ops.generator import inventory, matrix, ninja, targets
+from pa_ops.generator import doctor, inventory, matrix, ninja, targets
 from pa_ops.generator.cubin import read_facts
 from pa_ops.generator.digest import Digester
 from pa_ops.generator.language import OLDEST_CUTE_SM, Language, language_of
@@ -176,6 +176,18 @@ def test_unknown_architecture_words_name_the_known_ones(word: str) -> None:
 
 def test_every_sm_from_53_on_but_110_has_a_target() -> None:
     assert [sm for sm in MODELS if targets.target_of_sm(sm) is None] == [50, 52, 110]
+
+
+@pytest.mark.parametrize(("sms", "here", "well"), [((53, 75, 80), "sm_80", True), ((75, 80), "sm_53", False)])
+def test_doctor_says_which_targets_the_compiler_does_not_know(
+    sms: tuple[int, ...], here: str, well: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tools = Toolchain()
+    tools.nvrtc_sms, tools.nvrtc_version = frozenset(sms), "13.0"
+    monkeypatch.setattr(doctor, "default_targets", lambda: (here,))
+    found = doctor._targets(tools)
+    assert found.well is well
+    assert "NVRTC 13.0 does not know" in found.detail and "nvidia-cuda-nvrtc-cu12>=12.9,<13" in found.detail
 
 
 def test_targets_resolve_once_and_in_order() -> None:

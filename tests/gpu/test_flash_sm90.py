@@ -3,25 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from itertools import cycle, product
+from itertools import product
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
 
 import pa_ops
 from helpers.chosen import problem_of
-from helpers.parity import Evidence, check, error_of, expected
-from helpers.problems import Call, Shape, moved_far, paged, prefix_sums, sinks, varlen
-from pa_ops import scratch
-from pa_ops.capability import Feature
+from helpers.hopper import FAMILY, on_sm90, tickets
+from helpers.parity import Evidence, error_of, expected
+from helpers.problems import Call, Shape, paged, prefix_sums, sinks, varlen
 from pa_ops.registry import current_capability
 from pa_ops.spec import Tile
 
-pytestmark = pytest.mark.gpu
+pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("hopper")]
 
-FAMILY = "flash_sm90"
 HEAD_DIMS = (64, 128, 192, 256)
 MASKS: dict[str, dict[str, Any]] = {
     "full": {"causal": False},
@@ -30,29 +27,6 @@ MASKS: dict[str, dict[str, Any]] = {
 }
 MIXED = [(70, 200), (1, 130), (0, 40), (3, 3), (193, 1025), (129, 129), (5, 2)]
 OPERATORS = {"paged": paged, "dense": varlen}
-POOLS = ("separate", "fused", "hnd", "packed")
-
-
-@pytest.fixture(autouse=True)
-def hopper() -> None:
-    """Elsewhere there is nothing to test: no build makes these kernels."""
-    if Feature.WGMMA not in current_capability().features:
-        pytest.skip("wgmma is an instruction of SM 9.0 alone")
-
-
-def tickets() -> list[int]:
-    """The count of tickets in every stream's workspace."""
-    place = scratch.tickets_at(current_capability().num_sms) // 4
-    return [int(room[place]) for room in scratch.held.values()]
-
-
-def on_sm90(call: Call, evidence: Evidence, what: object = "") -> tuple[Tensor, Tensor]:
-    """Checks a call that the family must serve alone, and that it puts its tickets back."""
-    with pa_ops.trace.recording() as calls:
-        found = check(call.with_options(backend=FAMILY), evidence, what)
-    assert [made.family for made in calls] == [FAMILY]
-    assert not any(tickets()), f"{what}: tickets must end as they began"
-    return found
 
 
 def tile_of(call: Call) -> Tile:
@@ -86,14 +60,17 @@ def test_C22_two_runs_are_bit_equal(operator: str, mask: str, dtype: torch.dtype
             assert torch.equal(again[1][:, : call.rows], lse[:, : call.rows]), head_dim
 
 
+@pytest.mark.parametrize("scale", [None, 1.0])
 @pytest.mark.parametrize("operator", OPERATORS)
 @pytest.mark.parametrize("mask", MASKS)
 def test_X12_a_sequence_alone_has_the_bits_it_has_in_a_batch(
-    operator: str, mask: str, dtype: torch.dtype, device: torch.device
+    operator: str, mask: str, scale: float | None, dtype: torch.dtype, device: torch.device
 ) -> None:
+    """A scale of 1 makes maxima grow from block to block, also those of the next sequence's rows in a tile."""
     pairs = MIXED * 4
+    options = {**MASKS[mask], "softmax_scale": scale, "backend": FAMILY}
     for head_dim in HEAD_DIMS:
-        call = OPERATORS[operator](pairs, Shape(head_dim, dtype=dtype), device, backend=FAMILY, **MASKS[mask])
+        call = OPERATORS[operator](pairs, Shape(head_dim, dtype=dtype), device, **options)
         out, lse = call.run()
         first = 0
         for row, (new, _) in enumerate(pairs):
@@ -102,28 +79,6 @@ def test_X12_a_sequence_alone_has_the_bits_it_has_in_a_batch(
                 assert torch.equal(mine, out[first : first + new]), (head_dim, row)
                 assert torch.equal(my_lse, lse[:, first : first + new]), (head_dim, row)
             first += new
-
-
-@pytest.mark.parametrize("pool", POOLS)
-@pytest.mark.parametrize("page_size", [8, 16, 24, 48, 64, 128, 256])
-def test_X1_X9_D6_D10_pages_and_pools(page_size: int, pool: str, device: torch.device, evidence: Evidence) -> None:
-    lengths = sorted({page_size - 1, page_size, page_size + 1, 2 * page_size + 1, 300})
-    pairs = [(new, kv) for kv in lengths for new in (1, 17, kv)]
-    dtypes, masks = cycle((torch.float16, torch.bfloat16)), cycle(MASKS)
-    for head_dim in (40, *HEAD_DIMS):
-        shape = Shape(head_dim, kv_heads=2, group=3, dtype=next(dtypes), page_size=page_size, pool=pool)
-        mask = next(masks)
-        call = paged(pairs, shape, device, seed=page_size, **MASKS[mask])
-        on_sm90(call, evidence, f"pages of {page_size}, {pool}, head size {head_dim}, {mask}")
-
-
-@pytest.mark.parametrize("operator", OPERATORS)
-def test_X11_every_head_size(operator: str, dtype: torch.dtype, device: torch.device, evidence: Evidence) -> None:
-    masks = cycle(MASKS)
-    for head_dim in range(8, 257, 8):
-        mask, shape = next(masks), Shape(head_dim, kv_heads=1, group=2, dtype=dtype)
-        call = OPERATORS[operator](MIXED, shape, device, seed=head_dim, **MASKS[mask])
-        on_sm90(call, evidence, f"head size {head_dim}, {mask}")
 
 
 @pytest.mark.parametrize("head_dim", HEAD_DIMS)

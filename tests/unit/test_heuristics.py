@@ -11,9 +11,19 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pa_ops.capability import Capability
-from pa_ops.heuristics import DECODE_ROWS, MIXED_TOKENS, Division, division
+from pa_ops.families import attention_families
+from pa_ops.heuristics import (
+    DECODE_ROWS,
+    FOR_FEW_ROWS,
+    FOR_MANY_ROWS,
+    MIXED_TOKENS,
+    SPLITTING,
+    Division,
+    division,
+    extremes,
+)
 from pa_ops.problem import Problem
-from pa_ops.selection import select_entry
+from pa_ops.selection import Policy, select_entry
 
 ROWS = 16  # of a tile
 ONE, BOTH, MANY = Division.DECODE, Division.BOTH, Division.PREFILL
@@ -78,6 +88,29 @@ def test_one_family_alone_is_sure_of_its_work_or_loses_little(
     if found is Division.PREFILL:
         assert group > rows or batch == 1 or tokens > MIXED_TOKENS * batch
     assert group <= rows or found is Division.PREFILL
+
+
+def test_every_attention_family_has_its_place_in_both_orders() -> None:
+    for order in (FOR_FEW_ROWS, FOR_MANY_ROWS):
+        assert sorted(order) == sorted(attention_families())
+    assert set(attention_families()) > SPLITTING
+
+
+@pytest.mark.parametrize(
+    ("sm", "disabled", "few", "many"),
+    [
+        (75, "", "mea_decode", "mea"),
+        (90, "flash", "decode", "mea"),
+        (90, "flash,decode", "mea_decode", "mea"),
+        (75, "mea_decode", "mea", "mea"),
+    ],
+)
+def test_the_families_at_both_extremes_of_a_batch(sm: int, disabled: str, few: str, many: str) -> None:
+    problem = replace(paged(batch=5, tokens=300), dtype="fp16", kv_dtype="fp16")
+    policy = Policy(disabled=frozenset(disabled.split(",")) if disabled else frozenset())
+    rows = declared_rows()
+    found = [select_entry(rows, extreme, Capability.of_sm(sm), policy).family for extreme in extremes(problem)]
+    assert found == [few, many]
 
 
 @pytest.mark.parametrize("group", [1, 4, 8])

@@ -51,7 +51,7 @@ def test_B2_bf16_before_sm80_names_dtype_required_and_actual_sm(sm: int) -> None
 @pytest.mark.parametrize("sm", [50, 52])
 def test_B2_fp16_before_sm53_names_dtype_required_and_actual_sm(sm: int) -> None:
     text = refusal(paged(dtype="fp16"), sm)
-    assert "sm >= 80 for fp16" in text
+    assert "sm >= 53 for fp16 (half2)" in text
     assert f"got sm {sm}\n" in text
 
 
