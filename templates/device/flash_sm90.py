@@ -111,6 +111,7 @@ class FlashSm90:
         slot = smem + self.shared.slots
         while ld_shared_32(slot) != 0:
             acc_o, row_max, row_sum = softmax.fresh_state(1, self.d_tiles)
+            self.silence(slot, row_max, warp * 32 + lane)
             tma.wait_for(smem + self.shared.q_full, turn & 1)
             if ld_shared_32(slot + STEPS) > 0:
                 stage, parity = self.attend(args, pointer, smem, slot, group, stage, parity, acc_o, row_max, row_sum)
@@ -121,6 +122,14 @@ class FlashSm90:
             turn = turn + 1
             tma.wait_for(smem + self.shared.slot_full + turn % SLOTS * BARRIER, turn // SLOTS & 1)
             slot = smem + self.shared.slots + turn % SLOTS * SLOT
+
+    def silence(self, slot, row_max, thread):
+        """Rows past the tile's last hold another sequence's queries, or NaN. No score outgrows +inf: they have no say
+        in when the others' outputs are scaled, and so none in their bits."""
+        live = ld_shared_32(slot + LIVE)
+        for r in range(2):
+            there = row_of(thread) + r * 8 < live
+            row_max[r] = Float32(cutlass.select_(there, Float32(-Float32.inf), Float32(Float32.inf)))
 
     @cute.jit
     def attend(
