@@ -27,8 +27,10 @@ Key = tuple[str, str]  # instance name, target
 HEAD_DIMS = (8, 40, 64, 72, 96, 104, 128, 136, 192, 200, 256)  # both sides of every row's head size, and the ends
 DTYPES = (DType.FP16, DType.BF16, DType.FP32)
 CACHE_DTYPES = (None, DType.E4M3FN, DType.INT8)  # None: the query's
-TOKENS = {Op.PAGED_ATTENTION: (1, 512)}  # of one sequence: few query rows and many, which have a family each; else 1
-PAGE_SIZES = {Op.PAGED_ATTENTION: (16, 1)}  # one that every family takes, one that some do not; else the default
+# Tokens of the sequence and of a page: few query rows and many, which have a family each, and a page that not every
+# family takes. Sizes rank and never refuse, so that page need not be met with both.
+SIZES = {Op.PAGED_ATTENTION: ((1, 16), (512, 16), (512, 1))}
+ANY_SIZE = ((1, None),)
 
 
 class State(Word):
@@ -156,8 +158,7 @@ def domain() -> Iterator[Problem]:
         attends = op in (Op.PAGED_ATTENTION, Op.VARLEN_ATTENTION)
         options = (False, True) if attends else (False,)
         masks = Mask if attends else (Mask.FULL,)
-        sizes = product(TOKENS.get(op, (1,)), PAGE_SIZES.get(op, (None,)))
-        for mask, extras, split, (tokens, page_size) in product(masks, options, options, sizes):
+        for mask, extras, split, (tokens, page_size) in product(masks, options, options, SIZES.get(op, ANY_SIZE)):
             yield Problem(
                 op=op,
                 dtype=dtype,

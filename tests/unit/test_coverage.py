@@ -90,8 +90,7 @@ def test_G4_each_size_of_the_domain_has_a_family_of_its_own(
     families = (Family.DECODE, Family.FLASH_SM90, Family.FLASH_SM80)
     rows = [row for row in declared_rows() if row.target == "sm_90a" and row.spec.layout is Layout.GATHER]
     rows = [row for row in rows if row.spec.family in families]
-    monkeypatch.setattr("pa_ops.coverage.TOKENS", {Op.PAGED_ATTENTION: (tokens,)})
-    monkeypatch.setattr("pa_ops.coverage.PAGE_SIZES", {Op.PAGED_ATTENTION: (page_size,)})
+    monkeypatch.setattr("pa_ops.coverage.SIZES", {Op.PAGED_ATTENTION: ((tokens, page_size),)})
     reached, _ = survey(rows, [90])
     best = {name for (name, _), how in reached.items() if how is Reach.AUTO}
     assert best == {row.name for row in rows if row.spec.family is family}
