@@ -93,6 +93,15 @@ def test_X2_holes_are_masked_box_by_box(device: torch.device, evidence: Evidence
         assert not out[-40:].any() and (lse[:, -40:] == -torch.inf).all(), "no mapped page: exact zeros"
 
 
+def test_X2_a_pool_without_pages(device: torch.device, evidence: Evidence) -> None:
+    call = paged([(5, 40), (70, 300)], Shape(64), device)
+    call.tensors |= {name: call.tensors[name][:0] for name in ("k_cache", "v_cache")}
+    call.tensors["block_table"].fill_(-1)
+    call.tensors["block_table"][1, 3] = 0
+    out, lse = on_sm90(call, evidence, "no pages")
+    assert not out.any() and (lse == -torch.inf).all()
+
+
 def test_sanitizer_sample_of_flash_sm90(device: torch.device, evidence: Evidence) -> None:
     pairs = [(0, 0), (3, 17), (0, 9), (20, 5), (1, 80), (66, 70)]
     for head_dim, page_size, options in product((40, 128, 256), (8, 48), MASKS.values()):

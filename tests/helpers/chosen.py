@@ -51,12 +51,6 @@ def few_and_many(problem: pa_ops.Problem, backend: str = AUTO) -> tuple[str, str
 
 
 def able(problem: pa_ops.Problem) -> list[str]:
-    """The families that `backend=` takes for the problem."""
-    found = []
-    for family in pa_ops.families():
-        try:
-            pa_ops.select(problem, backend=family)
-        except pa_ops.NoInstance:
-            continue
-        found.append(family)
-    return found
+    """The families that selection leaves in for the problem, in their usual order."""
+    left = {verdict.entry.spec.family for verdict in pa_ops.select(problem).reasons if verdict.eligible}
+    return [family for family in pa_ops.families() if family in left]
