@@ -6,6 +6,7 @@ Everything here is a pure join: files are read by `load_evidence` alone, and not
 from __future__ import annotations
 
 import json
+from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import product
@@ -14,11 +15,11 @@ from typing import Protocol
 
 from pa_ops.capability import MODELS, Capability
 from pa_ops.errors import InvalidArgument, NoInstance
-from pa_ops.families import family_rejections, row_rejections, unsupported
-from pa_ops.heuristics import BY_NAME, cost
+from pa_ops.families import unsupported
+from pa_ops.heuristics import cost
 from pa_ops.manifest import Entry, Manifest
 from pa_ops.problem import Problem
-from pa_ops.selection import select_entry
+from pa_ops.selection import Selection, select_entry
 from pa_ops.spec import DType, Family, InstanceSpec, Mask, Op, Word
 
 Key = tuple[str, str]  # instance name, target
@@ -27,6 +28,7 @@ HEAD_DIMS = (8, 40, 64, 72, 96, 104, 128, 136, 192, 200, 256)  # both sides of e
 DTYPES = (DType.FP16, DType.BF16, DType.FP32)
 CACHE_DTYPES = (None, DType.E4M3FN, DType.INT8)  # None: the query's
 TOKENS = {Op.PAGED_ATTENTION: (1, 512)}  # of one sequence: few query rows and many, which have a family each; else 1
+PAGE_SIZES = {Op.PAGED_ATTENTION: (16, 1)}  # one that every family takes, one that some do not; else the default
 
 
 class State(Word):
@@ -39,6 +41,14 @@ class State(Word):
     STALE = "stale"
     TESTED = "tested"
     BENCHMARKED = "benchmarked"
+
+
+class Reach(Word):
+    """How selection comes to a kernel."""
+
+    AUTO = "auto"  # it is the best for some problem
+    NAMED = "named"  # some problem gets it when its family is asked for by name; no other one
+    NONE = "none"
 
 
 class Refused(Protocol):
@@ -96,7 +106,7 @@ class Cell:
     target: str
     state: State
     reason: str = ""
-    reachable: bool = False
+    reach: Reach = Reach.NONE
     registers: int = 0
     spill_bytes: int = 0
     smem_bytes: int = 0
@@ -126,8 +136,12 @@ class Coverage:
 
     @property
     def unreachable(self) -> tuple[Cell, ...]:
-        """Declared kernels that selection never picks."""
-        return tuple(cell for cell in self.cells if not cell.reachable and cell.state is not State.REFUSED)
+        """Declared kernels that selection never picks, whatever family is asked for."""
+        return self.reached(Reach.NONE)
+
+    def reached(self, how: Reach) -> tuple[Cell, ...]:
+        """Kernels that selection comes to in that way, without those that are refused."""
+        return tuple(cell for cell in self.cells if cell.reach is how and cell.state is not State.REFUSED)
 
     def count(self, state: State) -> int:
         """Cells in `state`."""
@@ -142,7 +156,8 @@ def domain() -> Iterator[Problem]:
         attends = op in (Op.PAGED_ATTENTION, Op.VARLEN_ATTENTION)
         options = (False, True) if attends else (False,)
         masks = Mask if attends else (Mask.FULL,)
-        for mask, extras, split, tokens in product(masks, options, options, TOKENS.get(op, (1,))):
+        sizes = product(TOKENS.get(op, (1,)), PAGE_SIZES.get(op, (None,)))
+        for mask, extras, split, (tokens, page_size) in product(masks, options, options, sizes):
             yield Problem(
                 op=op,
                 dtype=dtype,
@@ -153,46 +168,45 @@ def domain() -> Iterator[Problem]:
                 window=mask is Mask.WINDOW,
                 softcap=extras,
                 sinks=extras,
+                page_size=page_size,
                 tokens=tokens,
             )
 
 
-def survey(entries: Iterable[Entry], sms: Iterable[int] = tuple(MODELS)) -> tuple[frozenset[Key], tuple[Hole, ...]]:
+def survey(entries: Iterable[Entry], sms: Iterable[int] = tuple(MODELS)) -> tuple[dict[Key, Reach], tuple[Hole, ...]]:
     """The rows that selection picks for some problem of the domain on some SM, and the problems that it cannot serve.
-
-    Families that an SM with others runs when they are asked for are asked for too.
 
     A hole is told once, whatever its sizes, for the oldest SM that shows it; problems that are declared unsupported are
     no holes.
     """
     rows, problems = tuple(entries), tuple(domain())
-    reached: set[Key] = set()
+    reached: dict[Key, Reach] = {}
     holes: dict[tuple[object, ...], Hole] = {}
     for sm in sorted(sms):
         capability = Capability.of_sm(sm)
         loadable = [row for row in rows if not set(row.code_targets).isdisjoint(capability.targets)]
-        named = {family: [row for row in loadable if row.spec.family is family] for family in BY_NAME}
         for problem in problems:
             if unsupported(problem, capability) is not None:
                 continue
             try:
-                entry = select_entry(loadable, problem, capability).entry
+                selection = select_entry(loadable, problem, capability)
             except NoInstance as error:
                 holes.setdefault(problem.facts, Hole(problem, sm, str(error)))
-            else:
-                reached |= {(entry.name, entry.target), *_by_name(named, problem, capability)}
-    return frozenset(reached), tuple(holes.values())
+                continue
+            reached |= {key: Reach.NAMED for key in _bests(selection, problem, capability) if key not in reached}
+            reached[selection.entry.name, selection.entry.target] = Reach.AUTO
+    return reached, tuple(holes.values())
 
 
-def _by_name(rows: Mapping[Family, Sequence[Entry]], problem: Problem, capability: Capability) -> Iterator[Key]:
-    """The row of each family that selection would pick if the family were asked for."""
-    for family, mine in rows.items():
-        if family_rejections(family, problem, capability):
-            continue
-        able = (row for row in mine if not any(row_rejections(row, problem, capability)))
-        best = min(able, key=lambda row: cost(row, problem, capability), default=None)
-        if best is not None:
-            yield best.name, best.target
+def _bests(selection: Selection, problem: Problem, capability: Capability) -> Iterator[Key]:
+    """The row that each family which may serve the problem would serve it with, if it were asked for."""
+    able: dict[Family, list[Entry]] = defaultdict(list)
+    for verdict in selection.reasons:
+        if verdict.eligible:
+            able[verdict.entry.spec.family].append(verdict.entry)
+    for rows in able.values():
+        best = min(rows, key=lambda row: cost(row, problem, capability))
+        yield best.name, best.target
 
 
 def cover(inputs: Inputs) -> Coverage:
@@ -215,14 +229,14 @@ def cover(inputs: Inputs) -> Coverage:
         elif key in declared:
             state = State.GENERATED if key in inputs.sources else State.DECLARED
             smem_bytes = declared[key].smem_bytes
-            cells.append(Cell(*key, state, reachable=key in reached, smem_bytes=smem_bytes))
+            cells.append(Cell(*key, state, reach=reached.get(key, Reach.NONE), smem_bytes=smem_bytes))
         else:
             cells.append(Cell(*key, State.REFUSED, refused[key].reason))
     return Coverage(tuple(cells), holes)
 
 
 def _built_cell(
-    entry: Entry, inputs: Inputs, reached: frozenset[Key], declared: Mapping[Key, Entry], digests: set[str]
+    entry: Entry, inputs: Inputs, reached: Mapping[Key, Reach], declared: Mapping[Key, Entry], digests: set[str]
 ) -> Cell:
     key = (entry.name, entry.target)
     tests, bench = inputs.tests.get(entry.name), inputs.bench.get(entry.name)
@@ -239,7 +253,7 @@ def _built_cell(
         entry.target,
         state,
         reason,
-        key in reached,
+        reached.get(key, Reach.NONE),
         entry.registers,
         entry.spill_bytes,
         entry.smem_bytes,

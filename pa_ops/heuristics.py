@@ -25,7 +25,6 @@ MIXED_TOKENS = 1024
 FOR_FEW_ROWS = (Family.DECODE, Family.FLASH_SM90, Family.FLASH_SM80, Family.MEA_DECODE, Family.MEA)
 FOR_MANY_ROWS = (Family.FLASH_SM90, Family.FLASH_SM80, Family.MEA, Family.DECODE, Family.MEA_DECODE)
 SPLITTING = frozenset({Family.DECODE, Family.MEA_DECODE})  # blocks share the keys out; made for few query rows
-BY_NAME = frozenset({Family.MEA, Family.MEA_DECODE})  # an SM that has others runs these when they are asked for
 
 Cost = tuple[int, int, int, int, int, str]
 

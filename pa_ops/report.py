@@ -8,7 +8,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import asdict
 
 from pa_ops.capability import parse_target
-from pa_ops.coverage import Cell, Coverage, State
+from pa_ops.coverage import Cell, Coverage, Reach, State
 from pa_ops.report_page import PAGE
 from pa_ops.spec import InstanceSpec, KernelOp
 
@@ -46,7 +46,7 @@ def _row(cell: Cell) -> dict[str, object]:
         "mask": str(spec.mask),
         "tile": str(spec.tile),
     }
-    return {**asdict(cell), "state": str(cell.state), **axes}
+    return {**asdict(cell), "state": str(cell.state), "reach": str(cell.reach), **axes}
 
 
 def to_json(coverage: Coverage) -> str:
@@ -144,7 +144,8 @@ def to_markdown(coverage: Coverage) -> str:
         "# Instance coverage",
         "",
         f"{len(coverage.cells)} cells, {attention} of them attention; {len(coverage.holes)} undeclared holes, "
-        f"{len(coverage.unreachable)} unreachable kernels.",
+        f"{len(coverage.unreachable)} unreachable kernels, {len(coverage.reached(Reach.NAMED))} that are reached by "
+        "their family's name alone.",
         "",
         *_table(*summary(coverage)),
         "## Kernels by target",

@@ -129,7 +129,7 @@ function drawMap(list) {
 }
 const COLUMNS = [["name", "name"], ["target", ""], ["state", ""], ["registers", "n"], ["spill_bytes", "n"],
   ["smem_bytes", "n"], ["object_bytes", "n"], ["compile_seconds", "n"], ["tests", "n"], ["worst_error", "n"],
-  ["reason", ""]];
+  ["reach", ""], ["reason", ""]];
 let order = ["name", 1];
 function drawRows(list) {
   const [key, way] = order;

@@ -264,21 +264,25 @@ def B4_overrides_reach_the_kernels() -> None:
         return launch.family
 
     assert family() == "decode"
-    for enter in (
-        lambda: pa_ops.backend("flash"),
-        pa_ops.batch_invariant,
-        lambda: environment(PA_OPS_BACKEND="flash"),
-        lambda: environment(PA_OPS_DISABLE="decode"),
-        lambda: environment(PA_OPS_BATCH_INVARIANT="1"),
-    ):
+    overrides: tuple[tuple[str, Callable[[], Any]], ...] = (
+        ("flash_sm90", lambda: pa_ops.backend("flash")),
+        ("flash_sm80", lambda: pa_ops.backend("flash_sm80")),
+        ("mea_decode", lambda: pa_ops.backend("mea")),
+        ("flash_sm90", pa_ops.batch_invariant),
+        ("flash_sm90", lambda: environment(PA_OPS_BACKEND="flash")),
+        ("flash_sm90", lambda: environment(PA_OPS_DISABLE="decode")),
+        ("flash_sm80", lambda: environment(PA_OPS_DISABLE="decode,flash_sm90")),
+        ("flash_sm90", lambda: environment(PA_OPS_BATCH_INVARIANT="1")),
+    )
+    for chosen, enter in overrides:
         with enter():
             left("paged_attention", *tensors)
             steady("paged_attention", *tensors)
-            assert family().startswith("flash")
+            assert family() == chosen
         left("paged_attention", *tensors)
         steady("paged_attention", *tensors)
         assert family() == "decode"
-    with pa_ops.backend("mea"):
+    with pa_ops.backend("lean"):
         refused(NoInstance, "pa_ops.backend()", "paged_attention", *tensors)
     for variable in ("PA_OPS_CHECKED", "PA_OPS_DEBUG"):
         with environment(**{variable: "1"}), contextlib.redirect_stderr(None):

@@ -33,7 +33,7 @@ def test_list_filters_and_tells_axes_as_json(capsys: Capture) -> None:
     assert "filter" in capsys.readouterr().err
     assert cli.main(["list", "--filter", "*bf16*d256*", "--arch", "sm_90", "--json"]) == 0
     rows = json.loads(capsys.readouterr().out)
-    assert len(rows) == 2 * (6 + 2), "flash_sm80, mea: every layout and mask; decode, mea_decode: their two"
+    assert len(rows) == 3 * 6 + 2 * 2, "flash_sm80, flash_sm90, mea: every layout and mask; decode, mea_decode: two"
     assert all(row["head_dim"] == 256 and row["targets"] == ["sm_90a"] and row["built"] == [] for row in rows)
 
 
@@ -57,7 +57,7 @@ def test_bad_command_lines_say_what_is_wrong(command: list[str], words: str, cap
     assert not empty_home.exists()
 
 
-@pytest.mark.parametrize(("tokens", "family"), [(64, "flash_sm80"), (1, "decode")])
+@pytest.mark.parametrize(("tokens", "family"), [(64, "flash_sm90"), (1, "decode")])
 def test_G8_explain_prints_every_row_with_its_reasons(tokens: int, family: str, capsys: Capture) -> None:
     words = ["paged_attention", "dtype=bf16", "head_dim=128", "page_size=16", f"tokens={tokens}", "kv=8192", "sm=90"]
     assert cli.main(["explain", *words]) == 0

@@ -22,6 +22,7 @@ from pa_ops.generator.matrix import (
     DECODE_MASKS,
     DECODE_TILES,
     FLASH_SM80_TILES,
+    FLASH_SM90_TILES,
     MEA_DECODE_TILES,
     MEA_TILES,
     RULES,
@@ -49,7 +50,8 @@ def test_presets_nest() -> None:
     smoke, serving, full = (set(declared(name)) for name in ("smoke", "serving", "full"))
     assert smoke < serving == full
     counts = [Counter(spec.family for spec in specs) for specs in (smoke, serving)]
-    assert [count[Family.FLASH_SM80] for count in counts] == [12, len(FLASH_SM80_TILES) * 2 * len(Layout) * len(Mask)]
+    for family, tiles in ((Family.FLASH_SM80, FLASH_SM80_TILES), (Family.FLASH_SM90, FLASH_SM90_TILES)):
+        assert [count[family] for count in counts] == [12, len(tiles) * 2 * len(Layout) * len(Mask)]
     assert [count[Family.DECODE] for count in counts] == [6, len(DECODE_TILES) * 2 * len(DECODE_MASKS)]
     assert {spec.op for spec in smoke} == set(KernelOp)
 
@@ -61,13 +63,15 @@ def test_G4_every_candidate_is_declared_or_refused_with_a_reason() -> None:
         assert refused.isdisjoint(built)
         assert refused | built == set(matrix.candidates("full"))
     assert {refusal.rule for refusal in refusals()} == {
+        "hopper-alone",
         "kv-dtype",
         "before-sm80",
         "bf16-before-sm80",
         "other-tile",
         "shared-memory",
     }
-    assert {refusal.rule for refusal in refusals("full", ("sm_90a", "sm_100f"))} == {"kv-dtype", "other-tile"}
+    assert {refusal.rule for refusal in refusals("full", ("sm_90a",))} == {"kv-dtype", "other-tile"}
+    assert {refusal.rule for refusal in refusals("full", ("sm_100f",))} == {"hopper-alone", "kv-dtype", "other-tile"}
     assert all(refusal.reason for refusal in refusals())
     assert all(rule.reason for rule in RULES)
 
@@ -84,7 +88,17 @@ def test_G5_targets_before_sm_80_get_cuda_kernels_and_the_reason_for_each_refusa
         reasons = {refusal.spec: refusal.rule for refusal in refusals("full", (target,))}
         assert set(reasons) == {*matrix.candidates("full")} - {*specs}
         same = {rule for spec, rule in reasons.items() if spec.kv_dtype is spec.dtype}
-        assert same == {"before-sm80", "bf16-before-sm80", "other-tile"}
+        assert same == {"hopper-alone", "before-sm80", "bf16-before-sm80", "other-tile"}
+
+
+def test_wgmma_is_built_for_sm_90a_alone_and_says_so_elsewhere() -> None:
+    wgmma = {spec for spec in declared() if spec.family is Family.FLASH_SM90}
+    assert wgmma == {spec for spec in declared("full", ("sm_90a",)) if spec.family is Family.FLASH_SM90}
+    for target in set(targets.TARGETS) - {"sm_90a"}:
+        assert wgmma.isdisjoint(declared("full", (target,)))
+        told = {refusal.spec: refusal for refusal in refusals("full", (target,)) if refusal.rule == "hopper-alone"}
+        assert wgmma <= told.keys() and all(each.spec.family is Family.FLASH_SM90 for each in told.values())
+        assert {each.reason for each in told.values()} == {"wgmma is an instruction of SM 9.0 alone"}
 
 
 @pytest.mark.parametrize("sm", [53, 60, 61, 62, 70, 72, 75])
@@ -125,8 +139,8 @@ def test_G4_rules_refuse_what_they_name() -> None:
 def test_declared_targets_serve_every_sm_from_80_on(sm: int, dtype: str, head_dim: int, tokens: int) -> None:
     problem = Problem(op="paged_attention", dtype=dtype, head_dim=head_dim, tokens=tokens)
     entry = select_entry(declared_rows(), problem, Capability.of_sm(sm)).entry
-    tiles = DECODE_TILES if entry.spec.family is Family.DECODE else FLASH_SM80_TILES
-    assert entry.spec.head_dim == min(tile for tile in tiles if tile >= head_dim)
+    tiles = {Family.DECODE: DECODE_TILES, Family.FLASH_SM90: FLASH_SM90_TILES, Family.FLASH_SM80: FLASH_SM80_TILES}
+    assert entry.spec.head_dim == min(tile for tile in tiles[entry.spec.family] if tile >= head_dim)
     assert entry.target == targets.target_of_sm(sm)
 
 

@@ -118,7 +118,8 @@ def everywhere(tmp_path_factory: pytest.TempPathFactory) -> Everywhere:
 @pytest.mark.parametrize("target", TARGETS[KernelOp.ATTN])
 def test_G5_attention_compiles_for_every_target_and_never_spills(target: str, everywhere: Everywhere) -> None:
     entries = everywhere[KernelOp.ATTN, target]
-    assert {entry.spec.family for entry in entries} == set(attention_families()) and len(entries) == 4
+    families = set(attention_families()) - ({Family.FLASH_SM90} if target != "sm_90a" else set())
+    assert sorted(entry.spec.family for entry in entries) == sorted(families)
     for entry in entries:
         assert entry.code_targets == (target,)
         assert entry.registers <= REGISTERS

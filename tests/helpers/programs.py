@@ -5,15 +5,17 @@ from __future__ import annotations
 import ctypes
 import struct
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from torch import Tensor
 
-from pa_ops.arguments import MAP_BYTES
+from pa_ops.arguments import MAP_BYTES, Record
 from pa_ops.checks import INT32_MAX
 from pa_ops.plan import attention_tiles
 from pa_ops.program import DTYPES, DimRule, GridRule
 
 MAX_BLOCKS = 65535
+MAP = struct.Struct("<8q16xqq32x")  # address, four sizes, three strides; rows of a box, element type
 
 
 @dataclass(frozen=True)
@@ -24,6 +26,32 @@ class Launched:
     record: bytes
     x: int
     y: int
+
+
+class Map(NamedTuple):
+    """A tensor map as the stand-in driver of tests/compile/fake_driver.c keeps it: nothing is encoded."""
+
+    address: int
+    sizes: tuple[int, ...]
+    strides: tuple[int, ...]
+    box_rows: int
+    dtype: int
+
+    @classmethod
+    def of(cls, data: bytes) -> Map:
+        """The map of these bytes."""
+        address, *extents, rows, dtype = MAP.unpack(data)
+        return cls(address, tuple(extents[:4]), tuple(extents[4:]), rows, dtype)
+
+    @property
+    def data(self) -> bytes:
+        """The bytes of the map."""
+        return MAP.pack(self.address, *self.sizes, *self.strides, self.box_rows, self.dtype)
+
+
+def maps_of(record: Record, data: bytes) -> dict[str, Map]:
+    """The tensor maps of a launch by name."""
+    return {name: Map.of(data[record.offsets[name] :][:MAP_BYTES]) for name in record.maps}
 
 
 class Words:
@@ -93,19 +121,18 @@ def _value(words: Words, tensors: tuple[Tensor | None, ...]) -> int:
     return (tensor.stride() if source == 1 else tensor.shape)[place & 0xFF] * times + plus
 
 
-def _map(words: Words, tensors: tuple[Tensor | None, ...]) -> bytes:
-    """What the stand-in driver of tests/compile/fake_driver.c makes of a tensor map."""
+def _map(words: Words, tensors: tuple[Tensor | None, ...]) -> Map:
     rows, dtype = words.take(2)
-    address = _value(words, tensors) or 16
-    sizes = [max(_value(words, tensors), 1) for _ in range(4)]
-    strides = [_value(words, tensors) if size > 1 else (_value(words, tensors), 16)[1] for size in sizes[1:]]
-    return struct.pack("<8q16xqqq24x", address, *sizes, *strides, rows, dtype, 0)
+    address, *sizes = (_value(words, tensors) for _ in range(5))
+    strides = [_value(words, tensors) for _ in range(3)]
+    steps = tuple(stride if size > 1 else 16 for size, stride in zip(sizes[1:], strides, strict=True))
+    return Map(address or 16, tuple(max(size, 1) for size in sizes), steps, rows, dtype)
 
 
 def _patch(words: Words, record: bytearray, tensors: tuple[Tensor | None, ...]) -> None:
     offset, width = words.take(2)
     if width == MAP_BYTES:
-        record[offset : offset + width] = _map(words, tensors)
+        record[offset : offset + width] = _map(words, tensors).data
         return
     value = _value(words, tensors)
     struct.pack_into("<i" if width == 4 else "<q", record, offset, min(value, INT32_MAX) if width == 4 else value)

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from core_rows import declared_pairs, declared_rows
 
-from pa_ops.coverage import Coverage, Evidence, Inputs, State, cover, domain, load_evidence, survey
+from pa_ops.coverage import Coverage, Evidence, Inputs, Reach, State, cover, domain, load_evidence, survey
 from pa_ops.errors import InvalidArgument
 from pa_ops.families import attention_families
 from pa_ops.generator import matrix
@@ -40,7 +40,7 @@ def state_of(coverage: Coverage, row: Entry) -> tuple[State, str]:
 @pytest.fixture
 def states_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     """No survey, which costs half a second and says nothing of a kernel's state."""
-    monkeypatch.setattr("pa_ops.coverage.survey", lambda entries: (frozenset(), ()))
+    monkeypatch.setattr("pa_ops.coverage.survey", lambda entries: ({}, ()))
 
 
 def test_G4_no_undeclared_hole_and_no_unreachable_row() -> None:
@@ -66,8 +66,8 @@ def test_G4_a_missing_row_is_a_hole() -> None:
 @pytest.mark.parametrize("family", attention_families())
 def test_G4_a_row_that_nothing_selects_is_unreachable(family: Family) -> None:
     row = next(r for r in declared_rows() if (r.spec.family, r.target) == (family, "sm_90a"))
-    stages = f"s{row.spec.tile.stages}w4"
-    twin = replace(row, name=row.name.replace(stages, "s9w4"), symbol="", smem_bytes=row.smem_bytes + 1)
+    stages = f"s{row.spec.tile.stages}w"
+    twin = replace(row, name=row.name.replace(stages, "s9w"), symbol="", smem_bytes=row.smem_bytes + 1)
     reached, _ = survey([*declared_rows(), twin], [90])
     assert (row.name, "sm_90a") in reached
     assert (twin.name, "sm_90a") not in reached
@@ -76,17 +76,35 @@ def test_G4_a_row_that_nothing_selects_is_unreachable(family: Family) -> None:
 def test_G4_the_domain_holds_every_option() -> None:
     problems = list(domain())
     assert len(set(problems)) == len(problems)
-    for field in ("op", "dtype", "kv_dtype", "mask", "softcap", "sinks", "layout", "tokens"):
+    for field in ("op", "dtype", "kv_dtype", "mask", "softcap", "sinks", "layout", "page_size", "tokens"):
         assert len({getattr(problem, field) for problem in problems}) > 1, field
 
 
-def test_G4_without_a_size_its_family_is_out_of_reach(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("tokens", "page_size", "family"),
+    [(1, 16, Family.DECODE), (512, 16, Family.FLASH_SM90), (512, 1, Family.FLASH_SM80)],
+)
+def test_G4_each_size_of_the_domain_has_a_family_of_its_own(
+    tokens: int, page_size: int, family: Family, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    families = (Family.DECODE, Family.FLASH_SM90, Family.FLASH_SM80)
     rows = [row for row in declared_rows() if row.target == "sm_90a" and row.spec.layout is Layout.GATHER]
-    rows = [row for row in rows if row.spec.family in (Family.DECODE, Family.FLASH_SM80)]
-    for tokens, family in ((1, Family.DECODE), (512, Family.FLASH_SM80)):
-        monkeypatch.setattr("pa_ops.coverage.TOKENS", {Op.PAGED_ATTENTION: (tokens,)})
-        reached, _ = survey(rows, [90])
-        assert {name for name, _ in reached} == {row.name for row in rows if row.spec.family is family}
+    rows = [row for row in rows if row.spec.family in families]
+    monkeypatch.setattr("pa_ops.coverage.TOKENS", {Op.PAGED_ATTENTION: (tokens,)})
+    monkeypatch.setattr("pa_ops.coverage.PAGE_SIZES", {Op.PAGED_ATTENTION: (page_size,)})
+    reached, _ = survey(rows, [90])
+    best = {name for (name, _), how in reached.items() if how is Reach.AUTO}
+    assert best == {row.name for row in rows if row.spec.family is family}
+
+
+def test_G4_a_kernel_that_only_an_override_reaches_is_told_apart() -> None:
+    rows = [row for row in declared_rows() if row.target == "sm_90a"]
+    reached, _ = survey(rows, [90])
+    named = {row.spec for row in rows if reached[row.name, row.target] is Reach.NAMED}
+    dense = {row.spec for row in rows if (row.spec.family, row.spec.layout) == (Family.FLASH_SM80, Layout.DENSE)}
+    assert named == dense | {row.spec for row in rows if row.spec.family is Family.MEA_DECODE}
+    coverage = cover(Inputs([(row.spec, row.target) for row in rows]))
+    assert {InstanceSpec.parse(cell.name) for cell in coverage.reached(Reach.NAMED)} == named
 
 
 @pytest.mark.usefixtures("states_alone")

@@ -16,10 +16,10 @@ from torch import Tensor
 import pa_ops
 from helpers import programs
 from pa_ops import Capability, InvalidArgument, NoInstance, calls, cuda, registry, steps, trace
-from pa_ops.arguments import RECORDS
+from pa_ops.arguments import CONSTANT_BASE, MAP_ALIGNMENT, MAP_BYTES, RECORDS
 from pa_ops.checks import INT32_MAX
 from pa_ops.manifest import FILE_NAME, Manifest
-from pa_ops.scratch import MAX_STATE_WORDS, blocks_of, counters_at
+from pa_ops.scratch import MAX_STATE_WORDS, blocks_of, tickets_at
 from pa_ops.selecting import declared_entries
 from pa_ops.spec import Family, InstanceSpec
 
@@ -45,10 +45,11 @@ def write_product(home: Path, target: str = "sm_90a", *, library: bytes = LIBRAR
 
 @dataclass(frozen=True)
 class Made:
-    """One kernel launch: the symbol, the fields of its record, the grid."""
+    """One kernel launch: the symbol, the fields and the tensor maps of its record, the grid."""
 
     symbol: str
     fields: dict[str, Any]
+    maps: dict[str, programs.Map]
     x: int
     y: int
 
@@ -56,6 +57,13 @@ class Made:
     def family(self) -> Family:
         """The family of the kernel."""
         return InstanceSpec.parse(self.symbol).family
+
+    @property
+    def queries(self) -> tuple[int, int]:
+        """Where an attention launch finds its queries: the address, the bytes from token to token."""
+        if "q_map" in self.maps:
+            return self.maps["q_map"].address, self.maps["q_map"].strides[0]
+        return self.fields["q"], self.fields["q_token_stride"]
 
     def serves(self, new: int) -> bool:
         """Whether an attention launch takes a sequence of `new` tokens, as its kernel decides."""
@@ -68,7 +76,7 @@ class Launches(list[Made]):
     def __init__(self) -> None:
         super().__init__()
         self.symbols: list[str] = []
-        self.workspace = torch.empty(counters_at(SM90.num_sms) // 4 + blocks_of(SM90.num_sms), dtype=torch.int32)
+        self.workspace = torch.empty(tickets_at(SM90.num_sms) // 4 + 1, dtype=torch.int32)
 
     @property
     def families(self) -> list[str]:
@@ -91,7 +99,8 @@ class Launches(list[Made]):
         for made in launched:
             symbol = self.symbols[made.kernel]
             record = RECORDS[InstanceSpec.parse(symbol).family]
-            self.append(Made(symbol, record.unpack(made.record), made.x, made.y))
+            maps = programs.maps_of(record, made.record)
+            self.append(Made(symbol, record.unpack(made.record), maps, made.x, made.y))
         return 1
 
 
@@ -127,12 +136,19 @@ def call(op: str, *tensors: Tensor, **options: Any) -> Any:
     return cuda.IMPLEMENTATIONS[op](*tensors, **options)
 
 
-@pytest.mark.parametrize(("new", "family", "grid"), [(3, "decode", (2 * SM90.num_sms, 1)), (40, "flash_sm80", (1, 8))])
+@pytest.mark.parametrize(
+    ("new", "backend", "family", "grid"),
+    [
+        (3, "auto", "decode", (2 * SM90.num_sms, 1)),
+        (40, "auto", "flash_sm90", (SM90.num_sms, 1)),
+        (40, "flash_sm80", "flash_sm80", (1, 8)),
+    ],
+)
 def test_one_call_is_one_launch_and_one_record(
-    launches: Launches, new: int, family: str, grid: tuple[int, int]
+    launches: Launches, new: int, backend: str, family: str, grid: tuple[int, int]
 ) -> None:
     with trace.recording() as decisions:
-        out, lse = call("paged_attention", *paged(new))
+        out, lse = call("paged_attention", *paged(new), backend=backend)
     assert out.shape == (new, 8, 64) and out.dtype == torch.float16
     assert lse.shape == (8, new) and lse.dtype == torch.float32
     [made] = launches
@@ -157,32 +173,34 @@ def test_the_mask_decides_the_instance(
 ) -> None:
     for new in (40, 3):
         call("paged_attention", *paged(new), **options)
-    assert launches.families == ["flash_sm80", "decode"]
+    assert launches.families == ["flash_sm90", "decode"]
     words, causal = few
     assert many in launches[0].symbol and words in launches[1].symbol
     assert launches[1].fields["causal"] == causal, "a causal row of few queries serves full by a flag"
 
 
 @pytest.mark.parametrize(
-    ("dim", "many", "few"),
+    ("dim", "wgmma", "mma", "few"),
     [
-        (8, 64, 64),
-        (40, 64, 64),
-        (64, 64, 64),
-        (72, 96, 96),
-        (104, 128, 128),
-        (136, 256, 192),
-        (200, 256, 256),
-        (256, 256, 256),
+        (8, 64, 64, 64),
+        (40, 64, 64, 64),
+        (64, 64, 64, 64),
+        (72, 128, 96, 96),
+        (104, 128, 128, 128),
+        (136, 192, 256, 192),
+        (200, 256, 256, 256),
+        (256, 256, 256, 256),
     ],
 )
 def test_head_sizes_go_to_the_smallest_instance_that_holds_them(
-    launches: Launches, dim: int, many: int, few: int
+    launches: Launches, dim: int, wgmma: int, mma: int, few: int
 ) -> None:
-    for new in (40, 3):
-        call("paged_attention", *paged(new, dim=dim, dtype=torch.bfloat16))
-    for made, family, served in zip(launches, ("flash_sm80", "decode"), (many, few), strict=True):
+    wanted = {"flash_sm90": (40, "auto", wgmma), "flash_sm80": (40, "flash_sm80", mma), "decode": (3, "auto", few)}
+    for new, backend, _ in wanted.values():
+        call("paged_attention", *paged(new, dim=dim, dtype=torch.bfloat16), backend=backend)
+    for made, (family, (_, _, served)) in zip(launches, wanted.items(), strict=True):
         assert made.family == family and f"_bf16_kvbf16_d{served}v{served}_" in made.symbol
+        assert made.fields["head_dim"] == dim
 
 
 def test_a_plan_is_made_once_for_a_decode_loop(launches: Launches, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -264,19 +282,22 @@ def serving_call(*news: int, rotary: bool, packed: bool = True, **options: Any) 
 
 @pytest.mark.parametrize("packed", [True, False])
 @pytest.mark.parametrize("rotary", [True, False])
-@pytest.mark.parametrize(("new", "family"), [(3, "decode"), (40, "flash_sm80")])
+@pytest.mark.parametrize(
+    ("new", "backend", "family"),
+    [(3, "auto", "decode"), (40, "auto", "flash_sm90"), (40, "flash_sm80", "flash_sm80")],
+)
 def test_A12_a_serving_call_is_two_launches_on_one_set_of_buffers(
-    launches: Launches, rotary: bool, packed: bool, new: int, family: str
+    launches: Launches, rotary: bool, packed: bool, new: int, backend: str, family: str
 ) -> None:
-    tensors, out = serving_call(new, rotary=rotary, packed=packed)
+    tensors, out = serving_call(new, rotary=rotary, packed=packed, backend=backend)
     stored, attended = launches
     assert attended.family == family
     append, attend = stored.fields, attended.fields
     start = tensors["query"].data_ptr()
     assert append["key"] == start + 8 * 64 * 2 and append["value"] == start + 10 * 64 * 2 and stored.x == new
     assert append["query"] == (start if rotary else 0) and append["query_out"] == (out.data_ptr() if rotary else 0)
-    assert attend["q"] == (out.data_ptr() if rotary else start) and attend["out"] == out.data_ptr()
-    assert attend["q_token_stride"] == (8 if rotary else 12) * 64 * 2
+    read = (out.data_ptr(), 8 * 64 * 2) if rotary else (start, 12 * 64 * 2)
+    assert attended.queries == read and attend["out"] == out.data_ptr()
     assert attend["kv_lengths"] == append["past_lens"] == tensors["past_lens"].data_ptr()
     assert attend["past_lengths"] == 1 and attend["lse"] == 0 and append["rotary_dim"] == (32 if rotary else 0)
     assert "gather_causal" in attended.symbol and append["aligned"] == 1
@@ -296,20 +317,30 @@ def test_a_decode_step_is_append_and_decode(launches: Launches) -> None:
     assert (made.x, made.y) == (blocks, 1)
     assert (fields["partials"], fields["kv_heads"], fields["causal"]) == (start, 2, 1)
     assert fields["counters"] == start + 2 * blocks * MAX_STATE_WORDS * 4, "two states a block come first"
-    assert fields["counters"] + 4 * blocks == start + 4 * launches.workspace.numel()
+    assert fields["counters"] + 4 * blocks == start + tickets_at(SM90.num_sms)
     assert made.serves(1) and made.serves(INT32_MAX), "decode alone takes whatever comes"
 
 
-def test_a_mixed_batch_is_append_and_two_launches_that_share_it(launches: Launches) -> None:
+@pytest.mark.parametrize("family", ["flash_sm80", "flash_sm90"])
+def test_a_mixed_batch_is_append_and_two_launches_that_share_it(
+    launches: Launches, family: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PA_OPS_DISABLE", "flash_sm90" if family == "flash_sm80" else "flash_sm80")
     serving_call(1, 1, 40, 1, rotary=True)
-    assert launches.families == ["append", "decode", "flash_sm80"]
+    assert launches.families == ["append", "decode", family]
     _, few, many = (made.fields for made in launches)
     assert few["skip_above"] == many["skip_up_to"] == 16 // 4 and few["skip_up_to"] == 0
-    assert {name for name in many if many[name] != few[name]} == {"skip_up_to"}, "all else is one call's"
+    shared = many.keys() & few.keys()
+    assert {name for name in shared if many[name] != few[name]} == {"skip_up_to"}, "all else is one call's"
+    maps = launches[2].maps
+    assert many.keys() - shared == ({"tickets", "box_rows"} if maps else set())
+    for letter, found in zip("qkv", maps.values(), strict=False):
+        strides = [few.get(f"{letter}_{step}_stride", 16) for step in ("token", "head", "page")]
+        assert found.address == few[letter] and [*found.strides] == strides, "and so are rows in memory"
 
 
 @pytest.mark.parametrize("news", [(1, 1, 1, 1), (1, 1, 40, 1), (40,), (3,)])
-@pytest.mark.parametrize("backend", ["flash_sm80", "flash", "decode"])
+@pytest.mark.parametrize("backend", ["flash_sm80", "flash_sm90", "flash", "decode"])
 def test_a_forced_family_takes_every_sequence_in_one_launch(
     launches: Launches, news: tuple[int, ...], backend: str
 ) -> None:
@@ -321,9 +352,10 @@ def test_a_forced_family_takes_every_sequence_in_one_launch(
 @pytest.mark.parametrize("news", [(1, 1, 1, 1), (1, 1, 40, 1), (40,)])
 def test_batch_invariance_leaves_flash_alone(launches: Launches, news: tuple[int, ...]) -> None:
     with pa_ops.batch_invariant():
-        call("paged_attention", *batch(*news))
-    [made] = launches
-    assert made.family == "flash_sm80" and all(map(made.serves, (1, *news, INT32_MAX)))
+        for backend in ("auto", "flash_sm80"):
+            call("paged_attention", *batch(*news), backend=backend)
+    assert launches.families == ["flash_sm90", "flash_sm80"]
+    assert all(made.serves(new) for made in launches for new in (1, *news, INT32_MAX))
 
 
 @settings(max_examples=100, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -332,7 +364,7 @@ def test_batch_invariance_leaves_flash_alone(launches: Launches, news: tuple[int
     later=st.lists(st.integers(0, 200), min_size=1, max_size=12),
     group=st.sampled_from((1, 2, 3, 5, 8, 16, 17, 40)),
     bound=st.sampled_from((None, 0, 3, 1000)),
-    backend=st.sampled_from(("auto", "flash", "decode")),
+    backend=st.sampled_from(("auto", "flash", "flash_sm80", "decode")),
     steady=st.booleans(),
 )
 def test_every_sequence_is_served_by_exactly_one_launch(
@@ -359,7 +391,12 @@ def test_records_have_no_padding_and_pack_what_they_unpack() -> None:
         values = {name: number for number, (name, _) in enumerate(record.fields)}
         data = record.pack(values)
         assert len(data) == record.size and record.unpack(data) == values, family
-        assert list(record.offsets) == list(values) and record.offsets[[*values][-1]] == record.size - 4
+        assert list(record.offsets) == [*values, *record.maps]
+        end = record.offsets[[*values][-1]] + 4
+        padding = -(CONSTANT_BASE + end) % MAP_ALIGNMENT if record.maps else 0
+        places = [end + padding + number * MAP_BYTES for number in range(len(record.maps) + 1)]
+        assert [record.offsets[name] for name in record.maps] == places[:-1] and record.size == places[-1]
+        assert not any(data[end:]), "the host writes the maps"
         with pytest.raises(ValueError, match="surplus"):
             record.pack({**values, "surplus": 1})
         with pytest.raises(ValueError, match=record.addresses[0]):
@@ -418,9 +455,17 @@ def test_B4_overrides_reach_the_selection(launches: Launches, monkeypatch: pytes
     monkeypatch.setenv("PA_OPS_DISABLE", "flash,decode,mea")
     with pytest.raises(NoInstance, match="PA_OPS_DISABLE=flash"):
         call("paged_attention", *tensors)
-    assert launches.families == ["flash_sm80"] * 3
-    cases = (("flash", "mea", 40), ("flash", "decode", 3), ("flash,mea", "decode", 40), ("decode", "flash_sm80", 3))
-    for disabled, left, new in (*cases, ("flash,decode", "mea_decode", 3), ("flash,decode", "mea", 40)):
+    assert launches.families == ["flash_sm80", "flash_sm90", "flash_sm80"]
+    cases = (
+        ("flash", "mea", 40),
+        ("flash", "decode", 3),
+        ("flash,mea", "decode", 40),
+        ("decode", "flash_sm90", 3),
+        ("decode,flash_sm90", "flash_sm80", 3),
+        ("flash,decode", "mea_decode", 3),
+        ("flash,decode", "mea", 40),
+    )
+    for disabled, left, new in cases:
         monkeypatch.setenv("PA_OPS_DISABLE", disabled)
         call("paged_attention", *paged(new))
         assert launches[-1].family == left and launches[-1].serves(new)
@@ -430,7 +475,7 @@ def test_B4_overrides_reach_the_selection(launches: Launches, monkeypatch: pytes
         assert launches[-1].family == family and launches[-1].serves(new)
     with pa_ops.batch_invariant():
         call("paged_attention", *tensors)
-    assert launches[-1].family == "flash_sm80" and len(launches) == 12
+    assert launches[-1].family == "flash_sm90" and len(launches) == 13
     words = "backend: needs a family that batch invariance leaves in, got decode"
     with pa_ops.batch_invariant(), pytest.raises(NoInstance, match=words):
         call("paged_attention", *tensors, backend="decode")
@@ -485,7 +530,7 @@ def test_B26_debug_prints_each_decision(
     call("paged_attention", *batch(1, 1, 40))
     first, second = (line for line in capsys.readouterr().err.splitlines() if " -> " in line)
     assert "paged_attention -> decode (pa_attn_decode_fp16_" in first
-    assert "paged_attention -> flash_sm80 (pa_attn_flash_sm80_fp16_" in second
+    assert "paged_attention -> flash_sm90 (pa_attn_flash_sm90_fp16_" in second
 
 
 def test_two_targets_merge_and_the_better_one_wins(launches: Launches, tmp_path: Path) -> None:
@@ -505,8 +550,8 @@ def test_select_answers_for_devices_that_are_not_here(
     built = pa_ops.select(problem, device=90)
     assert pa_ops.select(step, device=90).family == pa_ops.select(step, device=86).family == "decode"
     with pa_ops.batch_invariant():
-        assert pa_ops.select(step, device=90).family == pa_ops.select(step, device=86).family == "flash_sm80"
-    assert built.entry.built and built.entry.target == "sm_90a" and built.family == "flash_sm80"
+        assert [pa_ops.select(step, device=sm).family for sm in (90, 86)] == ["flash_sm90", "flash_sm80"]
+    assert built.entry.built and built.entry.target == "sm_90a" and built.family == "flash_sm90"
     declared = pa_ops.select(problem, device=86)
     assert not declared.entry.built and declared.entry.target == "sm_80"
     monkeypatch.setenv("PA_OPS_SM", "121")

@@ -119,10 +119,13 @@ def test_selection_prefers_the_family_made_for_the_rows_of_the_longest_sequence(
     few, bound = DECODE_ROWS // group, 1 << 12
     sizes = [
         ({"tokens": few * batch}, "decode"),
-        ({"tokens": few * batch + 1}, "flash_sm80"),
+        ({"tokens": few * batch + 1}, "flash_sm90"),
         ({"tokens": bound * batch, "max_q": few}, "decode"),
-        ({"tokens": batch, "max_q": few + 1}, "flash_sm80"),
+        ({"tokens": batch, "max_q": few + 1}, "flash_sm90"),
     ]
     for size, family in sizes:
         problem = paged(group, batch=batch, **size)
         assert select_entry(declared_rows(), problem, Capability.of_sm(90)).family == family
+        older = family.replace("sm90", "sm80")
+        assert select_entry(declared_rows(), problem, Capability.of_sm(80)).family == older
+        assert select_entry(declared_rows(), replace(problem, page_size=12), Capability.of_sm(90)).family == older

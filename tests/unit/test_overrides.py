@@ -16,7 +16,7 @@ def test_overrides_are_restored_after_an_exception() -> None:
     problem = pa_ops.Problem(op="varlen_attention", dtype="fp16", head_dim=64)
     with pytest.raises(RuntimeError, match="inside"), pa_ops.backend("mea"), pa_ops.batch_invariant():
         raise RuntimeError("inside")
-    assert pa_ops.select(problem, device=90).family == "flash_sm80"
+    assert pa_ops.select(problem, device=90).family == "flash_sm90"
 
 
 @pytest.mark.parametrize("how", ["argument", "block", "environment"])
@@ -37,7 +37,7 @@ def test_a_family_is_refused_for_cpu_tensors(how: str, monkeypatch: pytest.Monke
 
 
 def test_B27_families_are_unique_names() -> None:
-    assert pa_ops.families() == ("flash_sm80", "decode", "mea", "mea_decode")
+    assert pa_ops.families() == ("flash_sm80", "flash_sm90", "decode", "mea", "mea_decode")
 
 
 def test_importing_pa_ops_loads_no_kernel_runtime() -> None:

@@ -6,6 +6,7 @@ import ast
 import re
 from dataclasses import replace
 from fnmatch import fnmatchcase
+from itertools import product
 from typing import Any
 
 import pytest
@@ -102,9 +103,9 @@ def test_B6_the_error_lists_gates_values_overrides_and_leaves_out_useless_comman
 def test_B6_an_override_that_leaves_nothing_raises_and_is_named() -> None:
     neither = Policy(disabled=frozenset({"flash", "decode", "mea"}))
     text = refusal(paged(), 90, policy=Policy("lean", "PA_OPS_BACKEND"))
-    for family in ("flash_sm80", "decode", "mea"):
+    for family in ("flash_sm80", "flash_sm90", "decode", "mea"):
         assert f"backend: needs lean (PA_OPS_BACKEND), got {family}" in text
-    assert "families: flash_sm80, decode, mea" in text
+    assert "families: flash_sm80, flash_sm90, decode, mea, mea_decode" in text
     assert "pa-ops build" not in text
     text = refusal(paged(), 90, policy=neither)
     assert "PA_OPS_DISABLE=flash" in text and "PA_OPS_DISABLE=decode" in text
@@ -118,17 +119,20 @@ def test_B6_an_override_that_leaves_nothing_raises_and_is_named() -> None:
 
 def test_B6_overrides_reach_families_their_first_words_and_instances() -> None:
     few, many = (select_entry(ROWS, problem, H200) for problem in (paged(), prefill()))
-    assert (few.family, many.family) == (Family.DECODE, Family.FLASH_SM80)
-    words = {"flash_sm80": many, "flash": many, many.instance: many, "decode": few, few.instance: few}
+    older = select_entry(ROWS, prefill(), H200, Policy("flash_sm80"))
+    assert (few.family, many.family, older.family) == (Family.DECODE, Family.FLASH_SM90, Family.FLASH_SM80)
+    words = {"flash_sm90": many, "flash": many, "flash_sm80": older, "decode": few}
+    words |= {chosen.instance: chosen for chosen in (few, many, older)}
     for problem in (paged(), prefill()):
         for word, chosen in words.items():
             assert select_entry(ROWS, problem, H200, Policy(word)).entry == chosen.entry
-        for chosen in (few, many):
+        for chosen in (few, many, older):
             axes = ("family", "dtype", "layout", "mask")
             same = {**{axis: getattr(chosen.entry.spec, axis) for axis in axes}, "head_dim": 256}
             (bigger,) = {row.name for row in ROWS if all(getattr(row.spec, axis) == same[axis] for axis in same)}
             assert select_entry(ROWS, problem, H200, Policy(bigger)).instance == bigger
-        for words_, chosen in (({"flas", "decode"}, many), ({"flash", "mea"}, few)):
+        cases = (({"flas", "decode"}, many), ({"flash", "mea"}, few), ({"flash_sm90", "decode"}, older))
+        for words_, chosen in cases:
             assert select_entry(ROWS, problem, H200, Policy(disabled=frozenset(words_))).entry == chosen.entry
     append = Problem(op="append_kv", dtype="bf16", head_dim=128)
     strict = Policy("flash", disabled=frozenset({"append", "flash"}))
@@ -143,6 +147,7 @@ def serves(row: Entry, problem: Problem, capability: Capability) -> bool:
         return False
     fits = problem.head_dim <= spec.head_dim and problem.head_dim_v <= spec.head_dim_v
     pages = (problem.op == "paged_attention") == (spec.layout == "gather")
+    boxes = spec.family != "flash_sm90" or (problem.page_size or 0) % 8 == 0
     asked = "window" if problem.window else "causal" if problem.causal else "full"
     masked = asked == spec.mask or (
         spec.family in ("decode", "mea_decode") and (asked, spec.mask) == ("full", "causal")
@@ -151,7 +156,7 @@ def serves(row: Entry, problem: Problem, capability: Capability) -> bool:
     whole = even and (problem.head_dim == problem.head_dim_v or spec.family == "mea")
     same = problem.dtype == spec.dtype and problem.kv_dtype == spec.kv_dtype
     loads = row.target in capability.targets and row.smem_bytes <= capability.smem_optin_bytes
-    return fits and pages and masked and whole and same and loads and problem.aligned
+    return fits and pages and boxes and masked and whole and same and loads and problem.aligned
 
 
 @st.composite
@@ -179,7 +184,7 @@ def problems(draw: st.DrawFn) -> Problem:
         window=draw(st.booleans()),
         softcap=draw(st.booleans()),
         sinks=draw(st.booleans()),
-        page_size=draw(st.integers(1, 512)) if op == "paged_attention" else None,
+        page_size=draw(st.integers(1, 512) | st.sampled_from((8, 16, 24))) if op == "paged_attention" else None,
         batch=draw(st.integers(0, 5000)),
         tokens=draw(st.integers(0, 100_000)),
         max_q=draw(st.none() | st.integers(0, 100_000)),
@@ -230,11 +235,13 @@ def test_B7_batch_invariant_ranking_ignores_sizes() -> None:
 def test_B7_batch_invariance_leaves_out_a_family_that_cuts_sequences_by_their_neighbours() -> None:
     steady = Policy(batch_invariant=True)
     assert select_entry(ROWS, paged(), H200).family is Family.DECODE
-    assert select_entry(ROWS, paged(), H200, steady).family is Family.FLASH_SM80
+    assert select_entry(ROWS, paged(), H200, steady).family is Family.FLASH_SM90
+    assert select_entry(ROWS, paged(), Capability.of_sm(86), steady).family is Family.FLASH_SM80
     text = refusal(paged(), 90, tuple(row for row in ROWS if row.spec.family is Family.DECODE), steady)
     assert "backend: needs a family that batch invariance leaves in, got decode" in text
     assert "PA_OPS_DISABLE unset, batch invariance on" in text
-    assert text.count("pa-ops build") == 2 and "'pa_attn_flash_sm80_" in text and "'pa_attn_mea_" in text
+    assert text.count("pa-ops build") == 3
+    assert all(f"'pa_attn_{family}_" in text for family in ("flash_sm80", "flash_sm90", "mea"))
 
 
 GATED = {"head_dim", "head_dim_v", "sm", "smem_bytes", "smem_optin_bytes", "page_size", "num_heads", "num_kv_heads"}
@@ -284,9 +291,10 @@ def test_B8_a_head_size_beyond_the_limit_names_it(head_dim: int) -> None:
     assert f"up to 256, got 128 (K) and {head_dim} (V)" in text
 
 
-@pytest.mark.parametrize("sm", [80, 86, 89, 90, 120])
-@pytest.mark.parametrize("family", ["flash_sm80", "decode"])
-def test_B9_shared_memory_is_a_gate(sm: int, family: str) -> None:
+@pytest.mark.parametrize(
+    ("family", "sm"), [("flash_sm90", 90), *product(("flash_sm80", "decode"), (80, 86, 89, 90, 120))]
+)
+def test_B9_shared_memory_is_a_gate(family: str, sm: int) -> None:
     capability, policy = Capability.of_sm(sm), Policy(family)
     row = select_entry(ROWS, paged(), capability, policy).entry
     just_fits = replace(row, smem_bytes=capability.smem_optin_bytes)
@@ -296,6 +304,22 @@ def test_B9_shared_memory_is_a_gate(sm: int, family: str) -> None:
     assert f"shared memory: needs {too_big.smem_bytes} B of shared memory a block" in text
     assert f"got {capability.smem_optin_bytes} B" in text
     assert "pa-ops build" not in text
+
+
+@pytest.mark.parametrize(
+    ("page_size", "fits"), [(1, False), (7, False), (8, True), (12, False), (24, True), (256, True)]
+)
+def test_X1_pages_that_no_box_of_eight_keys_divides_go_to_flash_sm80(page_size: int, fits: bool) -> None:
+    chosen = select_entry(ROWS, prefill(page_size=page_size), H200)
+    assert chosen.family is (Family.FLASH_SM90 if fits else Family.FLASH_SM80)
+    told = [str(reason) for verdict in chosen.reasons for reason in verdict.reasons if reason.gate == "page size"]
+    assert set(told) == (set() if fits else {f"page size: needs a multiple of 8, got {page_size}"})
+    if not fits:
+        text = refusal(prefill(page_size=page_size), 90, policy=Policy("flash_sm90"))
+        assert f"NO  page size: needs a multiple of 8, got {page_size}" in text
+        assert "pa-ops build" not in text, "no build would help"
+    dense = Problem(op="varlen_attention", dtype="bf16", head_dim=128, tokens=512)
+    assert select_entry(ROWS, dense, H200).family is Family.FLASH_SM90
 
 
 def test_B9_no_declared_row_is_selected_where_it_cannot_launch() -> None:
