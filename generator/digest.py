@@ -5,11 +5,13 @@ Two objects with one digest may be exchanged; a build compiles what has no objec
 
 from __future__ import annotations
 
+import ast
 import hashlib
 import json
-from collections.abc import Mapping
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 from pathlib import Path
 
 from pa_ops.spec import InstanceSpec
@@ -17,7 +19,8 @@ from pa_ops.spec import InstanceSpec
 from .language import Language, language_of
 from .render import Renderer, template_name
 
-HEADERS = {Language.CUTE: "*.py", Language.CUDA: "*.cuh"}
+DEVICE = "pa_ops.templates.device"
+_INCLUDE = re.compile(r'^#include "(\w+\.cuh)"', re.MULTILINE)
 
 
 def sha256_of(path: Path) -> str:
@@ -27,6 +30,23 @@ def sha256_of(path: Path) -> str:
         while block := file.read(1 << 20):
             digest.update(block)
     return digest.hexdigest()
+
+
+@lru_cache(maxsize=256)
+def _imported(text: str) -> frozenset[str]:
+    """Names of the device modules that Python source imports."""
+    return frozenset(_imports(ast.parse(text)))
+
+
+def _imports(tree: ast.Module) -> Iterator[str]:
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom) and node.module == DEVICE:
+            yield from (f"{alias.name}.py" for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and node.module and node.module.startswith(f"{DEVICE}."):
+            yield f"{node.module.removeprefix(f'{DEVICE}.')}.py"
+
+
+_NAMED: dict[Language, Callable[[str], Iterable[str]]] = {Language.CUTE: _imported, Language.CUDA: _INCLUDE.findall}
 
 
 @dataclass(frozen=True)
@@ -39,21 +59,42 @@ class Digester:
 
     @cached_property
     def common(self) -> dict[Language, dict[str, object]]:
-        """What every digest of a language covers: files that workers read, and tools."""
-        return {language: self._common(language) for language in Language}
+        """What every digest of a language covers: the sources of the compile worker, and tools."""
+        files = {path.name: sha256_of(path) for path in self.compile_sources}
+        return {language: {"files": files, "toolchain": dict(self.toolchain[language])} for language in Language}
 
-    def _common(self, language: Language) -> dict[str, object]:
-        device = self.renderer.folder / "device"
-        headers = sorted(device.rglob(HEADERS[language]))
+    @cached_property
+    def modules(self) -> dict[str, str]:
+        """Device module or header -> its text."""
         return {
-            "files": {path.name: sha256_of(path) for path in (*headers, *self.compile_sources)},
-            "toolchain": dict(self.toolchain[language]),
+            path.name: path.read_text(encoding="utf-8")
+            for path in (self.renderer.folder / "device").iterdir()
+            if path.is_file()
         }
+
+    @cached_property
+    def _named(self) -> dict[str, frozenset[str]]:
+        """Device module or header -> those that it names itself."""
+        languages = {".py": Language.CUTE, ".cuh": Language.CUDA}
+        known = ((name, text, languages.get(Path(name).suffix)) for name, text in self.modules.items())
+        return {name: frozenset(_NAMED[language](text)) for name, text, language in known if language}
+
+    def device_files(self, language: Language, source: str) -> dict[str, str]:
+        """The sha256 of every device module or header that `source` names, itself or through others."""
+        found: set[str] = set()
+        named = set(_NAMED[language](source))
+        while named:
+            found |= named
+            named = {other for name in named for other in self._named.get(name, ())} - found
+        texts = ((name, self.modules[name]) for name in sorted(found) if name in self.modules)
+        return {name: hashlib.sha256(text.encode()).hexdigest() for name, text in texts}
 
     def digest(self, spec: InstanceSpec, target: str, source: str) -> str:
         """The digest of the object that `source`, rendered from `spec`, gives for `target`."""
+        language = language_of(spec)
         document = {
-            **self.common[language_of(spec)],
+            **self.common[language],
+            "device": self.device_files(language, source),
             "name": spec.name,
             "target": target,
             "template": template_name(spec),

@@ -104,7 +104,8 @@ class Planner:
 
     def inputs_changed(self) -> bool:
         """Whether a file that workers read was edited since this planner first read it."""
-        return self._digester().common != self.digester.common
+        now = self._digester()
+        return (now.common, now.modules) != (self.digester.common, self.digester.modules)
 
     def toolchain(self) -> dict[str, str]:
         """What the manifest records of tools and of the link's inputs."""

@@ -29,14 +29,14 @@ class Gates:
     needs: Mapping[DType, frozenset[Feature]]
     layouts: frozenset[Layout]
     masks: Mapping[Mask, frozenset[Mask]]
-    head_multiple: int
-    head_max: int
-    split_heads: bool
-    softcap: bool
-    sinks: bool
-    aligned: bool
-    quantised: bool
-    invariant: bool
+    head_multiple: int = 8
+    head_max: int = 256
+    split_heads: bool = False
+    softcap: bool = True
+    sinks: bool = True
+    aligned: bool = True
+    quantised: bool = False
+    invariant: bool = True
     page_multiple: int = 1
 
 
@@ -46,114 +46,47 @@ _FULL_BY_FLAG = {
     Mask.CAUSAL: frozenset({Mask.CAUSAL, Mask.FULL}),
     Mask.WINDOW: frozenset({Mask.WINDOW}),
 }
-_MEA_NEEDS = {DType.FP16: frozenset({Feature.HALF2}), DType.BF16: frozenset({Feature.MMA_BF16})}
 _ANY_MASK = {mask: frozenset(Mask) for mask in Mask}
+_ANY_LAYOUT = frozenset(Layout)
+_PAGED = frozenset({Layout.GATHER})
+
+
+def _both(*features: Feature) -> dict[DType, frozenset[Feature]]:
+    """The same features for both dtypes."""
+    return {dtype: frozenset(features) for dtype in (DType.FP16, DType.BF16)}
+
+
+_MMA_SYNC = {
+    DType.FP16: frozenset({Feature.CP_ASYNC, Feature.MMA_F16}),
+    DType.BF16: frozenset({Feature.CP_ASYNC, Feature.MMA_BF16}),
+}
+_MEA = {DType.FP16: frozenset({Feature.HALF2}), DType.BF16: frozenset({Feature.MMA_BF16})}
 
 GATES: dict[Family, Gates] = {
-    Family.FLASH_SM80: Gates(
-        op=KernelOp.ATTN,
-        needs={
-            DType.FP16: frozenset({Feature.CP_ASYNC, Feature.MMA_F16}),
-            DType.BF16: frozenset({Feature.CP_ASYNC, Feature.MMA_BF16}),
-        },
-        layouts=frozenset(Layout),
-        masks=_OWN_MASK,
-        head_multiple=8,
-        head_max=256,
-        split_heads=False,
-        softcap=True,
-        sinks=True,
-        aligned=True,
-        quantised=False,
-        invariant=True,
-    ),
-    Family.FLASH_SM90: Gates(
-        op=KernelOp.ATTN,
-        needs={dtype: frozenset({Feature.TMA, Feature.WGMMA}) for dtype in (DType.FP16, DType.BF16)},
-        layouts=frozenset(Layout),
-        masks=_OWN_MASK,
-        head_multiple=8,
-        head_max=256,
-        split_heads=False,
-        softcap=True,
-        sinks=True,
-        aligned=True,
-        quantised=False,
-        invariant=True,
-        page_multiple=8,
-    ),
-    Family.DECODE: Gates(
-        op=KernelOp.ATTN,
-        needs={
-            DType.FP16: frozenset({Feature.CP_ASYNC, Feature.MMA_F16}),
-            DType.BF16: frozenset({Feature.CP_ASYNC, Feature.MMA_BF16}),
-        },
-        layouts=frozenset({Layout.GATHER}),
-        masks=_FULL_BY_FLAG,
-        head_multiple=8,
-        head_max=256,
-        split_heads=False,
-        softcap=True,
-        sinks=True,
-        aligned=True,
-        quantised=False,
-        invariant=False,
-    ),
-    Family.MEA: Gates(
-        op=KernelOp.ATTN,
-        needs=_MEA_NEEDS,
-        layouts=frozenset(Layout),
-        masks=_OWN_MASK,
-        head_multiple=8,
-        head_max=256,
-        split_heads=True,
-        softcap=True,
-        sinks=True,
-        aligned=True,
-        quantised=False,
-        invariant=True,
-    ),
-    Family.MEA_DECODE: Gates(
-        op=KernelOp.ATTN,
-        needs=_MEA_NEEDS,
-        layouts=frozenset({Layout.GATHER}),
-        masks=_FULL_BY_FLAG,
-        head_multiple=8,
-        head_max=256,
-        split_heads=False,
-        softcap=True,
-        sinks=True,
-        aligned=True,
-        quantised=False,
-        invariant=False,
-    ),
+    Family.FLASH_SM80: Gates(KernelOp.ATTN, _MMA_SYNC, _ANY_LAYOUT, _OWN_MASK),
+    Family.FLASH_SM90: Gates(KernelOp.ATTN, _both(Feature.TMA, Feature.WGMMA), _ANY_LAYOUT, _OWN_MASK, page_multiple=8),
+    Family.DECODE: Gates(KernelOp.ATTN, _MMA_SYNC, _PAGED, _FULL_BY_FLAG, invariant=False),
+    Family.MEA: Gates(KernelOp.ATTN, _MEA, _ANY_LAYOUT, _OWN_MASK, split_heads=True),
+    Family.MEA_DECODE: Gates(KernelOp.ATTN, _MEA, _PAGED, _FULL_BY_FLAG, invariant=False),
     Family.APPEND: Gates(
-        op=KernelOp.APPEND_KV,
-        needs={dtype: frozenset({Feature.HALF2}) for dtype in (DType.FP16, DType.BF16)},
-        layouts=frozenset({Layout.GATHER}),
-        masks=_ANY_MASK,
+        KernelOp.APPEND_KV,
+        _both(Feature.HALF2),
+        _PAGED,
+        _ANY_MASK,
         head_multiple=1,
         head_max=1024,
         split_heads=True,
-        softcap=True,
-        sinks=True,
         aligned=False,
-        quantised=False,
-        invariant=True,
     ),
     Family.MERGE: Gates(
-        op=KernelOp.MERGE_STATES,
-        needs={dtype: frozenset({Feature.CP_ASYNC}) for dtype in (DType.FP16, DType.BF16)},
-        layouts=frozenset({Layout.DENSE}),
-        masks=_ANY_MASK,
+        KernelOp.MERGE_STATES,
+        _both(Feature.CP_ASYNC),
+        frozenset({Layout.DENSE}),
+        _ANY_MASK,
         head_multiple=1,
         head_max=1024,
         split_heads=True,
-        softcap=True,
-        sinks=True,
         aligned=False,
-        quantised=False,
-        invariant=True,
     ),
 }
 

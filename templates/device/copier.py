@@ -1,4 +1,4 @@
-"""The copying warp of a block: turns the slots of its work list into bulk copies of queries, keys and values."""
+"""The copying warps of a block: turn the slots of its work list into bulk copies of keys and values."""
 
 import cutlass
 import cutlass.cute as cute
@@ -17,7 +17,6 @@ from pa_ops.templates.device.shared_sm90 import (
     SLOT,
     SLOTS,
     STEPS,
-    TOKEN,
 )
 from pa_ops.templates.device.warpgroup import COLUMN
 
@@ -25,82 +24,90 @@ ASK_AHEAD = 4  # blocks of keys before a tile's last: to list a tile takes about
 
 
 class Copier:
-    """Copies tiles of `rows` query rows and blocks of `keys` keys, in columns of 64 elements."""
+    """Copies blocks of `keys` keys, in columns of 64 elements.
 
-    def __init__(self, shared, head_dim, paged, rows, keys):
-        self.shared, self.paged, self.rows, self.keys = shared, paged, rows, keys
-        self.halves = head_dim // COLUMN
-        self.q_bytes, self.kv_bytes = rows * head_dim * 2, keys * head_dim * 2
+    One warp copies keys, another values: in pages of 16 tokens a tile is 16 copies, each of which takes
+    the warp about 40 cycles to start, and neither waits for the other's stages.
+    """
 
-    @cute.jit
-    def run(self, args, smem: Int32, q_map: Int64, k_map: Int64, v_map: Int64):
-        """Copy what each tile needs, as soon as there is room for it."""
-        lane = cute.arch.lane_idx()
-        if lane == 0:
-            tma.prefetch_map(q_map)
-            tma.prefetch_map(k_map)
-            tma.prefetch_map(v_map)
-        turn, stage, parity = Int32(0), Int32(0), Int32(0)
-        tma.wait_for(smem + self.shared.slot_full, 0)
-        slot = smem + self.shared.slots
-        while ld_shared_32(slot) != 0:
-            tma.wait_for(smem + self.shared.q_empty, (turn + 1) & 1)
-            self.copy_queries(smem, q_map, slot)
-            if ld_shared_32(slot + STEPS) > 0:
-                stage, parity = self.copy_keys(args, smem, k_map, v_map, slot, stage, parity)
-            elif lane == 0:
-                tma.arrive_at(smem + self.shared.asked)
-            cute.arch.sync_warp()
-            if lane == 0:
-                tma.arrive_at(smem + self.shared.slot_empty + turn % SLOTS * BARRIER)
-            turn = turn + 1
-            tma.wait_for(smem + self.shared.slot_full + turn % SLOTS * BARRIER, turn // SLOTS & 1)
-            slot = smem + self.shared.slots + turn % SLOTS * SLOT
+    def __init__(self, shared, head_dim, paged, keys):
+        self.shared, self.paged, self.keys = shared, paged, keys
+        self.halves, self.kv_bytes = head_dim // COLUMN, keys * head_dim * 2
 
     @cute.jit
-    def copy_queries(self, smem: Int32, q_map: Int64, slot: Int32):
-        """The tile's rows; those past the sequence's last are another's, and nobody looks at what becomes of them."""
-        full = smem + self.shared.q_full
+    def run(self, args, smem: Int32, ring: cutlass.Constexpr, tensor_map: Int64):
+        """Copy the keys or the values of each tile, as soon as there is room for them."""
         if cute.arch.lane_idx() == 0:
-            token, head = ld_shared_32(slot + TOKEN), ld_shared_32(slot + HEAD)
-            tma.expect(full, self.q_bytes)
-            for half in range(self.halves):
-                at = smem + half * (self.rows * COLUMN * 2)
-                tma.load_box(at, q_map, full, Int32(half * COLUMN), token, head, Int32(0))
-        cute.arch.sync_warp()
+            tma.prefetch_map(tensor_map)
+        turn, stage, parity = Int32(0), Int32(0), Int32(0)
+        slot = self.slot_of(smem, turn)
+        while ld_shared_32(slot) != 0:
+            if ld_shared_32(slot + STEPS) == 0:
+                self.ask(smem, ring)
+            stage, parity = self.copy_blocks(args, smem, ring, tensor_map, slot, stage, parity)
+            self.leave(smem, turn)
+            turn = turn + 1
+            slot = self.slot_of(smem, turn)
+
+    @property
+    def k_ring(self):
+        """Where the stages of K, their full and their empty barriers begin."""
+        return self.shared.k, self.shared.k_full, self.shared.k_empty
+
+    @property
+    def v_ring(self):
+        """The same of V."""
+        return self.shared.v, self.shared.v_full, self.shared.v_empty
+
+    def slot_of(self, smem, turn):
+        """The slot of that turn, when it has been written."""
+        tma.wait_for(smem + self.shared.slot_full + turn % SLOTS * BARRIER, turn // SLOTS & 1)
+        return smem + self.shared.slots + turn % SLOTS * SLOT
 
     @cute.jit
-    def copy_keys(self, args, smem: Int32, k_map: Int64, v_map: Int64, slot: Int32, stage: Int32, parity: Int32):
-        """K of each block of keys, from the last to the first, and V one block behind it; the stage that follows."""
+    def leave(self, smem: Int32, turn: Int32):
+        """This warp no longer reads the slot of that turn."""
+        cute.arch.sync_warp()
+        if cute.arch.lane_idx() == 0:
+            tma.arrive_at(smem + self.shared.slot_empty + turn % SLOTS * BARRIER)
+
+    @cute.jit
+    def ask(self, smem: Int32, ring: cutlass.Constexpr):
+        """Have the next tile listed; one of the warps does."""
+        if cutlass.const_expr(ring == self.k_ring) and cute.arch.lane_idx() == 0:
+            tma.arrive_at(smem + self.shared.asked)
+
+    @cute.jit
+    def copy_blocks(
+        self,
+        args,
+        smem: Int32,
+        ring: cutlass.Constexpr,
+        tensor_map: Int64,
+        slot: Int32,
+        stage: Int32,
+        parity: Int32,
+    ):
+        """K or V of each block of the tile's keys, from the last to the first; the stage that follows."""
+        tiles_at, full_at, empty_at = ring
         kv_head = ld_shared_32(slot + HEAD) // args.group
         steps = ld_shared_32(slot + STEPS)
         block = ld_shared_32(slot + END) - 1
         row, page = self.box_of(args, slot, block)
-        last_row, last_page, last_stage, last_parity = row, page, stage, parity
         for i in cutlass.range(steps, unroll=1):
-            if (i == cutlass.max(steps - ASK_AHEAD, 0)) & (cute.arch.lane_idx() == 0):
-                tma.arrive_at(smem + self.shared.asked)
+            if i == cutlass.max(steps - ASK_AHEAD, 0):
+                self.ask(smem, ring)
             if cutlass.const_expr(self.paged):
                 page = Int32(cutlass.select_((page < 0) | (page >= args.num_pages), Int32(-1), page))
-            tma.wait_for(smem + self.shared.k_empty + stage * BARRIER, parity ^ 1)
-            if cutlass.const_expr(self.paged):
+            tma.wait_for(smem + empty_at + stage * BARRIER, parity ^ 1)
+            if cutlass.const_expr(self.paged and ring == self.k_ring):
                 missing = cute.arch.vote_ballot_sync((page < 0) & (cute.arch.lane_idx() < self.keys // args.box_rows))
                 st_shared_32(smem + self.shared.holes + stage * 4, Int32(missing))
-            self.copy_tile(args, smem, self.shared.k, self.shared.k_full, k_map, stage, row, page, kv_head)
-            # The next look-up is under way, and what it brings not looked at, while V waits for its stage.
-            next_row, next_page = self.box_of(args, slot, block - 1 - i)
-            if i > 0:
-                self.copy_values(args, smem, v_map, last_stage, last_parity, last_row, last_page, kv_head)
-            last_row, last_page, last_stage, last_parity = row, page, stage, parity
-            row, page = next_row, next_page
+            self.copy_tile(args, smem, tiles_at, full_at, tensor_map, stage, row, page, kv_head)
+            # The next look-up is under way, and what it brings not looked at, while the next stage is waited for.
+            row, page = self.box_of(args, slot, block - 1 - i)
             stage, parity = self.shared.after(stage, parity)
-        self.copy_values(args, smem, v_map, last_stage, last_parity, last_row, last_page, kv_head)
         return stage, parity
-
-    def copy_values(self, args, smem, v_map, stage, parity, row, page, kv_head):
-        """V of a block into its stage, when that has been read."""
-        tma.wait_for(smem + self.shared.v_empty + stage * BARRIER, parity ^ 1)
-        self.copy_tile(args, smem, self.shared.v, self.shared.v_full, v_map, stage, row, page, kv_head)
 
     @cute.jit
     def box_of(self, args, slot: Int32, block: Int32):

@@ -1,6 +1,6 @@
 """FlashAttention forward for SM90: turns a batch's queries and the keys they see into output rows and LSE.
 
-Warp-specialised and persistent: one warp lists the block's tiles, one keeps the copy engine busy, two or three
+Warp-specialised and persistent: one warp lists the block's tiles, two keep the copy engine busy, two or three
 warpgroups compute. In each, Q K^T of one block of keys runs while the softmax of the block before waits for nothing,
 and P V of that block behind it; the groups take turns, so that one's softmax hides under another's products. Outputs
 go from registers to memory, so that the next tile's queries and keys arrive meanwhile.
@@ -56,7 +56,7 @@ class FlashSm90:
         self.kv_bytes = keys * head_dim * 2
         self.shared = Shared(rows * head_dim * 2, self.kv_bytes, stages, warps=4 * self.groups)
         self.lister = Lister(self.shared, head_dim, paged, causal, window, rows, keys)
-        self.copier = Copier(self.shared, head_dim, paged, rows, keys)
+        self.copier = Copier(self.shared, head_dim, paged, keys)
         self.smem_bytes = self.shared.bytes
         # At 256 the products are three quarters of the work: waiting for turns costs 4%.
         self.turns = head_dim <= 192
@@ -87,9 +87,11 @@ class FlashSm90:
         if warp < 4:
             cute.arch.setmaxregister_decrease(copying)
             if warp == 0:
-                self.copier.run(args, smem, tma.map_address(q_map), tma.map_address(k_map), tma.map_address(v_map))
+                self.copier.run(args, smem, self.copier.k_ring, tma.map_address(k_map))
             elif warp == 1:
-                self.lister.run(args, smem)
+                self.copier.run(args, smem, self.copier.v_ring, tma.map_address(v_map))
+            elif warp == 2:
+                self.lister.run(args, smem, tma.map_address(q_map))
         else:
             cute.arch.setmaxregister_increase(computing)
             self.compute(args, pointer, smem, warp)
@@ -109,6 +111,7 @@ class FlashSm90:
         slot = smem + self.shared.slots
         while ld_shared_32(slot) != 0:
             acc_o, row_max, row_sum = softmax.fresh_state(1, self.d_tiles)
+            self.silence(slot, row_max, warp * 32 + lane)
             tma.wait_for(smem + self.shared.q_full, turn & 1)
             if ld_shared_32(slot + STEPS) > 0:
                 stage, parity = self.attend(args, pointer, smem, slot, group, stage, parity, acc_o, row_max, row_sum)
@@ -119,6 +122,14 @@ class FlashSm90:
             turn = turn + 1
             tma.wait_for(smem + self.shared.slot_full + turn % SLOTS * BARRIER, turn // SLOTS & 1)
             slot = smem + self.shared.slots + turn % SLOTS * SLOT
+
+    def silence(self, slot, row_max, thread):
+        """Rows past the tile's last hold another sequence's queries, or NaN. No score outgrows +inf: they have no say
+        in when the others' outputs are scaled, and so none in their bits."""
+        live = ld_shared_32(slot + LIVE)
+        for r in range(2):
+            there = row_of(thread) + r * 8 < live
+            row_max[r] = Float32(cutlass.select_(there, Float32(-Float32.inf), Float32(Float32.inf)))
 
     @cute.jit
     def attend(

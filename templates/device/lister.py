@@ -1,4 +1,4 @@
-"""The listing warp of a persistent block: turns tickets into the tiles of its work list, one slot after another.
+"""The listing warp of a persistent block: turns tickets into the tiles of its work list, and copies their queries.
 
 Whoever is nearly done takes the next tile, in an order that keeps a section of heads in the L2 cache and leaves short
 tiles for the end. A ticket taken early would be a tile that waits while another block has nothing to do.
@@ -6,11 +6,12 @@ tiles for the end. A ticket taken early would be a tile that waits while another
 
 import cutlass
 import cutlass.cute as cute
-from cutlass import Int32
+from cutlass import Int32, Int64
 
 from pa_ops.templates.device import tma
 from pa_ops.templates.device.ptx import st_global_i32, st_shared_32
 from pa_ops.templates.device.shared_sm90 import BARRIER, SLOT, SLOTS
+from pa_ops.templates.device.warpgroup import COLUMN
 from pa_ops.templates.device.worklist import find_tile, length_at, paged_keys
 
 NEAR_BYTES = 24 << 20  # of keys and values that a section of heads may have: half of an H200's L2 cache
@@ -23,11 +24,14 @@ class Lister:
     def __init__(self, shared, head_dim, paged, causal, window, rows, keys):
         self.shared, self.paged, self.causal, self.window = shared, paged, causal, window
         self.rows, self.keys = rows, keys
+        self.halves, self.q_bytes = head_dim // COLUMN, rows * head_dim * 2
         self.near_keys = NEAR_BYTES // (head_dim * 4)
 
     @cute.jit
-    def run(self, args, smem: Int32):
+    def run(self, args, smem: Int32, q_map: Int64):
         """Fill slots until the work ends, then one that says so."""
+        if cute.arch.lane_idx() == 0:
+            tma.prefetch_map(q_map)
         turn = Int32(0)
         sequence, row_first, head = self.tile_at(args, cute.arch.block_idx()[0])
         while sequence >= 0:
@@ -49,10 +53,23 @@ class Lister:
             inner = end - (safe_low + (self.keys - 1)) // self.keys
             tile = (sequence, q_start + row_first, live, head, position, k_len, first_key, low, high)
             self.fill(smem, turn, (Int32(1), *tile, steps, end, edges, inner))
+            self.copy_queries(smem, q_map, turn, q_start + row_first, head)
             tma.wait_for(smem + self.shared.asked, turn & 1)
             turn = turn + 1
             sequence, row_first, head = self.tile_at(args, self.take_ticket(args))
         self.fill(smem, turn, (Int32(0),))
+
+    @cute.jit
+    def copy_queries(self, smem: Int32, q_map: Int64, turn: Int32, token: Int32, head: Int32):
+        """The tile's rows; those past the sequence's last are another's, and nobody looks at what becomes of them."""
+        full = smem + self.shared.q_full
+        tma.wait_for(smem + self.shared.q_empty, (turn + 1) & 1)
+        if cute.arch.lane_idx() == 0:
+            tma.expect(full, self.q_bytes)
+            for half in range(self.halves):
+                at = smem + half * (self.rows * COLUMN * 2)
+                tma.load_box(at, q_map, full, Int32(half * COLUMN), token, head, Int32(0))
+        cute.arch.sync_warp()
 
     def fill(self, smem, turn, words):
         """Write the first words of the slot of that turn, when it has been read."""

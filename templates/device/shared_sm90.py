@@ -1,7 +1,7 @@
 """The shared memory of a warp-specialised block: where its tiles, barriers and slots lie, and how stages follow.
 
 Barriers come in pairs: "full" ends a phase when what it guards has been written, "empty" when it has been read. By
-"asked" the copying warp wants the next tile.
+"asked" the warp that copies keys wants the next tile.
 """
 
 import cutlass
@@ -9,6 +9,7 @@ import cutlass.cute as cute
 from cutlass import Int32
 
 BARRIER = 8  # bytes
+COPYING_WARPS = 2
 SLOTS = 2  # one that is computed, one that is copied
 SLOT = 56  # bytes
 THERE, SEQUENCE, TOKEN, LIVE, HEAD, POSITION, KEYS, FIRST_KEY, LOW, HIGH, STEPS, END, EDGES, INNER = range(0, SLOT, 4)
@@ -41,7 +42,7 @@ class Shared:
         self.bytes = self.slots + SLOTS * SLOT
 
     def barriers(self):
-        """(offset, arrivals a phase) of every barrier; a computing warp arrives once, at slots the copying one too."""
+        """(offset, arrivals a phase) of every barrier; a computing warp arrives once, at slots the copying ones too."""
         yield from ((self.q_full, 1), (self.q_empty, self.warps), (self.asked, 1))
         for stage in range(self.stages):
             at = stage * BARRIER
@@ -49,7 +50,7 @@ class Shared:
             yield from ((self.v_full + at, 1), (self.v_empty + at, self.warps))
         for slot in range(SLOTS):
             at = slot * BARRIER
-            yield from ((self.slot_full + at, 1), (self.slot_empty + at, self.warps + 1))
+            yield from ((self.slot_full + at, 1), (self.slot_empty + at, self.warps + COPYING_WARPS))
 
     @cute.jit
     def after(self, stage: Int32, parity: Int32):

@@ -20,7 +20,20 @@ from torch import Tensor
 from helpers import programs
 from pa_ops.arguments import RECORDS, Record
 from pa_ops.checks import Rule
-from pa_ops.program import Address, Grid, GridRule, Guard, Launch, Program, Size, Source, Stride
+from pa_ops.program import (
+    MAP_DTYPES,
+    Address,
+    Grid,
+    GridRule,
+    Guard,
+    Launch,
+    Program,
+    Size,
+    Source,
+    Stride,
+    TensorMap,
+    Value,
+)
 from pa_ops.spec import InstanceSpec
 
 HALF = (torch.float16,)
@@ -35,6 +48,19 @@ def tensors_of(tokens: int, sequences: int, *, heads: int = 8, dim: int = 64) ->
     return [x, torch.zeros(sequences + 1, dtype=torch.int32), torch.zeros(tokens + 2, dim, dtype=torch.float16)]
 
 
+def tensor_map(random_: random.Random) -> TensorMap:
+    """Random values, among them sizes that are 0 or 1 for one token, and no address."""
+    sizes: list[Value] = [Size("x", 0), Size("x", 2), Size("x", 0, 1, -1), Size("ends", 0, 1, -1), 0, 1, 7]
+    strides: list[Value] = [Stride("x", 0, 2), Stride("x", 1, 2), Stride("y", 0, 2), 0, 48]
+    return TensorMap(
+        random_.choice((Address("x"), Address("y", 16), 0)),
+        (64, *(random_.choice(sizes) for _ in range(3))),
+        (random_.choice(strides), random_.choice(strides), random_.choice(strides)),
+        random_.choice((8, 16, 192)),
+        random_.choice(list(MAP_DTYPES)),
+    )
+
+
 def program_of(kernel: int, record: Record, tensors: list[Tensor | None], random_: random.Random) -> Program:
     """Random sources in every field of a record."""
     choices: list[Source] = [Address("x"), Address("ends", 8), Address("y", 4), 0, 17]
@@ -42,6 +68,7 @@ def program_of(kernel: int, record: Record, tensors: list[Tensor | None], random
     sources: dict[str, Source] = {}
     for name, letter in record.fields:
         sources[name] = random_.choice(choices if letter == "Q" else sizes) if letter != "f" else 0.5
+    sources |= {name: tensor_map(random_) for name in record.maps}
     guards = [Guard(rule, tensor, rule.argument == "x") for rule, tensor in zip(RULES, tensors, strict=True)]
     return Program(0, guards, [Launch(kernel, record, sources, random_.choice(GRIDS))])
 
@@ -106,7 +133,8 @@ def main(scene: str, library: str, name: str) -> None:
         for arguments in (("text", *tensors), (program.address, tensors[0]), (misfit.address, *tensors)):
             attempt(call, *arguments)
     elif scene == "driver errors":
-        for name in ("cuLibraryLoadData", "cuLibraryGetKernel", "cuLaunchKernel"):
+        encoding = ("cuTensorMapEncodeTiled",) if record.maps else ()
+        for name in (*encoding, "cuLibraryLoadData", "cuLibraryGetKernel", "cuLaunchKernel"):
             os.environ["FAKE_CUDA_ERROR"] = name
             attempt(call, program.address, *tensors)
     else:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import struct
 from collections import Counter
 from dataclasses import replace
@@ -30,7 +31,7 @@ from pa_ops.generator.matrix import (
     refusals,
 )
 from pa_ops.generator.plan import Planner
-from pa_ops.generator.render import CUDA_TYPES, Renderer
+from pa_ops.generator.render import CUDA_TYPES, Renderer, template_folder
 from pa_ops.generator.toolchain import Toolchain
 from pa_ops.problem import Problem
 from pa_ops.selection import select_entry
@@ -213,14 +214,14 @@ def digester(**changes: object) -> Digester:
 
 def test_digest_changes_with_every_input_and_with_nothing_else() -> None:
     spec, other = (spec for spec in declared("smoke") if spec.op is KernelOp.MERGE_STATES)
-    base = digester().digest(spec, "sm_80", "source")
-    assert base == digester().digest(spec, "sm_80", "source")
+    base = digester().digest(spec, "sm_80", "SOURCE = 1")
+    assert base == digester().digest(spec, "sm_80", "SOURCE = 1")
     changed = [
-        digester().digest(other, "sm_80", "source"),
-        digester().digest(spec, "sm_90a", "source"),
-        digester().digest(spec, "sm_80", "another source"),
-        digester(toolchain={**TOOLS, Language.CUTE: {"dsl": "4.8.2"}}).digest(spec, "sm_80", "source"),
-        digester(compile_sources=(TOY / "device" / "scale.py",)).digest(spec, "sm_80", "source"),
+        digester().digest(other, "sm_80", "SOURCE = 1"),
+        digester().digest(spec, "sm_90a", "SOURCE = 1"),
+        digester().digest(spec, "sm_80", "SOURCE = 2"),
+        digester(toolchain={**TOOLS, Language.CUTE: {"dsl": "4.8.2"}}).digest(spec, "sm_80", "SOURCE = 1"),
+        digester(compile_sources=(TOY / "device" / "scale.py",)).digest(spec, "sm_80", "SOURCE = 1"),
     ]
     assert len({base, *changed}) == 6
 
@@ -253,7 +254,8 @@ def test_a_digest_covers_the_tools_and_device_files_of_its_own_language(
     def digests(**changes: object) -> dict[Language, set[str]]:
         found: dict[Language, set[str]] = {each: set() for each in Language}
         for spec in declared("smoke"):
-            found[language_of(spec)].add(digester(renderer=Renderer(toy), **changes).digest(spec, "sm_80", ""))
+            source = Renderer(toy).render(spec)
+            found[language_of(spec)].add(digester(renderer=Renderer(toy), **changes).digest(spec, "sm_80", source))
         return found
 
     (other,) = set(Language) - {language}
@@ -262,6 +264,39 @@ def test_a_digest_covers_the_tools_and_device_files_of_its_own_language(
         device.write("\n")
     for after in (tools, digests()):
         assert after[language].isdisjoint(before[language]) and after[other] == before[other]
+
+
+REACHED = {
+    Family.MERGE: {"compiling.py", "merge.py", "ptx.py"},
+    Family.APPEND: {"append.cuh", "half.cuh", "memory.cuh"},
+}
+
+
+@pytest.mark.parametrize("family", REACHED)
+def test_a_digest_covers_the_device_files_that_its_source_reaches(tmp_path: Path, family: Family) -> None:
+    templates = tmp_path / "templates"
+    shutil.copytree(template_folder(), templates)
+    spec = next(spec for spec in declared("smoke") if spec.family is family)
+    source = Renderer(templates).render(spec)
+
+    def digest() -> str:
+        return digester(renderer=Renderer(templates)).digest(spec, "sm_80", source)
+
+    before, changing = digest(), set()
+    for path in sorted(path for path in (templates / "device").iterdir() if path.is_file()):
+        kept = path.read_text()
+        path.write_text(kept + "\n")
+        changing |= {path.name} if digest() != before else set()
+        path.write_text(kept)
+    assert changing == REACHED[family]
+
+
+def test_imports_in_a_circle_end(tmp_path: Path) -> None:
+    (tmp_path / "device").mkdir()
+    for name, other in (("a", "b"), ("b", "a")):
+        (tmp_path / "device" / f"{name}.cuh").write_text(f'#include "{other}.cuh"\n')
+    found = digester(renderer=Renderer(tmp_path)).device_files(Language.CUDA, '#include "a.cuh"\n')
+    assert found.keys() == {"a.cuh", "b.cuh"}
 
 
 def test_rendering_binds_the_spec_and_hides_its_statements() -> None:

@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from pa_ops.arguments import MERGE, RECORDS
+from pa_ops.arguments import RECORDS
 from pa_ops.generator.layout import Layout
-from pa_ops.manifest import Manifest
+from pa_ops.manifest import Entry, Manifest
 from pa_ops.spec import Family
 
 pytestmark = pytest.mark.compile
@@ -20,15 +20,15 @@ HERE = Path(__file__).parent
 SCRIPT = HERE / "launch_script.py"
 
 
-def name_of(product: Layout, family: Family) -> str:
-    return next(e.name for e in Manifest.load(product.manifest).entries if e.spec.family is family)
+def entry_of(product: Layout, family: Family) -> Entry:
+    return next(e for e in Manifest.load(product.manifest).entries if e.spec.family is family)
 
 
 def said(product: Layout, driver: Path | None, scene: str, family: Family = Family.MERGE, **more: str) -> list[str]:
     """What a scene of launch_script.py, and the driver, print in a fresh process."""
     paths = os.pathsep.join(map(str, (HERE.parent, os.environ.get("PYTHONPATH", ""))))
     environment = {**os.environ, **more, "LD_LIBRARY_PATH": str(driver or ""), "PYTHONPATH": paths}
-    command = [sys.executable, "-u", SCRIPT, scene, product.library, name_of(product, family)]
+    command = [sys.executable, "-u", SCRIPT, scene, product.library, entry_of(product, family).name]
     run = subprocess.run(list(map(str, command)), env=environment, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
     return run.stdout.splitlines()
@@ -39,14 +39,18 @@ def numbers(line: str) -> list[int]:
     return [int(word) for word in line.split(":")[1].split()]
 
 
-def test_programs_launch_what_their_python_twin_says(product: Layout, driver: Path) -> None:
-    lines = said(product, driver, "twin")
+@pytest.mark.parametrize("family", [Family.MERGE, Family.FLASH_SM90])
+def test_programs_launch_what_their_python_twin_says(family: Family, product: Layout, driver: Path) -> None:
+    """With the tensor maps that C has encoded, which the stand-in driver leaves legible."""
+    lines = said(product, driver, "twin", family)
+    entry, size = entry_of(product, family), RECORDS[family].size
     asked = [line for line in lines if line.startswith("launch")]
     wanted = [line for line in lines if line.startswith("want")]
     assert len(asked) == len(wanted) > 50
     for got, want in zip(asked, wanted, strict=True):
         extent, words = json.loads(want.removeprefix("want "))
-        assert got.startswith(f"launch {extent[0]} {extent[1]} 1 x 128, 0 B shared, stream 0, {MERGE.size} B:")
+        blocks = f"{extent[0]} {extent[1]} 1 x {entry.spec.threads}, {entry.spec.smem_bytes} B shared"
+        assert got.startswith(f"launch {blocks}, stream 0, {size} B:")
         assert numbers(got) == words
     assert lines.count("load ELF") == 1, "an image is loaded once"
     refused = [line for line in lines if line.startswith("refused")]
@@ -56,16 +60,21 @@ def test_programs_launch_what_their_python_twin_says(product: Layout, driver: Pa
 
 def test_shared_memory_is_allowed_once_a_device(product: Layout, driver: Path) -> None:
     lines = said(product, driver, "devices", Family.FLASH_SM80)
-    entry = next(e for e in Manifest.load(product.manifest).entries if e.name == name_of(product, Family.FLASH_SM80))
+    entry = entry_of(product, Family.FLASH_SM80)
     allowed = [f"attribute 8 = {entry.spec.smem_bytes} on 0", "attribute 9 = 100 on 0"]
     assert [line for line in lines if line.startswith("attribute")] == allowed
     assert sum(line.startswith("launch") for line in lines) == 2 and "context 1" in lines
 
 
-def test_G6_a_driver_error_is_raised_with_its_name(product: Layout, driver: Path) -> None:
-    errors = [line for line in said(product, driver, "driver errors") if line.startswith("RuntimeError")]
-    calls = ("cuLibraryLoadData", "cuLibraryGetKernel", "cuLaunchKernel")
+@pytest.mark.parametrize(("family", "first"), [(Family.MERGE, ()), (Family.FLASH_SM90, ("cuTensorMapEncodeTiled",))])
+def test_G6_a_driver_error_is_raised_with_its_name(
+    family: Family, first: tuple[str, ...], product: Layout, driver: Path
+) -> None:
+    lines = said(product, driver, "driver errors", family)
+    errors = [line for line in lines if line.startswith("RuntimeError")]
+    calls = (*first, "cuLibraryLoadData", "cuLibraryGetKernel", "cuLaunchKernel")
     assert len(errors) == len(calls), errors
+    assert sum(line.startswith("launch") for line in lines) == 1, "the one that fails"
     for line, call in zip(errors, calls, strict=True):
         assert line.startswith(f"RuntimeError {call} of ") and "700, CUDA_ERROR_FAKE" in line
 

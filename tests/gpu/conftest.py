@@ -5,6 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
+from pa_ops.capability import Feature
+from pa_ops.registry import current_capability
+
 DTYPES = (torch.float16, torch.bfloat16)
 
 
@@ -21,3 +24,10 @@ def dtype(request: pytest.FixtureRequest) -> torch.dtype:
     """Both dtypes of a query."""
     chosen: torch.dtype = request.param
     return chosen
+
+
+@pytest.fixture
+def hopper() -> None:
+    """Elsewhere there is nothing to test: no build makes these kernels."""
+    if Feature.WGMMA not in current_capability().features:
+        pytest.skip("wgmma is an instruction of SM 9.0 alone")

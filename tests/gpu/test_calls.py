@@ -13,6 +13,7 @@ import pytest
 import torch
 
 import pa_ops
+from helpers.chosen import able, few_and_many, problem_of
 from helpers.parity import Evidence, check, error_of, expected
 from helpers.problems import Call, Shape, paged, randn, varlen
 from helpers.profile import traced
@@ -93,7 +94,9 @@ def test_B26_the_kernel_that_ran_is_on_record(device: torch.device) -> None:
     call = paged(MIXED, Shape(128, dtype=torch.bfloat16), device)
     with pa_ops.trace.recording() as calls:
         call.run()
-    assert [(made.op, made.family) for made in calls] == [(call.op, "decode"), (call.op, "flash_sm80")]
+    assert [(made.op, made.family) for made in calls] == [
+        (call.op, family) for family in few_and_many(problem_of(call))
+    ]
     names = {entry.name for entry in registry.for_device(0).entries}
     for made in calls:
         assert made.instance in names
@@ -111,13 +114,16 @@ def test_B26_debug_prints_the_decision(device: torch.device) -> None:
         [sys.executable, "-c", script], env={**os.environ, "PA_OPS_DEBUG": "1"}, capture_output=True, text=True
     )
     assert run.returncode == 0, run.stderr
-    assert "varlen_attention" in run.stderr and "pa_attn_flash_sm80_fp16_kvfp16_d64v64_dense_causal" in run.stderr
+    family = few_and_many(pa_ops.Problem(op="varlen_attention", dtype="fp16", head_dim=64, num_heads=2))[1]
+    assert "varlen_attention" in run.stderr and f"pa_attn_{family}_fp16_kvfp16_d64v64_dense_causal" in run.stderr
 
 
 def test_overrides_reach_the_kernels(device: torch.device) -> None:
     call = paged(MIXED, Shape(64), device)
     plain, _ = call.run()
-    for family in ("flash_sm80", "decode"):
+    for family in able(problem_of(call)):
+        if family == "mea":
+            continue  # the word means mea_decode too
         with pa_ops.trace.recording() as calls:
             forced, _ = call.run(backend=family)
         assert [made.family for made in calls] == [family]
@@ -144,20 +150,11 @@ def test_D5_eligible_instances_agree(dtype: torch.dtype, device: torch.device) -
         pairs = [(rng.randint(0, 90), rng.randint(0, 200)) for _ in range(rng.randint(1, 4))]
         options: dict[str, Any] = {"causal": rng.random() < 0.5, "sliding_window": rng.choice((0, 0, 30))}
         call = (varlen if dense else paged)(pairs, shape, device, seed=number, **options)
-        problem = pa_ops.Problem(
-            op=call.op,
-            dtype="fp16" if dtype == torch.float16 else "bf16",
-            head_dim=shape.head_dim,
-            num_heads=shape.heads,
-            num_kv_heads=shape.kv_heads,
-            causal=options["causal"],
-            window=options["sliding_window"] > 0,
-            page_size=None if dense else shape.page_size,
-        )
-        able = [v.entry for v in verdicts(here.entries, problem, here.capability) if v.eligible]
-        several += len(able) > 1
+        looked_at = verdicts(here.entries, problem_of(call), here.capability)
+        eligible = [verdict.entry for verdict in looked_at if verdict.eligible]
+        several += len(eligible) > 1
         want, _ = expected(call)
-        for entry in able:
+        for entry in eligible:
             out, lse = call.poisoned_results()
             call.with_options(backend=entry.name).run_into(out, lse)
             error_of(out[: call.rows], want[: call.rows], dtype, f"problem {number} on {entry.name}")

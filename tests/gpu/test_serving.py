@@ -16,7 +16,7 @@ from helpers.serving import images, places, serving, slot_mapping, twin
 pytestmark = pytest.mark.gpu
 
 C0 = Shape(64, kv_heads=2, group=4, page_size=256)
-TILES = (64, 128)  # rows of the tiles of flash_sm80
+TILES = (64, 128, 192)  # rows of the tiles of the prefill families
 WAITS = ("cudaStreamSynchronize", "cudaDeviceSynchronize", "cudaEventSynchronize", "cudaMemcpy")
 
 

@@ -164,6 +164,19 @@ def paged(
     return Call("paged_attention", tensors, rows, {"sliding_window": sliding_window, **options})
 
 
+def moved_far(call: Call, pages: int) -> Call:
+    """The same paged call in pools of so many pages, its own being the last; what lies before them is NaN."""
+    moved = {}
+    for name in ("k_cache", "v_cache"):
+        cache = call.tensors[name]
+        moved[name] = cache.new_full((pages, *cache.shape[1:]), torch.nan)
+        moved[name][pages - cache.shape[0] :] = cache
+    table, here = call.tensors["block_table"], call.tensors["k_cache"].shape[0]
+    live = (table >= 0) & (table < here)
+    moved["block_table"] = torch.where(live, table + (pages - here), table).to(torch.int32)
+    return Call(call.op, {**call.tensors, **moved}, call.rows, call.options)
+
+
 def varlen(
     pairs: Sequence[tuple[int, int]], shape: Shape, device: torch.device, *, seed: int = 0, **options: Any
 ) -> Call:
