@@ -185,18 +185,27 @@ def survey(entries: Iterable[Entry], sms: Iterable[int] = tuple(MODELS)) -> tupl
     holes: dict[tuple[object, ...], Hole] = {}
     for sm in sorted(sms):
         capability = Capability.of_sm(sm)
-        loadable = [row for row in rows if not set(row.code_targets).isdisjoint(capability.targets)]
+        loadable: dict[tuple[object, ...], list[Entry]] = defaultdict(list)
+        for row in rows:
+            if not set(row.code_targets).isdisjoint(capability.targets):
+                loadable[_kind(row.spec)].append(row)
         for problem in problems:
             if unsupported(problem, capability) is not None:
                 continue
             try:
-                selection = select_entry(loadable, problem, capability)
+                selection = select_entry(loadable[_kind(problem)], problem, capability)
             except NoInstance as error:
                 holes.setdefault(problem.facts, Hole(problem, sm, str(error)))
                 continue
             reached |= {key: Reach.NAMED for key in _bests(selection, problem, capability) if key not in reached}
             reached[selection.entry.name, selection.entry.target] = Reach.AUTO
     return reached, tuple(holes.values())
+
+
+def _kind(asked: InstanceSpec | Problem) -> tuple[object, ...]:
+    """What a row and a problem that it serves always share: a tenth of the rows is left to be looked at."""
+    op = asked.op if isinstance(asked, InstanceSpec) else asked.kernel_op
+    return op, asked.dtype, asked.kv_dtype, asked.layout
 
 
 def _bests(selection: Selection, problem: Problem, capability: Capability) -> Iterator[Key]:

@@ -137,7 +137,7 @@ class Copier:
         page: Int32,
         kv_head: Int32,
     ):
-        """Start copying a tile of K or V into its stage, a box a lane; boxes without a page become zeros, unread."""
+        """Start copying a tile of K or V into its stage, a box a lane; page -1 is outside the map: zeros, unread."""
         lane = cute.arch.lane_idx()
         barrier = smem + full_at + stage * BARRIER
         if lane == 0:
@@ -148,7 +148,6 @@ class Copier:
         if cutlass.const_expr(self.paged):
             boxes = self.keys // args.box_rows
             target = target + lane * (args.box_rows * COLUMN * 2)
-            page = Int32(cutlass.select_(page < 0, args.num_pages, page))
         if lane < boxes:
             for half in range(self.halves):
                 at = target + half * (self.keys * COLUMN * 2)

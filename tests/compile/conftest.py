@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 import subprocess
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -25,9 +26,16 @@ def toy(tmp_path: Path) -> Path:
 
 
 @pytest.fixture(scope="session")
-def product(tmp_path_factory: pytest.TempPathFactory) -> Layout:
+def kept(pytestconfig: pytest.Config) -> Callable[[str], Path]:
+    """Homes that outlive the run: what has its digest is not compiled again, here as in every build."""
+    assert pytestconfig.cache is not None
+    return pytestconfig.cache.mkdir
+
+
+@pytest.fixture(scope="session")
+def product(kept: Callable[[str], Path]) -> Layout:
     """The smoke preset of the real templates, built for sm_90a."""
-    home = tmp_path_factory.mktemp("products")
+    home = kept("product")
     build(Request(home, "smoke", ("sm_90a",)))
     return Layout(home / "sm_90a")
 

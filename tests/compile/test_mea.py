@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -28,9 +29,9 @@ LATER = ("cp.async", "bf16")
 
 
 @pytest.fixture(scope="module")
-def layouts(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Layout]:
+def layouts(kept: Callable[[str], Path]) -> dict[str, Layout]:
     """The smallest instances of the family for each target, two builds at a time."""
-    home = tmp_path_factory.mktemp("mea")
+    home = kept("mea")
 
     def built(target: str) -> Layout:
         build(Request(home, "smoke", (target,), "*_mea_*fp16_*", 1))

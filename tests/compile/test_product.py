@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import subprocess
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -101,9 +102,9 @@ TARGETS = {KernelOp.ATTN: (*CUTE_TARGETS, "sm_100a", "sm_120a"), KernelOp.APPEND
 
 
 @pytest.fixture(scope="module")
-def everywhere(tmp_path_factory: pytest.TempPathFactory) -> Everywhere:
+def everywhere(kept: Callable[[str], Path]) -> Everywhere:
     """Attention and append for their targets; two builds at a time, because most of one is a single process."""
-    home = tmp_path_factory.mktemp("everywhere")
+    home = kept("everywhere")
 
     def entries(key: tuple[KernelOp, str]) -> tuple[Entry, ...]:
         op, target = key
