@@ -26,8 +26,8 @@ ASK_AHEAD = 4  # blocks of keys before a tile's last: to list a tile takes about
 class Copier:
     """Copies blocks of `keys` keys, in columns of 64 elements.
 
-    One warp copies keys, another values: in pages of 16 tokens a tile is 16 copies, each of which takes
-    the warp about 40 cycles to start, and neither waits for the other's stages.
+    One warp copies keys, another values, and neither waits for the other's stages: in pages of 16 tokens a tile is 16
+    copies, which one warp alone started so slowly that they cost 12% more than pages of 64 (docs/performance.md).
     """
 
     def __init__(self, shared, head_dim, paged, keys):

@@ -1,9 +1,9 @@
 """FlashAttention forward for SM90: turns a batch's queries and the keys they see into output rows and LSE.
 
 Warp-specialised and persistent: one warp lists the block's tiles, two keep the copy engine busy, two or three
-warpgroups compute. In each, Q K^T of one block of keys runs while the softmax of the block before waits for nothing,
-and P V of that block behind it; the groups take turns, so that one's softmax hides under another's products. Outputs
-go from registers to memory, so that the next tile's queries and keys arrive meanwhile.
+warpgroups compute. A warpgroup starts Q K^T of a block of keys and, behind it, P V of the block before, whose time the
+softmax then has; the groups take turns, so that one's softmax hides under another's products too. Outputs go from
+registers to memory, so that the next tile's queries and keys arrive meanwhile.
 The scheme is FlashAttention-3's (Shah et al., arXiv 2407.08608); work list, pages, masks and epilogue are this
 project's.
 """
@@ -255,7 +255,7 @@ class FlashSm90:
     def treat(self, args, acc_s, slot: Int32, i: Int32, edges: Int32, inner: Int32, hole: Int32):
         """Cap the scores of block `i`, and -inf where a row must not see a key; nothing in the middle ones.
 
-        One branch for all of it: those that are taken over code that is not run cost a block 5% of its time.
+        One branch for all of it, taken over code that a block in the middle does not run.
         """
         edge = i < edges
         if cutlass.const_expr(self.window):
