@@ -12,6 +12,8 @@ from helpers.problems import Shape
 from helpers.profile import traced
 from helpers.served import check, refer, same_cache, serve
 from helpers.serving import images, places, serving, slot_mapping, twin
+from pa_ops import bench_serving
+from pa_ops.spec import Family
 
 pytestmark = pytest.mark.gpu
 
@@ -46,6 +48,20 @@ def test_A4_row_tiles_beside_sequences_without_tokens(
             shape = Shape(head_dim, kv_heads=2, group=4, page_size=256)
             call = serving(new, [30] * len(new), shape, device, rotary_dim=rotary_dim)
             check(call, evidence, f"{new}, head size {head_dim}")
+
+
+@pytest.mark.parametrize("batch", [16, 64])
+def test_A11_prefill_costs_its_work(batch: int, device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Beside the design that guesses the longest sequence from the number of tokens."""
+    monkeypatch.setattr(bench_serving, "WARM_UP", 3)
+    monkeypatch.setattr(bench_serving, "REPEATS", 10)
+    case = next(case for case in bench_serving.CASES if case.name == f"prefill {batch} x 1024")
+    inputs = bench_serving.inputs_of(case, device)
+    width = bench_serving.HEADS * bench_serving.HEAD_DIM
+    out = torch.empty(case.tokens, width, dtype=torch.float16, device=device)
+    emulated = bench_serving.heuristic_call(case, bench_serving.prepare(inputs, out, Family.FLASH_SM80))
+    exact = bench_serving.time_of(lambda: torch.ops.pa_ops.paged_attention_(*inputs.tensors, **inputs.options))
+    assert exact <= 0.6 * bench_serving.time_of(emulated)
 
 
 MIXES = ([0, 7, 0, 3], [10, 0, 0, 0], [0, 0, 0, 5], [0, 3, 0], [0, 0, 0], [1, 0, 1025, 0, 1])

@@ -18,6 +18,7 @@ from helpers import programs
 from pa_ops import Capability, InvalidArgument, NoInstance, calls, cuda, registry, steps, trace
 from pa_ops.arguments import CONSTANT_BASE, MAP_ALIGNMENT, MAP_BYTES, RECORDS
 from pa_ops.checks import INT32_MAX
+from pa_ops.launch import FILLING_BLOCKS
 from pa_ops.manifest import FILE_NAME, Manifest
 from pa_ops.scratch import MAX_STATE_WORDS, blocks_of, tickets_at
 from pa_ops.selecting import declared_entries
@@ -301,6 +302,15 @@ def test_A12_a_serving_call_is_two_launches_on_one_set_of_buffers(
     assert attend["kv_lengths"] == append["past_lens"] == tensors["past_lens"].data_ptr()
     assert attend["past_lengths"] == 1 and attend["lse"] == 0 and append["rotary_dim"] == (32 if rotary else 0)
     assert "gather_causal" in attended.symbol and append["aligned"] == 1
+
+
+@pytest.mark.parametrize("news", [[1024] * 64, [1024] + [1] * 63, [10] + [0] * 15, [1] * 300])
+def test_A11_blocks_that_rotate_follow_the_tokens(launches: Launches, news: list[int]) -> None:
+    """Not sequences times the longest that the total would allow: 64 * 65473 for the first batch."""
+    serving_call(*news, rotary=True)
+    tokens, append = sum(news), launches[0]
+    assert append.x == min(tokens, 65535)
+    assert append.x * append.y <= max(tokens, FILLING_BLOCKS)
 
 
 def test_X3_slots_replace_the_block_table(launches: Launches) -> None:
