@@ -137,7 +137,7 @@ class Copier:
         page: Int32,
         kv_head: Int32,
     ):
-        """Start copying a tile of K or V into its stage, a box a lane; page -1 is outside the map: zeros, unread."""
+        """Start copying a tile of K or V into its stage, a box a lane; boxes without a page become zeros, unread."""
         lane = cute.arch.lane_idx()
         barrier = smem + full_at + stage * BARRIER
         if lane == 0:
@@ -148,6 +148,8 @@ class Copier:
         if cutlass.const_expr(self.paged):
             boxes = self.keys // args.box_rows
             target = target + lane * (args.box_rows * COLUMN * 2)
+            # Beyond the last page of the map, which has one even where the pool has none.
+            page = Int32(cutlass.select_(page < 0, cutlass.max(args.num_pages, 1), page))
         if lane < boxes:
             for half in range(self.halves):
                 at = target + half * (self.keys * COLUMN * 2)
