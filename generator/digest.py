@@ -73,6 +73,11 @@ class Digester:
         }
 
     @cached_property
+    def _sums(self) -> dict[str, str]:
+        """Device module or header -> the sha256 of its text."""
+        return {name: hashlib.sha256(text.encode()).hexdigest() for name, text in self.modules.items()}
+
+    @cached_property
     def _named(self) -> dict[str, frozenset[str]]:
         """Device module or header -> those that it names itself."""
         languages = {".py": Language.CUTE, ".cuh": Language.CUDA}
@@ -86,8 +91,7 @@ class Digester:
         while named:
             found |= named
             named = {other for name in named for other in self._named.get(name, ())} - found
-        texts = ((name, self.modules[name]) for name in sorted(found) if name in self.modules)
-        return {name: hashlib.sha256(text.encode()).hexdigest() for name, text in texts}
+        return {name: self._sums[name] for name in sorted(found) if name in self._sums}
 
     def digest(self, spec: InstanceSpec, target: str, source: str) -> str:
         """The digest of the object that `source`, rendered from `spec`, gives for `target`."""

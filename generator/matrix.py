@@ -26,14 +26,14 @@ FLASH_SM80_TILES: dict[int, dict[Layout, Tile]] = {
     128: {Layout.DENSE: Tile(128, 32, 1, 4), Layout.GATHER: Tile(128, 32, 1, 4)},
     256: {Layout.DENSE: Tile(64, 64, 1, 4), Layout.GATHER: Tile(64, 64, 1, 4)},
 }
-# Tile of each head size for wgmma, by how keys are found: 64 query rows a computing warpgroup beside one that copies,
+# Tile of each head size for wgmma: 64 query rows a computing warpgroup beside one that copies,
 # and as many keys and stages as shared memory and registers hold. Keys are a multiple of 16, the rows of a copy's box
 # for the smallest usual page.
-FLASH_SM90_TILES: dict[int, dict[Layout, Tile]] = {
-    64: {Layout.DENSE: Tile(192, 112, 3, 16), Layout.GATHER: Tile(192, 112, 3, 16)},
-    128: {Layout.DENSE: Tile(128, 128, 3, 12), Layout.GATHER: Tile(128, 128, 3, 12)},
-    192: {Layout.DENSE: Tile(128, 96, 2, 12), Layout.GATHER: Tile(128, 96, 2, 12)},
-    256: {Layout.DENSE: Tile(128, 80, 2, 12), Layout.GATHER: Tile(128, 80, 2, 12)},
+FLASH_SM90_TILES: dict[int, Tile] = {
+    64: Tile(192, 112, 3, 16),
+    128: Tile(128, 128, 3, 12),
+    192: Tile(128, 96, 2, 12),
+    256: Tile(128, 80, 2, 12),
 }
 # Tile of each head size for few query rows: as many stages as let two blocks share an SM, or else one.
 DECODE_TILES: dict[int, Tile] = {
@@ -185,15 +185,20 @@ RULES: tuple[Rule, ...] = (
 )
 
 
+TILES = {  # of the families with one tile a head size
+    Family.FLASH_SM90: FLASH_SM90_TILES,
+    Family.DECODE: DECODE_TILES,
+    Family.MEA_DECODE: MEA_DECODE_TILES,
+}
+
+
 def _tiles(family: Family, cell: Cell) -> tuple[Tile, ...]:
     """The tiles of an attention family's kernels for `cell`; a rule leaves one of several to each target."""
     if family is Family.FLASH_SM80:
         return (TILE_EXCEPTIONS.get(cell, FLASH_SM80_TILES[cell.head_dim][cell.layout]),)
-    if family is Family.FLASH_SM90:
-        return (FLASH_SM90_TILES[cell.head_dim][cell.layout],)
     if family is Family.MEA:
         return tuple(MEA_TILES[cell.head_dim].values())
-    return ({Family.DECODE: DECODE_TILES, Family.MEA_DECODE: MEA_DECODE_TILES}[family][cell.head_dim],)
+    return (TILES[family][cell.head_dim],)
 
 
 def _attention(family: Family, cells: Sequence[Cell]) -> Iterator[InstanceSpec]:

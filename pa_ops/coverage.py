@@ -185,21 +185,31 @@ def survey(entries: Iterable[Entry], sms: Iterable[int] = tuple(MODELS)) -> tupl
     holes: dict[tuple[object, ...], Hole] = {}
     for sm in sorted(sms):
         capability = Capability.of_sm(sm)
-        loadable: dict[tuple[object, ...], list[Entry]] = defaultdict(list)
-        for row in rows:
-            if not set(row.code_targets).isdisjoint(capability.targets):
-                loadable[_kind(row.spec)].append(row)
+        loadable = [row for row in rows if not set(row.code_targets).isdisjoint(capability.targets)]
+        alike: dict[tuple[object, ...], list[Entry]] = defaultdict(list)
+        for row in loadable:
+            alike[_kind(row.spec)].append(row)
         for problem in problems:
             if unsupported(problem, capability) is not None:
                 continue
             try:
-                selection = select_entry(loadable[_kind(problem)], problem, capability)
-            except NoInstance as error:
-                holes.setdefault(problem.facts, Hole(problem, sm, str(error)))
+                selection = select_entry(alike[_kind(problem)], problem, capability)
+            except NoInstance:
+                if problem.facts not in holes:
+                    holes[problem.facts] = Hole(problem, sm, _refusal(loadable, problem, capability))
                 continue
             reached |= {key: Reach.NAMED for key in _bests(selection, problem, capability) if key not in reached}
             reached[selection.entry.name, selection.entry.target] = Reach.AUTO
     return reached, tuple(holes.values())
+
+
+def _refusal(rows: Iterable[Entry], problem: Problem, capability: Capability) -> str:
+    """What selection says of all rows, none of which can serve the problem."""
+    try:
+        entry = select_entry(rows, problem, capability).entry
+    except NoInstance as error:
+        return str(error)
+    raise AssertionError(f"{entry.name} serves {problem}, and is of another kind")
 
 
 def _kind(asked: InstanceSpec | Problem) -> tuple[object, ...]:

@@ -4,29 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import product
-from typing import Any
 
 import pytest
 import torch
 
 import pa_ops
 from helpers.chosen import problem_of
-from helpers.hopper import FAMILY, on_sm90, tickets
+from helpers.hopper import FAMILY, HEAD_DIMS, MASKS, MIXED, OPERATORS, on_sm90, tickets
 from helpers.parity import Evidence, error_of, expected
 from helpers.problems import Call, Shape, paged, prefix_sums, sinks, varlen
 from pa_ops.registry import current_capability
 from pa_ops.spec import Tile
 
 pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("hopper")]
-
-HEAD_DIMS = (64, 128, 192, 256)
-MASKS: dict[str, dict[str, Any]] = {
-    "full": {"causal": False},
-    "causal": {"causal": True},
-    "window": {"sliding_window": 37},
-}
-MIXED = [(70, 200), (1, 130), (0, 40), (3, 3), (193, 1025), (129, 129), (5, 2)]
-OPERATORS = {"paged": paged, "dense": varlen}
 
 
 def tile_of(call: Call) -> Tile:

@@ -13,7 +13,7 @@ import pa_ops
 from helpers import served
 from helpers.chosen import few_and_many, problem_of
 from helpers.parity import Evidence, check
-from helpers.problems import PAIRS, Call, Shape, moved_far, paged, sinks, varlen
+from helpers.problems import PAIRS, Call, Shape, moved_far, paged, punch_holes, sinks, varlen
 from helpers.serving import serving
 from pa_ops import scratch
 from pa_ops.homes import home
@@ -150,10 +150,7 @@ def test_D6_page_boundaries(device: torch.device, evidence: Evidence) -> None:
 def test_C14_C15_holes_and_rows_without_keys_are_zeros(code: str, device: torch.device, evidence: Evidence) -> None:
     for page_size, causal in product((1, 16, 64), (False, True)):
         call = paged([(5, 300), (1, 64), (40, 40)], Shape(64, page_size=page_size), device, causal=causal)
-        table = call.tensors["block_table"]
-        table[0, 0] = -1
-        table[0, 2] = table.max() + 1000
-        table[2] = -7
+        punch_holes(call)
         out, lse = on_mea(call, evidence, f"{code}, holes, page {page_size}")
         assert not out[-40:].any() and (lse[:, -40:] == -torch.inf).all()
 
@@ -204,10 +201,7 @@ def test_B4_few_rows_in_both_dtypes(dtype: torch.dtype, device: torch.device, ev
 def test_C14_few_rows_with_holes(code: str, device: torch.device, evidence: Evidence) -> None:
     for page_size, causal in product((1, 16, 64), (False, True)):
         call = paged([(1, 300), (4, 64), (3, 40)], Shape(64, page_size=page_size), device, causal=causal)
-        table = call.tensors["block_table"]
-        table[0, 0] = -1
-        table[0, 2] = table.max() + 1000
-        table[2] = -7
+        punch_holes(call)
         out, lse = on_decode(call, evidence, f"{code}, holes, page {page_size}")
         assert not out[-3:].any() and (lse[:, -3:] == -torch.inf).all()
 

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from helpers.parity import Evidence, check, check_each
-from helpers.problems import PAIRS, Shape, paged, sinks, varlen
+from helpers.problems import PAIRS, Shape, paged, punch_holes, sinks, varlen
 
 pytestmark = pytest.mark.gpu
 
@@ -117,10 +117,7 @@ def test_logits_that_overflow_without_a_maximum(dtype: torch.dtype, device: torc
 def test_unmapped_pages_in_the_middle_are_masked(dtype: torch.dtype, device: torch.device, evidence: Evidence) -> None:
     for page_size, causal, backend in product((1, 16, 64), (False, True), BACKENDS):
         call = paged([(5, 300), (1, 64), (40, 40)], Shape(64, dtype=dtype, page_size=page_size), device, causal=causal)
-        table = call.tensors["block_table"]
-        table[0, 0] = -1
-        table[0, 2] = table.max() + 1000
-        table[2] = -7
+        punch_holes(call)
         what = f"holes in the table, page {page_size}, causal {causal}, backend {backend}"
         out, lse = check(call.with_options(backend=backend), evidence, what)
         assert not out[-40:].any(), "a sequence with no mapped page is exact zeros"

@@ -2,15 +2,25 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import Tensor
 
 import pa_ops
 from helpers.parity import Evidence, check
-from helpers.problems import Call
+from helpers.problems import Call, paged, varlen
 from pa_ops import scratch
 from pa_ops.registry import current_capability
 
 FAMILY = "flash_sm90"
+HEAD_DIMS = (64, 128, 192, 256)
+MASKS: dict[str, dict[str, Any]] = {
+    "full": {"causal": False},
+    "causal": {"causal": True},
+    "window": {"sliding_window": 37},
+}
+MIXED = [(70, 200), (1, 130), (0, 40), (3, 3), (193, 1025), (129, 129), (5, 2)]
+OPERATORS = {"paged": paged, "dense": varlen}
 
 
 def tickets() -> list[int]:

@@ -177,6 +177,14 @@ def moved_far(call: Call, pages: int) -> Call:
     return Call(call.op, {**call.tensors, **moved}, call.rows, call.options)
 
 
+def punch_holes(call: Call) -> None:
+    """Unmap the first and the third page of sequence 0, the latter by a number past the pool, and all of sequence 2."""
+    table = call.tensors["block_table"]
+    table[0, 0] = -1
+    table[0, 2] = table.max() + 1000
+    table[2] = -7
+
+
 def varlen(
     pairs: Sequence[tuple[int, int]], shape: Shape, device: torch.device, *, seed: int = 0, **options: Any
 ) -> Call:
