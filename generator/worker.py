@@ -9,6 +9,7 @@ the others still compile.
 from __future__ import annotations
 
 import ctypes
+import importlib
 import importlib.util
 import json
 import os
@@ -96,6 +97,11 @@ def _facts(image: bytes, target: str, cubin: ModuleType) -> Sequence[Any]:
     return tuple(cubin.read_facts(image))
 
 
+def _chaining() -> ModuleType:
+    """The device module that tells which targets' launches overlap; known when packages are."""
+    return importlib.import_module("pa_ops.templates.device.chaining")
+
+
 def _compile(instance: Mapping[str, Any], request: Mapping[str, Any], temporary: Path, cubin: ModuleType) -> Facts:
     """Compile one instance into `temporary`; returns its manifest row, and what a launch of it has to know."""
     name, target, source = instance["name"], request["target"], Path(instance["source"])
@@ -125,6 +131,7 @@ def _compile(instance: Mapping[str, Any], request: Mapping[str, Any], temporary:
         "threads": instance["threads"],
         "smem": instance["smem_bytes"],
         "arguments": kernel.argument_bytes,
+        "chained": int(_chaining().is_chained(target)),
     }
     return {"row": row, "launch": launch}
 
