@@ -16,9 +16,9 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from pa_ops import report
+from pa_ops import evidence, report
 from pa_ops.capability import Capability
-from pa_ops.coverage import Coverage, cover, load_evidence
+from pa_ops.coverage import Coverage, cover
 from pa_ops.errors import InvalidArgument, PaOpsError
 from pa_ops.homes import home
 from pa_ops.problem import Problem
@@ -219,7 +219,7 @@ def coverage_of(docs: Path) -> Coverage:
     """The coverage of this installation: matrix, products, and the evidence files in `docs`."""
     from pa_ops.generator import inventory
 
-    tests, bench = load_evidence(docs / EVIDENCE), load_evidence(docs / BENCH)
+    tests, bench = evidence.load(docs / EVIDENCE), evidence.load(docs / BENCH)
     return cover(inventory.inputs(home(), tests, bench))
 
 

@@ -9,7 +9,8 @@ import pytest
 
 from pa_ops import cli, report
 from pa_ops.capability import Capability
-from pa_ops.coverage import Coverage, Evidence, State, cover
+from pa_ops.coverage import Coverage, State, cover
+from pa_ops.evidence import Evidence
 from pa_ops.generator import inventory, matrix
 from pa_ops.manifest import Entry, Manifest
 from pa_ops.spec import InstanceSpec, Mask
@@ -81,7 +82,7 @@ def coverage() -> Coverage:
     spec = matrix.declared("smoke")[4]
     entry = Entry(spec.name, spec.name, "a" * 64, "sm_90a", ("sm_90a",), 32768, 255, 24, 24, 70000, 3.5)
     manifest = Manifest("sm_90a", {"cc": "x"}, "libpa_ops.so", "0" * 64, (entry,))
-    inputs = inventory.inputs(Path("/nonexistent"), {spec.name: Evidence("a" * 64, 7, 1e-3)}, {})
+    inputs = inventory.inputs(Path("/nonexistent"), {(spec.name, "sm_90a"): Evidence("a" * 64, 7, 1e-3)}, {})
     targets = {key: value for key, value in inputs.digests.items() if key[0] != spec.name}
     return cover(type(inputs)(**{**vars(inputs), "manifests": (manifest,), "digests": targets}))
 

@@ -170,6 +170,7 @@ def test_C22_two_runs_are_bit_equal(code: str, device: torch.device) -> None:
                                want[: call.rows] if want.dim() == 3 else want[:, : call.rows])  # fmt: skip
 
 
+@pytest.mark.alone
 def test_B18_B19_offsets_beyond_32_bits(device: torch.device, evidence: Evidence) -> None:
     shape = Shape(128, kv_heads=8, group=1, page_size=256)
     far = moved_far(paged([(3, 300), (70, 513)], shape, device), 8300)

@@ -22,6 +22,7 @@ CORE = (
     "environment",
     "families",
     "coverage",
+    "evidence",
     "homes",
     "plan",
 )
