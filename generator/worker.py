@@ -9,6 +9,7 @@ the others still compile.
 from __future__ import annotations
 
 import ctypes
+import hashlib
 import importlib.util
 import json
 import os
@@ -24,7 +25,7 @@ from typing import Any
 
 _PR_SET_PDEATHSIG = 1
 
-Facts = dict[str, dict[str, Any]]
+Facts = dict[str, Any]
 
 
 def _die_with_parent() -> None:
@@ -126,7 +127,7 @@ def _compile(instance: Mapping[str, Any], request: Mapping[str, Any], temporary:
         "smem": instance["smem_bytes"],
         "arguments": kernel.argument_bytes,
     }
-    return {"row": row, "launch": launch}
+    return {"row": row, "launch": launch, "image_sha256": hashlib.sha256(image).hexdigest()}
 
 
 def _publish(instance: Mapping[str, Any], temporary: Path, facts: Mapping[str, Any]) -> None:

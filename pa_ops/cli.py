@@ -20,7 +20,7 @@ from pa_ops import evidence, report
 from pa_ops.capability import Capability
 from pa_ops.coverage import Coverage, cover
 from pa_ops.errors import InvalidArgument, PaOpsError
-from pa_ops.homes import home
+from pa_ops.homes import destination, home, homes
 from pa_ops.problem import Problem
 
 EVIDENCE = "gpu-evidence.json"
@@ -92,7 +92,8 @@ def run_build(arguments: argparse.Namespace, console: Console) -> int:
 
     if arguments.jobs < 0:
         raise InvalidArgument("jobs", "must be an integer >= 0", arguments.jobs)
-    request = Request(home(), arguments.preset, arguments.arch, arguments.filter, arguments.jobs)
+    root = destination(homes()) or home()
+    request = Request(root, arguments.preset, arguments.arch, arguments.filter, arguments.jobs)
     if arguments.dry_run:
         rows = [
             {

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from pa_ops import evidence as files
 
 settings.register_profile("pa_ops", deadline=None)
 settings.load_profile("pa_ops")
+os.environ.setdefault("PA_OPS_NO_JIT", "1")  # a kernel that a test misses is one that the build forgot
 SEEN = pytest.StashKey[dict[files.Key, files.Evidence]]()
 SENT = "pa_ops_evidence"  # the name under which a worker sends its own
 

@@ -31,10 +31,11 @@ from pa_ops.generator.matrix import (
     refusals,
 )
 from pa_ops.generator.plan import Planner
-from pa_ops.generator.render import CUDA_TYPES, Renderer, template_folder
+from pa_ops.generator.render import CUDA_TYPES, Renderer
 from pa_ops.generator.toolchain import Toolchain
 from pa_ops.problem import Problem
 from pa_ops.selection import select_entry
+from pa_ops.sources import template_folder
 from pa_ops.spec import DType, Family, InstanceSpec, KernelOp, Layout, Mask
 
 TOY = Path(__file__).parent / "toy"

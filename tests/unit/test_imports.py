@@ -25,6 +25,7 @@ CORE = (
     "evidence",
     "homes",
     "plan",
+    "sources",
 )
 EXTRAS = {"homes": ("platformdirs",)}  # needed where there is neither a checkout nor PA_OPS_HOME
 DOORS = {"cli.py", "jit.py", "selecting.py"}  # the modules of pa_ops that may reach the generator
