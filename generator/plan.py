@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from fnmatch import fnmatchcase
 from functools import cached_property
 from pathlib import Path
 
@@ -26,18 +25,13 @@ COMPILE_SOURCES = (*(HERE / name for name in sources.COMPILING), Path(arguments.
 LINK_SOURCES = (*SOURCES, *(HERE / name for name in sources.INCLUDED))
 
 
-def matches(name: str, pattern: str) -> bool:
-    """Whether an instance's name is one that a filter means: a glob, or several with commas between."""
-    return any(fnmatchcase(name, glob) for glob in pattern.split(","))
-
-
 def select(preset: str, target: str, pattern: str | None) -> tuple[InstanceSpec, ...]:
     """The instances of a preset for a target whose names match `pattern`: a glob, or several with commas between.
 
     Raises InvalidArgument when there is none, because a build of nothing is a mistake in the pattern.
     """
     specs = matrix.declared(preset, (target,))
-    chosen = tuple(spec for spec in specs if pattern is None or matches(spec.name, pattern))
+    chosen = tuple(spec for spec in specs if pattern is None or matrix.matches(spec.name, pattern))
     if not chosen:
         example = specs[0].name if specs else "none"
         raise InvalidArgument("filter", f"must match one of {len(specs)} instances of {preset}, {example} say", pattern)

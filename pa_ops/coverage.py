@@ -15,7 +15,7 @@ from pa_ops.capability import MODELS, Capability
 from pa_ops.errors import InvalidArgument, NoInstance
 from pa_ops.evidence import Evidence, Key
 from pa_ops.families import unsupported
-from pa_ops.heuristics import cost
+from pa_ops.heuristics import cheapest
 from pa_ops.manifest import Entry, Manifest
 from pa_ops.problem import Problem
 from pa_ops.selection import Selection, select_entry
@@ -207,7 +207,7 @@ def _bests(selection: Selection, problem: Problem, capability: Capability) -> It
         if verdict.eligible:
             able[verdict.entry.spec.family].append(verdict.entry)
     for rows in able.values():
-        best = min(rows, key=lambda row: cost(row, problem, capability))
+        best = cheapest(rows, problem, capability)
         yield best.name, best.target
 
 

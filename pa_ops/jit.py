@@ -71,17 +71,17 @@ def obstacles(roots: Sequence[Path]) -> Iterator[str]:
 
 
 def supply(
-    problem: Problem, capability: Capability, policy: Policy, roots: Sequence[Path], notes: Iterable[object] = ()
+    problem: Problem, capability: Capability, policy: Policy, roots: Sequence[Path], notes: Iterable[object]
 ) -> None:
     """Builds what serves `problem` into the first of `roots` that can be written.
 
-    notes: what else a user should know if that cannot be. Raises NoInstance where nothing would serve the problem, or
-    where nothing may be built now: the text has the command that builds it. Raises BuildError, BuildBusy.
+    notes: what a user should know if that cannot be, the selection's own refusal first. Raises NoInstance where nothing
+    would serve the problem, or where nothing may be built now: the text has the command that builds it. Raises
+    BuildError, BuildBusy.
     """
     what = wanted(problem, capability, policy)
     if reasons := [*obstacles(roots)]:
-        lines = (f"no kernel is built that serves {problem} on {capability}", *reasons, *map(str, notes))
-        raise NoInstance("\n".join((*lines, f"build it: {command(what)}")))
+        raise NoInstance("\n".join((*map(str, notes), *reasons, f"build it: {command(what)}")))
     make(what, roots)
 
 

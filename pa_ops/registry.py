@@ -76,8 +76,9 @@ class Registry:
         """What `select` gives, built now where it is missing; raises NoInstance with why that cannot be."""
         try:
             return self.select(problem, backend)
-        except NoInstance:
-            jit.supply(problem, self.capability, policy(backend), self.roots, self.unusable)
+        except NoInstance as refusal:
+            notes = (refusal, *self.unusable)
+            jit.supply(problem, self.capability, policy(backend), self.roots, notes)
         self.refresh()
         return self.select(problem, backend)
 
@@ -184,6 +185,7 @@ def capability_of(index: int) -> Capability:
         sm=10 * properties.major + properties.minor,
         smem_optin_bytes=properties.shared_memory_per_block_optin,  # type: ignore[attr-defined]
         num_sms=properties.multi_processor_count,
+        card=properties.name,
     )
 
 

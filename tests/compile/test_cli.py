@@ -14,6 +14,7 @@ from pa_ops.evidence import Evidence
 from pa_ops.generator import inventory, matrix
 from pa_ops.manifest import Entry, Manifest
 from pa_ops.spec import InstanceSpec, Mask
+from pa_ops.words import question
 
 Capture = pytest.CaptureFixture[str]
 
@@ -71,9 +72,10 @@ def test_G8_explain_prints_every_row_with_its_reasons(tokens: int, family: str, 
 
 def test_explain_reads_every_kind_of_word() -> None:
     words = ["head_dim=64", "heads=32", "kv_heads=8", "window=yes", "kv=100", "sm=sm_86", "backend=flash"]
-    problem, sm, backend = cli.problem_of("paged_attention", words)
+    asked = question("paged_attention", [*words, "card=NVIDIA A40"])
+    problem = asked.problem
     assert (problem.num_heads, problem.num_kv_heads, problem.window, problem.max_k) == (32, 8, True, 100)
-    assert (sm, backend) == (86, "flash") and Capability.of_sm(86)
+    assert (asked.capability, asked.backend) == (Capability.of_sm(86, card="NVIDIA A40"), "flash")
 
 
 @pytest.fixture(scope="module")

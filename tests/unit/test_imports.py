@@ -26,6 +26,7 @@ CORE = (
     "homes",
     "plan",
     "sources",
+    "timings",
 )
 EXTRAS = {"homes": ("platformdirs",)}  # needed where there is neither a checkout nor PA_OPS_HOME
 DOORS = {"cli.py", "jit.py", "selecting.py"}  # the modules of pa_ops that may reach the generator
