@@ -9,6 +9,7 @@ the others still compile.
 from __future__ import annotations
 
 import ctypes
+import hashlib
 import importlib
 import importlib.util
 import json
@@ -25,7 +26,7 @@ from typing import Any
 
 _PR_SET_PDEATHSIG = 1
 
-Facts = dict[str, dict[str, Any]]
+Facts = dict[str, Any]
 
 
 def _die_with_parent() -> None:
@@ -133,7 +134,7 @@ def _compile(instance: Mapping[str, Any], request: Mapping[str, Any], temporary:
         "arguments": kernel.argument_bytes,
         "chained": int(_chaining().is_chained(target)),
     }
-    return {"row": row, "launch": launch}
+    return {"row": row, "launch": launch, "image_sha256": hashlib.sha256(image).hexdigest()}
 
 
 def _publish(instance: Mapping[str, Any], temporary: Path, facts: Mapping[str, Any]) -> None:

@@ -55,7 +55,7 @@ class Step(NamedTuple):
 
 def _select(op: str, problem: Problem, arguments: Arguments, registry: Registry) -> tuple[int, Entry, Decision]:
     """The kernel that serves `problem`, its row, and the record of the choice."""
-    selection = registry.select(problem, arguments.get("backend", AUTO))
+    selection = registry.serve(problem, arguments.get("backend", AUTO))
     return registry.kernel(selection.entry), selection.entry, _decision(op, selection)
 
 
@@ -123,7 +123,7 @@ def _attend(
 def _division(problem: Problem, arguments: Arguments, registry: Registry) -> tuple[Selection | None, Selection | None]:
     """The kernels for sequences of few query rows and for the others; None where all go to the one that is there."""
     backend = arguments["backend"]
-    few, many = (registry.select(extreme, backend).family for extreme in extremes(problem))
+    few, many = (registry.serve(extreme, backend).family for extreme in extremes(problem))
     if few is many:
         chosen = registry.select(problem, backend)
         return (chosen, None) if few in SPLITTING else (None, chosen)

@@ -22,8 +22,11 @@ CORE = (
     "environment",
     "families",
     "coverage",
+    "evidence",
     "homes",
     "plan",
+    "sources",
+    "timings",
 )
 EXTRAS = {"homes": ("platformdirs",)}  # needed where there is neither a checkout nor PA_OPS_HOME
 DOORS = {"cli.py", "jit.py", "selecting.py"}  # the modules of pa_ops that may reach the generator
