@@ -1,4 +1,4 @@
-"""Turns the arguments of `attention` that no table of shapes can hold (layout, past, mask) into sizes, or into an error."""
+"""Turns the arguments of `attention` that no table holds (layout, past, mask) into sizes, or into an error."""
 
 from __future__ import annotations
 

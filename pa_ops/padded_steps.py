@@ -1,4 +1,4 @@
-"""Turns a padded batch with a mask tensor, or with positions that lengths do not tell, into the launch that serves it."""
+"""Turns a padded batch with a mask tensor, or positions that lengths do not tell, into the launch that serves it."""
 
 from __future__ import annotations
 

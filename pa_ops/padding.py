@@ -1,4 +1,4 @@
-"""Turns the layouts, pasts and masks of padded batches into tensors with one order of axes, by views where that goes."""
+"""Turns the layouts, pasts and masks of padded batches into tensors with one order of axes, mostly by views."""
 
 from __future__ import annotations
 
