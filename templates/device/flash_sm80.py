@@ -95,10 +95,8 @@ class FlashSm80:
         if cutlass.const_expr(self.masked):
             if args.causal != 0:
                 high = cutlass.max(cutlass.min(k_len, shift + row_last + 1), 0)
-                safe_high = cutlass.min(k_len, shift + row_first + 1)
             if args.window > 0:
                 low = cutlass.max(shift + row_first - args.window + 1, 0)
-                safe_low = shift + row_last - args.window + 1
         block_first = low // self.keys
         block_end = (high + (self.keys - 1)) // self.keys
         steps = cutlass.max(block_end - block_first, 0)
@@ -158,6 +156,8 @@ class FlashSm80:
             # interior blocks then issue the mask and the softcap's exponentials for nothing.
             for _ in cutlass.range(opaque(args.softcap_in > 0.0), unroll=1):
                 softmax.cap(acc_s, args.softcap_in)
+            if cutlass.const_expr(self.masked):
+                safe_low, safe_high = self.safe_keys(args, k_len, shift + row_first, shift + row_last)
             edge = key_first + self.keys > safe_high
             if cutlass.const_expr(self.masked):
                 warp_row = warp * (16 * self.m_tiles) + (lane >> 2)
@@ -194,6 +194,15 @@ class FlashSm80:
             sink = softmax.sink_of(self.dtype, args, head) * LOG2_E
         factors = softmax.finish(row_max, row_sum, args.log2_scale, sink, self.m_tiles)
         self.store(args, s_q, acc_o, factors, q_start + row_first, row_last - row_first + 1, head, warp, lane)
+
+    def safe_keys(self, args, k_len, first, last):
+        """Where the keys begin and end that every row sees, of rows that stand at [first, last], by run-time flags.
+
+        Asked for anew for every block of keys: two numbers that are kept are two registers too many.
+        """
+        first, last = opaque(first), opaque(last)
+        low = cutlass.select_(args.window > 0, last - args.window + 1, Int32(0))
+        return low, cutlass.select_(args.causal != 0, cutlass.min(k_len, first + 1), k_len)
 
     def load_queries(self, args, s_q, rows_base, count, tid):
         """Start copying the block's query rows; rows beyond `count` and columns beyond the head size become zeros."""
