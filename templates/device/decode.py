@@ -33,7 +33,7 @@ class Decode:
         self.holes_at = WARPS * stages * self.stage_bytes
         self.share_at = self.holes_at + WARPS * stages * 4
         stats_at = self.share_at + WORDS * 4
-        # Outputs of warps meet in the stage that was computed last: 16 keys of K and V are the bytes of 16 rows in fp32.
+        # Outputs of warps meet in the stage computed last: 16 keys of K and V are the bytes of 16 rows in fp32.
         self.states = States(dtype, head_dim, stages * self.stage_bytes, stats_at)
         self.smem_bytes = stats_at + STATS_BYTES + 16
 

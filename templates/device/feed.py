@@ -70,7 +70,7 @@ class Feed:
 
     @cute.jit
     def look_up(self, args, at, slot: cutlass.Constexpr, warp: Int32, lane: Int32):
-        """The pages of the next tile's keys, one a lane, into pending slot `slot`: -1 where there is nothing to read."""
+        """The pages of the next tile's keys, one a lane, into a pending slot: -1 where there is nothing to read."""
         key = at[KEY] + warp * self.warp_keys + lane
         live = (at[UNITS] > 0) & (lane < self.warp_keys) & (key >= at[LOW]) & (key < at[HIGH])
         table = args.block_table + Int64(at[SEQUENCE]) * args.table_stride
