@@ -219,6 +219,7 @@ def _attention(family: Family, cells: Sequence[Cell]) -> Iterator[InstanceSpec]:
 
 _HELPERS = (
     (KernelOp.APPEND_KV, Family.APPEND, Layout.GATHER, Tile(0, 0, 0, 4)),
+    (KernelOp.GATHER_KV, Family.GATHER, Layout.GATHER, Tile(0, 0, 0, 4)),
     (KernelOp.MERGE_STATES, Family.MERGE, Layout.DENSE, Tile(0, 0, 0, 4)),
 )
 

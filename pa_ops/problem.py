@@ -14,12 +14,14 @@ _KERNEL_OP = {
     Op.PAGED_ATTENTION: KernelOp.ATTN,
     Op.VARLEN_ATTENTION: KernelOp.ATTN,
     Op.APPEND_KV: KernelOp.APPEND_KV,
+    Op.GATHER_KV: KernelOp.GATHER_KV,
     Op.MERGE_STATES: KernelOp.MERGE_STATES,
 }
 _LAYOUT = {
     Op.PAGED_ATTENTION: Layout.GATHER,
     Op.VARLEN_ATTENTION: Layout.DENSE,
     Op.APPEND_KV: Layout.GATHER,
+    Op.GATHER_KV: Layout.GATHER,
     Op.MERGE_STATES: Layout.DENSE,
 }
 

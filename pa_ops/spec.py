@@ -29,6 +29,7 @@ class Op(Word):
     PAGED_ATTENTION = "paged_attention"
     VARLEN_ATTENTION = "varlen_attention"
     APPEND_KV = "append_kv"
+    GATHER_KV = "gather_kv"
     MERGE_STATES = "merge_states"
 
 
@@ -37,6 +38,7 @@ class KernelOp(Word):
 
     ATTN = "attn"
     APPEND_KV = "append_kv"
+    GATHER_KV = "gather_kv"
     MERGE_STATES = "merge_states"
 
 
@@ -49,6 +51,7 @@ class Family(Word):
     MEA = "mea"
     MEA_DECODE = "mea_decode"
     APPEND = "append"
+    GATHER = "gather"
     MERGE = "merge"
 
 
