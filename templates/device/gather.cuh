@@ -44,27 +44,34 @@ __device__ inline bool all_aligned(const Arguments &args)
     return all % sizeof(uint4) == 0;
 }
 
-// The page of a sequence's token, -1 where it has none; prefix sums that decrease put tokens before the first.
-__device__ inline int page_of(const Arguments &args, int sequence, int position, int logical)
-{
-    if (position < 0 || logical >= args.max_pages)
-        return -1;
-    const int page = load_int(args.block_table + sequence * args.table_stride, logical);
-    return page < args.num_pages ? max(page, -1) : -1;
-}
+// Where a token is stored; page -1: nowhere.
+struct Token {
+    int page, offset;
+};
 
-template <class Unit> __device__ inline void gather_token(const Arguments &args, int token, int sequence)
+// Prefix sums that decrease put tokens before the first.
+__device__ inline Token token_of(const Arguments &args, int token, int sequence)
 {
     const int position = token - load_int(args.cu_seqlens_k, sequence);
-    const int logical = position / args.page_size, offset = position - logical * args.page_size;
-    const long long page = page_of(args, sequence, position, logical);
+    const int logical = static_cast<unsigned>(position) / static_cast<unsigned>(args.page_size);
+    int page = -1;
+    if (position >= 0 && logical < args.max_pages)
+        page = load_int(args.block_table + sequence * args.table_stride, logical);
+    return {page < args.num_pages ? max(page, -1) : -1, position - logical * args.page_size};
+}
+
+template <class Unit> __device__ inline void copy_token(const Arguments &args, int token, const Token &from)
+{
     const int first = blockIdx.y * blockDim.x + threadIdx.x, step = gridDim.y * blockDim.x;
-    const Heads k = {args.k_cache + page * args.k_page_stride + offset * args.k_token_stride, args.k_head_stride};
-    const Heads v = {args.v_cache + page * args.v_page_stride + offset * args.v_token_stride, args.v_head_stride};
+    const bool there = from.page >= 0;
+    const Heads k = {args.k_cache + from.page * args.k_page_stride + from.offset * args.k_token_stride,
+                     args.k_head_stride};
+    const Heads v = {args.v_cache + from.page * args.v_page_stride + from.offset * args.v_token_stride,
+                     args.v_head_stride};
     const Heads to_k = {args.k + token * args.to_k_token_stride, args.to_k_head_stride};
     const Heads to_v = {args.v + token * args.to_v_token_stride, args.to_v_head_stride};
-    copy_heads<Unit>(k, to_k, args.kv_heads, args.head_dim * sizeof(Half), page >= 0, first, step);
-    copy_heads<Unit>(v, to_v, args.kv_heads, args.head_dim_v * sizeof(Half), page >= 0, first, step);
+    copy_heads<Unit>(k, to_k, args.kv_heads, args.head_dim * sizeof(Half), there, first, step);
+    copy_heads<Unit>(v, to_v, args.kv_heads, args.head_dim_v * sizeof(Half), there, first, step);
 }
 
 } // namespace pa
@@ -76,9 +83,10 @@ __device__ inline void gather(const Arguments &args)
         const int sequence = pa::find_sequence(args.cu_seqlens_k, args.sequences, token);
         if (sequence < 0)
             return;
+        const pa::Token from = pa::token_of(args, token, sequence);
         if (aligned)
-            pa::gather_token<uint4>(args, token, sequence);
+            pa::copy_token<uint4>(args, token, from);
         else
-            pa::gather_token<Half>(args, token, sequence);
+            pa::copy_token<Half>(args, token, from);
     }
 }

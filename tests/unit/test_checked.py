@@ -50,12 +50,8 @@ def append(*slots: int) -> dict[str, Any]:
 def gather(**change: Any) -> dict[str, Any]:
     """Three sequences of 7, 0 and 2 tokens; four tokens a page, two pages a sequence."""
     k, v = torch.zeros(2, 9, 1, 8).half()
-    given = paged(cu_seqlens_k=int32(0, 7, 7, 9))
-    return {
-        **{name: given[name] for name in ("k_cache", "v_cache", "block_table", "cu_seqlens_k")},
-        "k": k,
-        "v": v,
-    } | change
+    pages = {name: tensor for name, tensor in paged().items() if name in ("k_cache", "v_cache", "block_table")}
+    return {**pages, "cu_seqlens_k": int32(0, 7, 7, 9), "k": k, "v": v, **change}
 
 
 def table(*pages: int) -> Tensor:
