@@ -15,7 +15,7 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
-from pa_ops.arguments import RECORDS
+from pa_ops.arguments import record_of
 from pa_ops.errors import BuildError, PaOpsError
 from pa_ops.manifest import Manifest
 
@@ -194,7 +194,7 @@ class TargetBuild:
                 "digest": item.digest,
                 "smem_bytes": item.spec.smem_bytes,
                 "threads": item.spec.threads,
-                "arguments": RECORDS[item.spec.family].size,
+                "arguments": record_of(item.spec).size,
                 "source": str(layout.source(item.spec)),
                 "object": str(layout.object(item.name)),
                 "facts": str(layout.facts(item.name)),

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from pa_ops.checks import Arguments
 from pa_ops.errors import InvalidArgument
+from pa_ops.padding import LAYOUTS
 
 
 def check_values(op: str, arguments: Arguments) -> None:
@@ -23,6 +24,8 @@ def check_values(op: str, arguments: Arguments) -> None:
         _check_gathered(arguments)
     elif name == "paged_attention_":
         _check_serving(arguments, padded=overload == "out")
+    elif name == "attention":
+        _check_visible(arguments)
     elif name in ("paged_attention", "varlen_attention"):
         tokens = arguments["q"].shape[0]
         new = _lengths("cu_seqlens_q", arguments["cu_seqlens_q"], tokens, "q", padded=overload == "out")
@@ -57,6 +60,18 @@ def _check_bound(argument: str, bound: int | None, lengths: list[int], what: str
     longest = lengths.index(max(lengths))
     rule = f"must be at least the {lengths[longest]} {what} of sequence {longest}, or left out"
     raise InvalidArgument(argument, rule, bound)
+
+
+def _check_visible(arguments: Arguments) -> None:
+    """Every sequence of a padded batch sees keys that are there: past and new ones."""
+    if arguments["nonpad_kv_seqlen"] is None:
+        return
+    axis = LAYOUTS[arguments["layout"]].kv.index("s")
+    total = sum(arguments[name].shape[axis] for name in ("k", "past_key") if arguments[name] is not None)
+    for sequence, length in enumerate(arguments["nonpad_kv_seqlen"].tolist()):
+        if not 0 <= length <= total:
+            rule = f"must be in [0, {total}], the past and new keys, as it is not in sequence {sequence}"
+            raise InvalidArgument("nonpad_kv_seqlen", rule, f"nonpad_kv_seqlen[{sequence}] = {length}")
 
 
 def _check_serving(arguments: Arguments, *, padded: bool) -> None:

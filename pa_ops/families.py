@@ -12,7 +12,7 @@ from itertools import islice
 from pa_ops.capability import Capability, Feature, min_sm
 from pa_ops.manifest import Entry
 from pa_ops.problem import Problem
-from pa_ops.spec import DType, Family, InstanceSpec, KernelOp, Layout, Mask
+from pa_ops.spec import PLAIN_MASKS, DType, Family, InstanceSpec, KernelOp, Layout, Mask, TensorMask
 
 
 @dataclass(frozen=True)
@@ -23,6 +23,7 @@ class Gates:
     head_max bind both head sizes. split_heads: K and V may differ in head size. aligned: pointers and strides must be
     multiples of 16 bytes. quantised: the cache may have another type than the query. invariant: what a row makes of a
     sequence depends on nothing else in the batch. page_multiple: of which the tokens of a page must be a multiple.
+    mask_aligned: the rows of a mask tensor must start at multiples of 16 bytes.
     """
 
     op: KernelOp
@@ -38,8 +39,10 @@ class Gates:
     quantised: bool = False
     invariant: bool = True
     page_multiple: int = 1
+    mask_aligned: bool = False
 
 
+_PLAIN_MASK = {mask: frozenset({mask}) for mask in PLAIN_MASKS}
 _OWN_MASK = {mask: frozenset({mask}) for mask in Mask}
 _FULL_BY_FLAG = {
     Mask.FULL: frozenset(),
@@ -63,8 +66,10 @@ _MMA_SYNC = {
 _MEA = {DType.FP16: frozenset({Feature.HALF2}), DType.BF16: frozenset({Feature.MMA_BF16})}
 
 GATES: dict[Family, Gates] = {
-    Family.FLASH_SM80: Gates(KernelOp.ATTN, _MMA_SYNC, _ANY_LAYOUT, _OWN_MASK),
-    Family.FLASH_SM90: Gates(KernelOp.ATTN, _both(Feature.TMA, Feature.WGMMA), _ANY_LAYOUT, _OWN_MASK, page_multiple=8),
+    Family.FLASH_SM80: Gates(KernelOp.ATTN, _MMA_SYNC, _ANY_LAYOUT, _OWN_MASK, mask_aligned=True),
+    Family.FLASH_SM90: Gates(
+        KernelOp.ATTN, _both(Feature.TMA, Feature.WGMMA), _ANY_LAYOUT, _PLAIN_MASK, page_multiple=8
+    ),
     Family.DECODE: Gates(KernelOp.ATTN, _MMA_SYNC, _PAGED, _FULL_BY_FLAG, invariant=False),
     Family.MEA: Gates(KernelOp.ATTN, _MEA, _ANY_LAYOUT, _OWN_MASK, split_heads=True),
     Family.MEA_DECODE: Gates(KernelOp.ATTN, _MEA, _PAGED, _FULL_BY_FLAG, invariant=False),
@@ -179,6 +184,10 @@ def family_checks(family: Family, problem: Problem, capability: Capability) -> I
     if problem.page_size is not None:
         need = f"a multiple of {gates.page_multiple}"
         yield Check("page size", need, str(problem.page_size), problem.page_size % gates.page_multiple == 0)
+    if problem.attn_mask is not TensorMask.NONE:
+        need = "mask rows in multiples of 16 bytes" if gates.mask_aligned else "mask rows of any alignment"
+        got = "16-byte aligned" if problem.mask_aligned else "unaligned"
+        yield Check("mask alignment", need, got, problem.mask_aligned or not gates.mask_aligned)
     need = "pointers and strides in multiples of 16 bytes" if gates.aligned else "any alignment"
     got = "16-byte aligned" if problem.aligned else "unaligned"
     yield Check("alignment", need, got, problem.aligned or not gates.aligned)
@@ -279,6 +288,18 @@ UNSUPPORTED: tuple[Unsupported, ...] = (
             > max(GATES[family].head_max for family in attention_families())
         ),
         "attention kernels take head sizes up to 256",
+    ),
+    Unsupported(
+        "tensor-mask",
+        lambda problem, capability: (
+            problem.mask is Mask.TENSOR
+            and (
+                not problem.mask_aligned
+                or problem.head_dim != problem.head_dim_v
+                or Feature.CP_ASYNC not in capability.features
+            )
+        ),
+        "mask tensors are read by cp.async, in rows of 16 bytes, where K and V have one head size",
     ),
     Unsupported(
         "unaligned",

@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from pa_ops.arguments import DECODE, FLASH_SM90, RECORDS, Record
+from pa_ops.arguments import DECODE, FLASH_SM90, Record, record_of
 from pa_ops.errors import InvalidArgument
 from pa_ops.program import Address, Grid, GridRule, Launch, Size, Source, Stride, TensorMap, Value
 from pa_ops.scratch import blocks_of, counters_at, tickets_at
@@ -131,7 +131,7 @@ def attention_launch(kernel: int, spec: InstanceSpec, call: Attention, *, skip_u
     """
     bound = -1 if call.scores.max_seqlen_q is None else call.scores.max_seqlen_q
     grid = Grid(GridRule.TILES, spec.tile.m, bound, call.heads)
-    record = RECORDS[spec.family]
+    record = record_of(spec)
     sources = {**call.sources(), "skip_up_to": skip_up_to, "head_dim_v": call.head_dim_v}
     return Launch(kernel, record, _fields(record, sources), grid)
 

@@ -28,13 +28,14 @@ class Op(Word):
 
     PAGED_ATTENTION = "paged_attention"
     VARLEN_ATTENTION = "varlen_attention"
+    ATTENTION = "attention"
     APPEND_KV = "append_kv"
     GATHER_KV = "gather_kv"
     MERGE_STATES = "merge_states"
 
 
 class KernelOp(Word):
-    """What a kernel computes; one `attn` kernel serves paged attention (gather) or varlen attention (dense)."""
+    """What a kernel computes; `attn` kernels serve paged (gather), varlen (dense) and padded attention (either)."""
 
     ATTN = "attn"
     APPEND_KV = "append_kv"
@@ -82,11 +83,28 @@ class Layout(Word):
 
 
 class Mask(Word):
-    """Which keys a query sees; a window is (pos - W, pos], so it is causal by definition."""
+    """Which keys a query sees; a window is (pos - W, pos], so it is causal by definition.
+
+    tensor: what the call's mask tensor says, if it has one, and its causal flag and window, all at run time; dense
+    rows of one batch then, with the same room for every sequence, and positions that the call tells.
+    """
 
     FULL = "full"
     CAUSAL = "causal"
     WINDOW = "window"
+    TENSOR = "tensor"
+
+
+class TensorMask(Word):
+    """What the elements of a call's mask tensor are: True where a query sees a key, or what is added to the score."""
+
+    NONE = "none"
+    BOOL = "bool"
+    ADDITIVE = "additive"
+
+
+PLAIN_MASKS = (Mask.FULL, Mask.CAUSAL, Mask.WINDOW)
+"""Masks that a kernel works out from positions alone."""
 
 
 WordT = TypeVar("WordT", bound=Word)
@@ -172,24 +190,15 @@ class InstanceSpec:
         """Dynamic shared memory of one block in bytes."""
         return _SMEM.get(self.family, _query_and_stages)(self)
 
-    @property
-    def is_causal(self) -> bool:
-        """Whether no query sees a key after its own position."""
-        return self.mask is not Mask.FULL
-
-    @property
-    def has_window(self) -> bool:
-        """Whether the kernel takes a window length at run time."""
-        return self.mask is Mask.WINDOW
-
 
 def _stages(spec: InstanceSpec) -> int:
     return spec.tile.stages * spec.tile.n * (spec.head_dim + spec.head_dim_v) * spec.dtype.itemsize
 
 
 def _query_and_stages(spec: InstanceSpec) -> int:
-    """The Q tile, which O reuses, and every stage of the K and V tiles."""
-    return spec.tile.m * max(spec.head_dim, spec.head_dim_v) * spec.dtype.itemsize + _stages(spec)
+    """The Q tile, which O reuses, every stage of the K and V tiles, and a tile of the mask, fp32 at the widest."""
+    mask = spec.tile.m * spec.tile.n * 4 if spec.mask is Mask.TENSOR else 0
+    return spec.tile.m * max(spec.head_dim, spec.head_dim_v) * spec.dtype.itemsize + _stages(spec) + mask
 
 
 def _stages_or_states(spec: InstanceSpec) -> int:

@@ -51,7 +51,7 @@ class Step(NamedTuple):
     aligned: tuple[str, ...]
 
 
-def _select(op: str, problem: Problem, arguments: Arguments, registry: Registry) -> tuple[int, Entry, Decision]:
+def selected(op: str, problem: Problem, arguments: Arguments, registry: Registry) -> tuple[int, Entry, Decision]:
     """The kernel that serves `problem`, its row, and the record of the choice."""
     selection = registry.select(problem, arguments.get("backend", AUTO))
     return registry.kernel(selection.entry), selection.entry, _decision(op, selection)
@@ -68,7 +68,8 @@ def _scores(arguments: Arguments, head_dim: int) -> Scores:
     )
 
 
-def _attention(arguments: Arguments, sizes: Sizes, q: Rows, out: Rows, keys: Keys) -> Attention:
+def attention_of(arguments: Arguments, sizes: Sizes, q: Rows, out: Rows, keys: Keys) -> Attention:
+    """The attention that a call asks for, of these rows and keys."""
     lse = None if arguments["lse"] is None else "lse"
     heads, head_dim = sizes["Hq"], sizes["D"]
     scores = _scores(arguments, head_dim)
@@ -79,7 +80,7 @@ def _attention_steps(op: str, arguments: Arguments, sizes: Sizes, registry: Regi
     paged = base_of(op) == "paged_attention"
     k, v, lengths = ("k_cache", "v_cache", "seqlens_k") if paged else ("k", "v", "cu_seqlens_k")
     keys = Keys(k, v, lengths, sizes["Hkv"], sizes.get("page_size", 0))
-    call = _attention(arguments, sizes, Rows.of("q"), Rows.of("out"), keys)
+    call = attention_of(arguments, sizes, Rows.of("q"), Rows.of("out"), keys)
     yield from _attend(op, problem_of(op, arguments, sizes), arguments, registry, call, ("q", k, v, "out"))
 
 
@@ -131,7 +132,7 @@ def _decision(op: str, selection: Selection) -> Decision:
 
 
 def _append_steps(op: str, arguments: Arguments, sizes: Sizes, registry: Registry) -> Iterator[Step]:
-    kernel, _, decision = _select(op, problem_of(op, arguments, sizes), arguments, registry)
+    kernel, _, decision = selected(op, problem_of(op, arguments, sizes), arguments, registry)
     names = ("key", "value", "k_cache", "v_cache")
     aligned = _aligned(arguments, *names)
     launch = append_launch(
@@ -151,13 +152,13 @@ def _append_steps(op: str, arguments: Arguments, sizes: Sizes, registry: Registr
 
 
 def _gather_steps(op: str, arguments: Arguments, sizes: Sizes, registry: Registry) -> Iterator[Step]:
-    kernel, _, decision = _select(op, problem_of(op, arguments, sizes), arguments, registry)
+    kernel, _, decision = selected(op, problem_of(op, arguments, sizes), arguments, registry)
     heads = sizes["Hkv"], sizes["D"], sizes["Dv"]
     yield Step(gather_launch(kernel, *heads, page_size=sizes["page_size"]), decision, ())
 
 
 def _merge_steps(op: str, arguments: Arguments, sizes: Sizes, registry: Registry) -> Iterator[Step]:
-    kernel, entry, decision = _select(op, problem_of(op, arguments, sizes), arguments, registry)
+    kernel, entry, decision = selected(op, problem_of(op, arguments, sizes), arguments, registry)
     yield Step(merge_launch(kernel, entry.spec, heads=sizes["Hq"], width=sizes["Dv"]), decision, ())
 
 
@@ -172,7 +173,7 @@ def _serving_steps(op: str, arguments: Arguments, sizes: Sizes, registry: Regist
     aligned = _aligned(arguments, *tensors)
     view = _as_paged(arguments, rotated)
     sizes = {**sizes, "Dv": head_dim}
-    kernel, _, decision = _select(op, problem_of("append_kv", view, sizes), arguments, registry)
+    kernel, _, decision = selected(op, problem_of("append_kv", view, sizes), arguments, registry)
     launch = append_launch(
         kernel,
         key=key,
@@ -190,7 +191,7 @@ def _serving_steps(op: str, arguments: Arguments, sizes: Sizes, registry: Regist
     problem = problem_of("paged_attention", view, sizes)
     keys = Keys("k_cache", "v_cache", "past_lens", kv_heads, sizes["page_size"], past=True)
     read = ("out" if rotated else "query", "k_cache", "v_cache", "out")
-    call = _attention(arguments, sizes, out if rotated else query, out, keys)
+    call = attention_of(arguments, sizes, out if rotated else query, out, keys)
     yield from _attend(op, problem, arguments, registry, call, read)
 
 
@@ -264,10 +265,11 @@ def problem_of(op: str, arguments: Arguments, sizes: Sizes) -> Problem:
 
 def _aligned(arguments: Arguments, *names: str) -> bool:
     """Whether every row of the tensors starts at a multiple of 16 bytes; a tensor still to be allocated does."""
-    return all(_rows_aligned(tensor) for name in names if (tensor := arguments.get(name)) is not None)
+    return all(rows_aligned(tensor) for name in names if (tensor := arguments.get(name)) is not None)
 
 
-def _rows_aligned(tensor: Tensor) -> bool:
+def rows_aligned(tensor: Tensor) -> bool:
+    """Whether every row of a tensor starts at a multiple of 16 bytes."""
     steps = zip(tensor.shape[:-1], tensor.stride()[:-1], strict=True)
     strides = [stride for size, stride in steps if size > 1]
     return tensor.data_ptr() % ALIGNMENT == 0 and all(s * tensor.element_size() % ALIGNMENT == 0 for s in strides)

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from core_rows import declared_rows
 
-from pa_ops.arguments import RECORDS
+from pa_ops.arguments import record_of
 from pa_ops.capability import MODELS, Capability, parse_target
 from pa_ops.coverage import Evidence
 from pa_ops.errors import BuildError, InvalidArgument
@@ -314,7 +314,7 @@ def test_rendering_binds_the_spec_and_hides_its_statements() -> None:
 
 def test_cuda_sources_declare_the_fields_of_their_record_in_order() -> None:
     spec = declared("smoke", ("sm_53",))[0]
-    members = [f"    {CUDA_TYPES[letter]} {name};\n" for name, letter in RECORDS[spec.family].fields]
+    members = [f"    {CUDA_TYPES[letter]} {name};\n" for name, letter in record_of(spec).fields]
     assert "struct Arguments {\n" + "".join(members) + "};" in Renderer().render(spec)
 
 

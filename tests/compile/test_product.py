@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import tvm_ffi
 
-from pa_ops.arguments import RECORDS
+from pa_ops.arguments import record_of
 from pa_ops.capability import parse_target
 from pa_ops.families import attention_families
 from pa_ops.generator import matrix
@@ -71,7 +71,7 @@ def test_G2_facts_are_those_of_the_image_that_ships(product: Layout) -> None:
         assert entry.code_targets == ("sm_90a",) and is_code_for(facts.target, "sm_90a")
         assert 16 <= entry.registers == facts.registers <= REGISTERS
         assert entry.smem_bytes == entry.spec.smem_bytes + facts.static_smem_bytes
-        assert facts.argument_bytes == RECORDS[entry.spec.family].size
+        assert facts.argument_bytes == record_of(entry.spec).size
         assert facts.image_bytes == len(cubin) and library.count(cubin) == 1
     assert len(read_facts(library)) == len(rows(product))
 

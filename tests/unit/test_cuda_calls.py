@@ -16,7 +16,7 @@ from torch import Tensor
 import pa_ops
 from helpers import programs
 from pa_ops import Capability, InvalidArgument, NoInstance, calls, cuda, registry, steps, trace
-from pa_ops.arguments import CONSTANT_BASE, MAP_ALIGNMENT, MAP_BYTES, RECORDS
+from pa_ops.arguments import CONSTANT_BASE, MAP_ALIGNMENT, MAP_BYTES, RECORDS, record_of
 from pa_ops.checks import INT32_MAX
 from pa_ops.launch_rows import FILLING_BLOCKS
 from pa_ops.manifest import FILE_NAME, Manifest
@@ -99,7 +99,7 @@ class Launches(list[Made]):
             return launched
         for made in launched:
             symbol = self.symbols[made.kernel]
-            record = RECORDS[InstanceSpec.parse(symbol).family]
+            record = record_of(InstanceSpec.parse(symbol))
             maps = programs.maps_of(record, made.record)
             self.append(Made(symbol, record.unpack(made.record), maps, made.x, made.y))
         return 1
