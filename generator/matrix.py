@@ -51,9 +51,10 @@ MEA_TILES: dict[int, dict[int, Tile]] = {
     64: {53: Tile(128, 64, 1, 4)},
     128: {70: Tile(128, 32, 1, 4), 53: Tile(64, 64, 1, 4)},
     256: {80: Tile(64, 32, 1, 4), 53: Tile(64, 16, 1, 4)},
+    512: {80: Tile(32, 16, 1, 4), 75: Tile(16, 16, 1, 4), 70: Tile(32, 16, 1, 4), 53: Tile(16, 16, 1, 4)},
 }
 # Few query rows: each warp has 16 keys a step.
-MEA_DECODE_TILES: dict[int, Tile] = dict.fromkeys(MEA_TILES, Tile(16, 64, 1, 4))
+MEA_DECODE_TILES: dict[int, Tile] = dict.fromkeys((64, 128, 256), Tile(16, 64, 1, 4))
 DECODE_MASKS = (Mask.CAUSAL, Mask.WINDOW)
 DTYPES: tuple[DType, ...] = (DType.FP16, DType.BF16)
 KV_DTYPES: tuple[DType, ...] = (DType.FP16, DType.BF16, DType.E4M3FN, DType.E5M2, DType.INT8)
@@ -229,6 +230,7 @@ def _attention(family: Family, cells: Sequence[Cell]) -> Iterator[InstanceSpec]:
 
 _HELPERS = (
     (KernelOp.APPEND_KV, Family.APPEND, Layout.GATHER, Tile(0, 0, 0, 4)),
+    (KernelOp.GATHER_KV, Family.GATHER, Layout.GATHER, Tile(0, 0, 0, 4)),
     (KernelOp.MERGE_STATES, Family.MERGE, Layout.DENSE, Tile(0, 0, 0, 4)),
 )
 

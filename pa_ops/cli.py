@@ -19,6 +19,7 @@ from pa_ops import evidence, report, timings
 from pa_ops.coverage import Coverage, cover
 from pa_ops.errors import InvalidArgument, PaOpsError
 from pa_ops.homes import destination, home, homes
+from pa_ops.spec import Op
 from pa_ops.words import question
 
 EVIDENCE = "gpu-evidence.json"
@@ -51,7 +52,7 @@ def parser() -> argparse.ArgumentParser:
     listing.set_defaults(run=run_list)
 
     explain = commands.add_parser("explain", help="what would be selected, and why the rest is not")
-    explain.add_argument("op", metavar="OP", help="paged_attention, varlen_attention, append_kv or merge_states")
+    explain.add_argument("op", metavar="OP", help="one of " + ", ".join(Op))
     explain.add_argument(
         "facts", nargs="*", metavar="key=value", help="a Problem's fields, sm=90, card=NAME, backend=NAME"
     )

@@ -30,6 +30,7 @@ class Op(Word):
     VARLEN_ATTENTION = "varlen_attention"
     ATTENTION = "attention"
     APPEND_KV = "append_kv"
+    GATHER_KV = "gather_kv"
     MERGE_STATES = "merge_states"
 
 
@@ -38,6 +39,7 @@ class KernelOp(Word):
 
     ATTN = "attn"
     APPEND_KV = "append_kv"
+    GATHER_KV = "gather_kv"
     MERGE_STATES = "merge_states"
 
 
@@ -50,6 +52,7 @@ class Family(Word):
     MEA = "mea"
     MEA_DECODE = "mea_decode"
     APPEND = "append"
+    GATHER = "gather"
     MERGE = "merge"
 
 

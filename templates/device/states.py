@@ -101,7 +101,7 @@ class States:
         live_rows: Int32,
         tid: Int32,
     ):
-        """Leave this part's state in the workspace; the last to arrive of the `parts` blocks from `opener` on merges all."""
+        """Leave this part's state in the workspace; of the `parts` blocks from `opener` on, the last to arrive merges."""
         block, _, _ = cute.arch.block_idx()
         slot = Int32(cutlass.select_(block == opener, Int32(1), Int32(0)))
         self.leave(args, smem, outputs, Int64(block * 2 + slot), live_rows, tid)
@@ -271,8 +271,7 @@ class States:
         st_global_f32(lse_at, lse, (tid % self.lanes == 0) & (args.lse != 0))
         target = args.out + Int64(token) * args.out_token_stride + Int64(head) * args.out_head_stride
         for run in cutlass.range_constexpr(len(self.runs)):
-            words = [
-                softmax.scaled_pair(self.dtype, values[run * 4 + i], values[run * 4 + i + 1], scale) for i in (0, 2)
-            ]
+            four = values[run * 4 : run * 4 + 4]
+            words = [softmax.scaled_pair(self.dtype, *four[i : i + 2], scale) for i in (0, 2)]
             column = self.column_of(run, tid)
             st_global_64(target + Int64(column) * 2, words, column < args.head_dim)
