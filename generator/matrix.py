@@ -208,7 +208,7 @@ def _tiles(family: Family, cell: Cell) -> tuple[Tile, ...]:
     if family is Family.FLASH_SM80:
         return (TILE_EXCEPTIONS.get(cell, FLASH_SM80_TILES[cell.head_dim][cell.layout]),)
     if family is Family.MEA:
-        return tuple(MEA_TILES[cell.head_dim].values())
+        return tuple(dict.fromkeys(MEA_TILES[cell.head_dim].values()))
     return (TILES[family][cell.head_dim],)
 
 

@@ -101,7 +101,7 @@ class States:
         live_rows: Int32,
         tid: Int32,
     ):
-        """Leave this part's state in the workspace; of the `parts` blocks from `opener` on, the last to arrive merges."""
+        """Leave this part in the workspace; of the `parts` blocks from `opener` on, the last to arrive merges them."""
         block, _, _ = cute.arch.block_idx()
         slot = Int32(cutlass.select_(block == opener, Int32(1), Int32(0)))
         self.leave(args, smem, outputs, Int64(block * 2 + slot), live_rows, tid)
