@@ -15,7 +15,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from pa_ops import evidence, report, timings
+from pa_ops import evidence, report, report_diff, timings
 from pa_ops.coverage import Coverage, cover
 from pa_ops.errors import InvalidArgument, PaOpsError
 from pa_ops.homes import destination, home, homes
@@ -23,6 +23,7 @@ from pa_ops.words import question
 
 EVIDENCE = "gpu-evidence.json"
 BENCH = "gpu-bench.json"
+USES = "gpu-uses.json"
 
 
 def _archs(text: str) -> tuple[str, ...]:
@@ -61,6 +62,7 @@ def parser() -> argparse.ArgumentParser:
     coverage.add_argument("--html", type=Path, metavar="FILE", help="write one self-contained page")
     coverage.add_argument("--json", type=Path, metavar="FILE", help="write it for programs")
     coverage.add_argument("--markdown", type=Path, metavar="FILE", help="write the Markdown to a file")
+    coverage.add_argument("--diff", type=Path, metavar="OLD", help="fail on what is worse than in an older --json FILE")
     coverage.add_argument("--docs", type=Path, default=_docs(), metavar="DIR", help=f"holds {EVIDENCE} and {BENCH}")
     coverage.add_argument("--check", action="store_true", help="fail on a hole or an unreachable kernel")
     coverage.set_defaults(run=run_report)
@@ -182,13 +184,14 @@ def coverage_of(docs: Path) -> Coverage:
     """The coverage of this installation: matrix, products, and the evidence files in `docs`."""
     from pa_ops.generator import inventory
 
-    tests, bench = evidence.load(docs / EVIDENCE), evidence.load(docs / BENCH)
-    return cover(inventory.inputs(home(), tests, bench))
+    tests, bench = evidence.load(docs / EVIDENCE), evidence.load_timed(docs / BENCH)
+    return cover(inventory.inputs(home(), tests, bench, inventory.uses(docs / USES, bench)))
 
 
 def run_report(arguments: argparse.Namespace, console: Console) -> int:
-    """Write the forms that were asked for; with none, Markdown on stdout."""
+    """Write the forms that were asked for; with none, Markdown on stdout. 1 for a hole, or for what a diff found."""
     coverage = coverage_of(arguments.docs)
+    lost = report_diff.found(report_diff.read(arguments.diff), coverage) if arguments.diff is not None else ()
     forms = (
         (arguments.html, report.to_html),
         (arguments.json, report.to_json),
@@ -205,9 +208,12 @@ def run_report(arguments: argparse.Namespace, console: Console) -> int:
             table.add_row(*map(str, row))
         console.print(table)
         console.print(f"{len(coverage.holes)} holes, {len(coverage.unreachable)} unreachable kernels")
-    else:
+    elif arguments.diff is None:
         print(report.to_markdown(coverage), end="")
-    return 1 if arguments.check and (coverage.holes or coverage.unreachable) else 0
+    if arguments.diff is not None:
+        print(report_diff.text(lost, arguments.diff), end="")
+    bad = arguments.check and (coverage.holes or coverage.unreachable)
+    return 1 if bad or lost else 0
 
 
 def run_doctor(arguments: argparse.Namespace, console: Console) -> int:

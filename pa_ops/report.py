@@ -8,11 +8,12 @@ from collections.abc import Iterable, Sequence
 from dataclasses import asdict
 
 from pa_ops.capability import parse_target
-from pa_ops.coverage import Cell, Coverage, Reach, State
+from pa_ops.coverage import Cell, Coverage, State
 from pa_ops.report_page import PAGE
-from pa_ops.spec import InstanceSpec, KernelOp
+from pa_ops.spec import InstanceSpec, KernelOp, Word
+from pa_ops.survey import Reach
 
-SCHEMA = 1
+SCHEMA = 2
 SYMBOLS = {
     State.REFUSED: "-",
     State.DECLARED: "d",
@@ -46,20 +47,26 @@ def _row(cell: Cell) -> dict[str, object]:
         "mask": str(spec.mask),
         "tile": str(spec.tile),
     }
-    return {**asdict(cell), "state": str(cell.state), "reach": str(cell.reach), **axes}
+    words = {key: str(value) if isinstance(value, Word) else value for key, value in vars(cell).items()}
+    times = [{**asdict(timed), "ratio": timed.ratio} for timed in cell.times]
+    return {**words, "times": times, **axes}
 
 
 def to_json(coverage: Coverage) -> str:
-    """Every cell with its axes, every hole, the unreachable kernels; equal coverages give equal text."""
-    holes = [{"problem": str(hole.problem), "sm": hole.sm, "reason": hole.reason} for hole in coverage.holes]
-    document = {
-        "schema": SCHEMA,
+    """Every cell with its axes, one a line, every hole, the unreachable kernels; equal coverages give equal text."""
+    lists = {
         "states": [[str(state), MEANINGS[state]] for state in State],
         "cells": [_row(cell) for cell in coverage.cells],
-        "holes": holes,
+        "holes": [{"problem": str(hole.problem), "sm": hole.sm, "reason": hole.reason} for hole in coverage.holes],
         "unreachable": [{"name": cell.name, "target": cell.target} for cell in coverage.unreachable],
     }
-    return json.dumps(document, indent=1, sort_keys=True) + "\n"
+    encode = json.JSONEncoder(sort_keys=True).encode
+    texts = (f'"{name}": [\n{_lines(map(encode, rows))}]' for name, rows in lists.items())  # type: ignore[call-overload]
+    return f'{{"schema": {SCHEMA},\n' + ",\n".join(texts) + "}\n"
+
+
+def _lines(texts: Iterable[str]) -> str:
+    return ",\n".join(texts)
 
 
 def to_html(coverage: Coverage) -> str:

@@ -7,13 +7,14 @@ from dataclasses import dataclass, replace
 import pytest
 from core_rows import declared_pairs, declared_rows
 
-from pa_ops.coverage import Coverage, Inputs, Reach, State, cover, domain, survey
+from pa_ops.coverage import Coverage, Inputs, State, cover
 from pa_ops.errors import InvalidArgument
 from pa_ops.evidence import Evidence
 from pa_ops.families import attention_families
 from pa_ops.generator import matrix
 from pa_ops.manifest import Entry, Manifest
 from pa_ops.spec import Family, InstanceSpec, Layout, Mask, Op
+from pa_ops.survey import Reach, domain, survey
 
 SMALL = [row for row in declared_rows() if row.target == "sm_90a"][:4]
 PAIRS = [(row.spec, row.target) for row in SMALL]
@@ -89,7 +90,7 @@ def test_G4_each_size_of_the_domain_has_a_family_of_its_own(
     families = (Family.DECODE, Family.FLASH_SM90, Family.FLASH_SM80)
     rows = [row for row in declared_rows() if row.target == "sm_90a" and row.spec.layout is Layout.GATHER]
     rows = [row for row in rows if row.spec.family in families]
-    monkeypatch.setattr("pa_ops.coverage.SIZES", {Op.PAGED_ATTENTION: ((tokens, page_size),)})
+    monkeypatch.setattr("pa_ops.survey.SIZES", {Op.PAGED_ATTENTION: ((tokens, page_size),)})
     reached, _ = survey(rows, [90])
     best = {name for (name, _), how in reached.items() if how is Reach.AUTO}
     assert best == {row.name for row in rows if row.spec.family is family}

@@ -16,11 +16,12 @@ from hypothesis import strategies as st
 
 from pa_ops.capability import MODELS, Capability
 from pa_ops.errors import InvalidArgument, NoInstance
-from pa_ops.families import GATES, attention_families, rejections, unsupported
+from pa_ops.families import GATES, attention_families, rejections
 from pa_ops.manifest import Entry
 from pa_ops.problem import Problem
 from pa_ops.selection import Policy, explain_text, select_entry
 from pa_ops.spec import Family, KernelOp, Layout
+from pa_ops.unsupported import unsupported
 
 ROWS = declared_rows()
 H200 = Capability.of_sm(90)
