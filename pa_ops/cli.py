@@ -9,8 +9,9 @@ import argparse
 import json
 import sys
 from collections.abc import Sequence
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from rich.console import Console
 from rich.table import Table
@@ -20,6 +21,9 @@ from pa_ops.coverage import Coverage, cover
 from pa_ops.errors import InvalidArgument, PaOpsError
 from pa_ops.homes import destination, home, homes
 from pa_ops.words import question
+
+if TYPE_CHECKING:
+    from pa_ops.generator.build import Request
 
 EVIDENCE = "gpu-evidence.json"
 BENCH = "gpu-bench.json"
@@ -39,6 +43,7 @@ def parser() -> argparse.ArgumentParser:
     build.add_argument("--preset", default="serving", metavar="NAME", help="smoke, serving (the default) or full")
     build.add_argument("--arch", type=_archs, default=(), metavar="A,B", help="sm_80,sm_90a,...; default: the GPU here")
     build.add_argument("--filter", metavar="GLOB", help="only instances whose name matches")
+    build.add_argument("--model", type=_archs, metavar="A=B,C=D", help="what a model needs: head_dim=128,dtype=bf16")
     build.add_argument("--jobs", type=int, default=0, metavar="N", help="processes at a time; default: one a core")
     build.add_argument("--dry-run", action="store_true", help="say what would be done, and do nothing")
     build.add_argument("--json", action="store_true", help="the outcome as JSON on stdout")
@@ -87,6 +92,14 @@ def _docs() -> Path:
     return Path(__file__).resolve().parent.parent / "docs"
 
 
+def for_model(request: Request, words: Sequence[str]) -> list[Request]:
+    """The request for each of its targets, of what a model with such attention needs there."""
+    from pa_ops.jit import model_needs
+
+    targets = request.resolved_targets()
+    return [replace(request, targets=(each,), pattern=",".join(model_needs(words, each))) for each in targets]
+
+
 def run_build(arguments: argparse.Namespace, console: Console) -> int:
     """Build, or say what a build would do."""
     from pa_ops.generator.build import Request, build, plans
@@ -96,6 +109,7 @@ def run_build(arguments: argparse.Namespace, console: Console) -> int:
         raise InvalidArgument("jobs", "must be an integer >= 0", arguments.jobs)
     root = destination(homes()) or home()
     request = Request(root, arguments.preset, arguments.arch, arguments.filter, arguments.jobs)
+    requests = [request] if arguments.model is None else for_model(request, arguments.model)
     if arguments.dry_run:
         rows = [
             {
@@ -104,12 +118,13 @@ def run_build(arguments: argparse.Namespace, console: Console) -> int:
                 "up_to_date": [item.name for item in (*plan.fresh, *plan.kept)],
                 "drop": list(plan.dropped),
             }
+            for request in requests
             for _, plan in plans(request)
         ]
         _say_plans(rows, as_json=arguments.json, console=console)
         return 0
     with Display(Console(stderr=True) if arguments.json else console) as display:
-        outcomes = build(request, display)
+        outcomes = [outcome for request in requests for outcome in build(request, display)]
     if arguments.json:
         done = [
             {

@@ -82,14 +82,12 @@ def survey(entries: Iterable[Entry], sms: Iterable[int] = tuple(MODELS)) -> tupl
     holes: dict[tuple[object, ...], Hole] = {}
     for capability in _devices(rows, sms):
         loadable = [row for row in rows if not set(row.code_targets).isdisjoint(capability.targets)]
-        alike: dict[tuple[object, ...], list[Entry]] = defaultdict(list)
-        for row in loadable:
-            alike[_kind(row.spec)].append(row)
+        fitting = _Fitting(loadable, capability)
         for facts, problems in sizes.items():
             first = problems[0]
             if unsupported(first, capability) is not None:
                 continue
-            able = _able(alike[_kind(first)], first, capability)
+            able = fitting.able(first)
             if not able and facts not in holes:
                 holes[facts] = Hole(first, capability.sm, _refusal(loadable, first, capability))
             for problem in problems if able else ():
@@ -111,14 +109,30 @@ def _devices(rows: Sequence[Entry], sms: Iterable[int]) -> Iterator[Capability]:
     yield from kinds.values()
 
 
-def _able(rows: Iterable[Entry], problem: Problem, capability: Capability) -> list[Entry]:
-    """The rows that no gate rejects, as `selection.verdicts` has them, without the reasons."""
-    families = {family for family in families_of(problem.kernel_op) if family_passes(family, problem, capability)}
-    return [
-        row
-        for row in rows
-        if row.spec.family in families and next(row_rejections(row, problem, capability), None) is None
-    ]
+class _Fitting:
+    """The rows of a device that fit a problem's own axes, looked for once for all problems that share them."""
+
+    def __init__(self, rows: Iterable[Entry], capability: Capability) -> None:
+        self._capability = capability
+        self._alike: dict[tuple[object, ...], list[Entry]] = defaultdict(list)
+        self._found: dict[tuple[object, ...], list[Entry]] = {}
+        for row in rows:
+            self._alike[_kind(row.spec)].append(row)
+
+    def able(self, problem: Problem) -> list[Entry]:
+        """The rows that no gate rejects, as `selection.verdicts` has them, without the reasons."""
+        families = {each for each in families_of(problem.kernel_op) if family_passes(each, problem, self._capability)}
+        return [row for row in self._rows(problem) if row.spec.family in families]
+
+    def _rows(self, problem: Problem) -> list[Entry]:
+        key = (*_kind(problem), problem.mask, problem.head_dim, problem.head_dim_v)  # all that row_rejections look at
+        if key not in self._found:
+            self._found[key] = [
+                row
+                for row in self._alike[_kind(problem)]
+                if next(row_rejections(row, problem, self._capability), None) is None
+            ]
+        return self._found[key]
 
 
 def _reach(able: Iterable[Entry], problem: Problem, capability: Capability, reached: dict[Key, Reach]) -> None:
