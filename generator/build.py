@@ -15,7 +15,7 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
-from pa_ops.arguments import RECORDS
+from pa_ops.arguments import record_of
 from pa_ops.errors import BuildError, PaOpsError
 from pa_ops.manifest import Manifest
 
@@ -193,7 +193,7 @@ class TargetBuild:
                 "digest": item.digest,
                 "smem_bytes": item.spec.smem_bytes,
                 "threads": item.spec.threads,
-                "arguments": RECORDS[item.spec.family].size,
+                "arguments": record_of(item.spec).size,
                 "source": str(layout.source(item.spec)),
                 "object": str(layout.object(item.name)),
                 "facts": str(layout.facts(item.name)),
@@ -202,10 +202,11 @@ class TargetBuild:
             }
             for item in shard
         ]
-        packages = {"pa_ops": str(core), "pa_ops.templates": str(templates)}
+        generator = Path(__file__).parent
+        folders = {"pa_ops": core, "pa_ops.templates": templates, "pa_ops.generator": generator}
         document = {
             "target": self.plan.target,
-            "packages": packages,
+            "packages": {name: str(folder) for name, folder in folders.items()},
             "include": str(templates / "device"),
             "nvrtc": str(self.planner.tools.nvrtc),
             "instances": instances,

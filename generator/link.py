@@ -42,8 +42,8 @@ def _table(layout: Layout, names: Sequence[str]) -> str:
     lines = ['#include "launch.h"']
     for name in names:
         kernel = json.loads(layout.facts(name).read_text(encoding="utf-8"))["launch"]
-        sizes = ", ".join(str(kernel[key]) for key in ("threads", "smem", "arguments"))
-        lines.append(f'PA_KERNEL({name}, "{layout.object(name)}", "{kernel["entry"]}", {sizes})')
+        numbers = ", ".join(str(kernel[key]) for key in ("threads", "smem", "arguments", "chained"))
+        lines.append(f'PA_KERNEL({name}, "{layout.object(name)}", "{kernel["entry"]}", {numbers})')
     return "\n".join(lines) + "\n"
 
 

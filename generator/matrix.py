@@ -10,7 +10,7 @@ from itertools import chain, product
 
 from pa_ops.capability import MODELS, Capability, parse_target
 from pa_ops.errors import InvalidArgument
-from pa_ops.spec import DType, Family, InstanceSpec, KernelOp, Layout, Mask, Tile
+from pa_ops.spec import PLAIN_MASKS, DType, Family, InstanceSpec, KernelOp, Layout, Mask, Tile
 
 from .language import OLDEST_CUTE_SM, Language, language_of
 from .targets import DECLARED_TARGETS
@@ -52,9 +52,10 @@ MEA_TILES: dict[int, dict[int, Tile]] = {
     64: {53: Tile(128, 64, 1, 4)},
     128: {70: Tile(128, 32, 1, 4), 53: Tile(64, 64, 1, 4)},
     256: {80: Tile(64, 32, 1, 4), 53: Tile(64, 16, 1, 4)},
+    512: {80: Tile(32, 16, 1, 4), 75: Tile(16, 16, 1, 4), 70: Tile(32, 16, 1, 4), 53: Tile(16, 16, 1, 4)},
 }
 # Few query rows: each warp has 16 keys a step.
-MEA_DECODE_TILES: dict[int, Tile] = dict.fromkeys(MEA_TILES, Tile(16, 64, 1, 4))
+MEA_DECODE_TILES: dict[int, Tile] = dict.fromkeys((64, 128, 256), Tile(16, 64, 1, 4))
 DECODE_MASKS = (Mask.CAUSAL, Mask.WINDOW)
 DTYPES: tuple[DType, ...] = (DType.FP16, DType.BF16)
 KV_DTYPES: tuple[DType, ...] = (DType.FP16, DType.BF16, DType.E4M3FN, DType.E5M2, DType.INT8)
@@ -69,8 +70,12 @@ class Cell:
     mask: Mask
 
 
-# At 128 x 32 the window's two edges need six registers too many.
-TILE_EXCEPTIONS: dict[Cell, Tile] = {Cell(128, Layout.DENSE, Mask.WINDOW): Tile(64, 48, 1, 4)}
+# At 128 x 32 the window's two edges need six registers too many. Those with a mask tensor have both edges, too, and a
+# tile of the mask, which leaves 256 fewer keys in 99 KiB.
+TILE_EXCEPTIONS: dict[Cell, Tile] = {
+    Cell(128, Layout.DENSE, Mask.WINDOW): Tile(64, 48, 1, 4),
+    Cell(256, Layout.DENSE, Mask.TENSOR): Tile(64, 32, 1, 4),
+}
 
 
 @dataclass(frozen=True)
@@ -91,8 +96,10 @@ def _grid(head_dims: Iterable[int], layouts: Iterable[Layout], masks: Iterable[M
 
 
 _PAGED = (Layout.GATHER,)
+_DENSE = (Layout.DENSE,)
+_TENSOR = (Mask.TENSOR,)
 _SMOKE_PREFILL = (
-    *_grid((64,), (Layout.DENSE,), (Mask.FULL, Mask.CAUSAL)),
+    *_grid((64,), _DENSE, (Mask.FULL, Mask.CAUSAL)),
     *_grid((64,), _PAGED, (Mask.CAUSAL, Mask.WINDOW)),
     *_grid((128,), Layout, (Mask.CAUSAL,)),
 )
@@ -104,10 +111,13 @@ _SMOKE: dict[Family, tuple[Cell, ...]] = {
     Family.MEA_DECODE: _grid((64,), _PAGED, (Mask.CAUSAL,)),
 }
 _SERVING: dict[Family, tuple[Cell, ...]] = {
-    Family.FLASH_SM80: _grid(FLASH_SM80_TILES, Layout, Mask),
-    Family.FLASH_SM90: _grid(FLASH_SM90_TILES, Layout, Mask),
+    Family.FLASH_SM80: (
+        *_grid(FLASH_SM80_TILES, Layout, PLAIN_MASKS),
+        *_grid(FLASH_SM80_TILES, _DENSE, _TENSOR),
+    ),
+    Family.FLASH_SM90: _grid(FLASH_SM90_TILES, Layout, PLAIN_MASKS),
     Family.DECODE: _grid(DECODE_TILES, _PAGED, DECODE_MASKS),
-    Family.MEA: _grid(MEA_TILES, Layout, Mask),
+    Family.MEA: _grid(MEA_TILES, Layout, PLAIN_MASKS),
     Family.MEA_DECODE: _grid(MEA_DECODE_TILES, _PAGED, DECODE_MASKS),
 }
 PRESETS: dict[str, Preset] = {
@@ -200,7 +210,7 @@ def _tiles(family: Family, cell: Cell) -> tuple[Tile, ...]:
     if family is Family.FLASH_SM80:
         return (TILE_EXCEPTIONS.get(cell, FLASH_SM80_TILES[cell.head_dim][cell.layout]),)
     if family is Family.MEA:
-        return tuple(MEA_TILES[cell.head_dim].values())
+        return tuple(dict.fromkeys(MEA_TILES[cell.head_dim].values()))
     return (TILES[family][cell.head_dim],)
 
 
@@ -222,6 +232,7 @@ def _attention(family: Family, cells: Sequence[Cell]) -> Iterator[InstanceSpec]:
 
 _HELPERS = (
     (KernelOp.APPEND_KV, Family.APPEND, Layout.GATHER, Tile(0, 0, 0, 4)),
+    (KernelOp.GATHER_KV, Family.GATHER, Layout.GATHER, Tile(0, 0, 0, 4)),
     (KernelOp.MERGE_STATES, Family.MERGE, Layout.DENSE, Tile(0, 0, 0, 4)),
 )
 

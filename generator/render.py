@@ -7,7 +7,7 @@ from pathlib import Path
 from jinja2 import Environment, FileSystemLoader, StrictUndefined, TemplateError, TemplateSyntaxError
 
 from pa_ops import sources
-from pa_ops.arguments import ADDRESS, FLOAT32, INT32, INT64, RECORDS
+from pa_ops.arguments import ADDRESS, FLOAT32, INT32, INT64, record_of
 from pa_ops.errors import BuildError
 from pa_ops.spec import InstanceSpec
 
@@ -23,7 +23,7 @@ def template_name(spec: InstanceSpec) -> str:
 
 def members_of(spec: InstanceSpec) -> list[tuple[str, str]]:
     """(C type, name) of each field of the kernel's argument record."""
-    return [(CUDA_TYPES[letter], name) for name, letter in RECORDS[spec.family].fields]
+    return [(CUDA_TYPES[letter], name) for name, letter in record_of(spec).fields]
 
 
 class Renderer:

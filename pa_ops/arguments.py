@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from itertools import accumulate
 
-from pa_ops.spec import Family
+from pa_ops.spec import Family, InstanceSpec, Mask
 
 ADDRESS = "Q"
 INT64 = "q"
@@ -139,14 +139,16 @@ MEA = Record(
     factors=ATTENTION.factors,
 )
 
+# Kernels of all languages agree on a record's size only if it is a multiple of 8 bytes: no count here without a use.
 DECODE = Record(
     addresses=(*ATTENTION.addresses, "partials", "counters"),
     strides=ATTENTION.strides,
     counts=(
-        *ATTENTION.counts,
+        *(name for name in ATTENTION.counts if name != "heads"),
         "kv_heads",
         "causal",
         "skip_above",  # sequences with more new tokens are another kernel's
+        "lengths_ready",  # 1 where the launch before this one writes neither lengths nor the block table
     ),
     factors=ATTENTION.factors,
 )
@@ -203,6 +205,24 @@ APPEND = Record(
     ),
 )
 
+GATHER = Record(
+    addresses=("k_cache", "v_cache", "block_table", "cu_seqlens_k", "k", "v"),
+    strides=(
+        "k_page_stride",
+        "k_token_stride",
+        "k_head_stride",
+        "v_page_stride",
+        "v_token_stride",
+        "v_head_stride",
+        "to_k_token_stride",
+        "to_k_head_stride",
+        "to_v_token_stride",
+        "to_v_head_stride",
+        "table_stride",
+    ),
+    counts=("tokens", "sequences", "kv_heads", "head_dim", "head_dim_v", "page_size", "num_pages", "max_pages"),
+)
+
 MERGE = Record(
     addresses=("out_a", "lse_a", "out_b", "lse_b", "out", "lse"),
     strides=(
@@ -219,6 +239,38 @@ MERGE = Record(
     counts=("tokens", "heads", "width"),
 )
 
+
+def _masked(record: Record) -> Record:
+    """The record of the same kernel with the mask `tensor`: dense rows, `keys` of them for every sequence.
+
+    Row j of sequence b is at q + b * q_sequence_stride + j * q_token_stride, key i at k + b * k_page_stride + i *
+    k_token_stride (v likewise), and their element of the mask at b * mask_sequence_stride + head * mask_head_stride +
+    j * mask_row_stride + i * mask_bytes. Outputs and lse are found by cu_seqlens_q, as ever.
+    """
+    return Record(
+        addresses=(*record.addresses, "mask"),  # 0: only causal and window hide keys; kv_lengths 0: all keys are there
+        strides=(
+            *record.strides,
+            "q_sequence_stride",
+            "mask_sequence_stride",  # 0 where the mask is broadcast, as of the next two
+            "mask_head_stride",
+            "mask_row_stride",
+        ),
+        counts=(
+            *record.counts,
+            "causal",  # 1 where there is a window, which is off at 0
+            "position",  # of a sequence's first row among its keys; negative where rows precede them
+            "mask_bytes",  # of an element, 1: bool, 2: the query's type, 4: fp32
+        ),
+        factors=(*record.factors, "mask_factor"),  # an addend times this joins the score before it meets log2_scale
+    )
+
+
+MASKED_ATTENTION = _masked(ATTENTION)
+MASKED: dict[Family, Record] = {Family.FLASH_SM80: MASKED_ATTENTION, Family.MEA: _masked(MEA)}
+HIDING = -1e30
+"""An addend of a mask at or below this hides the key, as -inf does: scaled and times log2(e), lower ones overflow."""
+
 RECORDS: dict[Family, Record] = {
     Family.FLASH_SM80: ATTENTION,
     Family.FLASH_SM90: FLASH_SM90,
@@ -226,5 +278,11 @@ RECORDS: dict[Family, Record] = {
     Family.MEA: MEA,
     Family.MEA_DECODE: DECODE,
     Family.APPEND: APPEND,
+    Family.GATHER: GATHER,
     Family.MERGE: MERGE,
 }
+
+
+def record_of(spec: InstanceSpec) -> Record:
+    """The record of an instance's argument."""
+    return MASKED[spec.family] if spec.mask is Mask.TENSOR else RECORDS[spec.family]

@@ -17,21 +17,25 @@ from pa_ops.checks import RULES, Arguments, Rule, Sizes
 from pa_ops.environment import Settings
 from pa_ops.errors import NoInstance
 from pa_ops.overrides import REFERENCE, policy, token
+from pa_ops.padded_steps import masked_steps
 from pa_ops.program import Guard, Program
 from pa_ops.registry import for_device
 from pa_ops.schema import SCHEMAS, base_of
 from pa_ops.steps import MAKERS, Step
-from pa_ops.trace import Decision
+from pa_ops.trace import Decision, record
 
 KEPT = 8192  # kinds; the table is emptied at this size, a serving process needs some dozens
 REFERENCES: dict[str, Callable[..., Any]] = {
     "paged_attention": reference.paged_attention,
     "paged_attention_": reference.paged_attention_,
     "varlen_attention": reference.varlen_attention,
+    "attention": reference.attention,
     "append_kv": reference.append_kv,
+    "gather_kv": reference.gather_kv,
     "merge_states": reference.merge_states,
 }
 ATTENTION = ("paged_attention", "paged_attention_", "varlen_attention")
+_MAKERS = {**MAKERS, "attention": masked_steps}
 REFERENCE_DECISIONS = {op: Decision(op, REFERENCE, REFERENCE, ()) for op in SCHEMAS}
 
 _OPTIONS = ("sinks", "k_scale", "v_scale", "out", "lse", "workspace")
@@ -60,7 +64,9 @@ TENSORS: dict[str, tuple[str, ...]] = {
         "slot_mapping",
         *_OPTIONS,
     ),
+    "attention": ("q", "k", "v", "cu_seqlens_q", "kv_lengths", "mask", *_OPTIONS[:-1]),
     "append_kv": ("slot_mapping", "key", "value", "k_cache", "v_cache", "k_scale", "v_scale"),
+    "gather_kv": ("k", "v", "k_cache", "v_cache", "block_table", "cu_seqlens_k"),
     "merge_states": ("out_a", "lse_a", "out_b", "lse_b", "out", "lse"),
 }
 """Operator -> the tensors that a program is called with, results among them; the first fixes the number of tokens."""
@@ -76,6 +82,7 @@ NUMBERS: dict[str, tuple[str, ...]] = {
     "varlen_attention": _NUMBERS,
     "paged_attention_": (*_NUMBERS, "num_heads", "num_kv_heads", "rotary_interleaved"),
     "append_kv": (),
+    "gather_kv": (),
     "merge_states": (),
 }
 """Operator -> the options that are no tensors, bounds left out: they enter a kind by their power of two."""
@@ -85,11 +92,15 @@ SIZED: dict[str, tuple[int, int]] = {
     "varlen_attention": (0, 3),
     "paged_attention_": (0, 5),
     "append_kv": (4, 4),
+    "gather_kv": (4, 3),
     "merge_states": (0, 0),
 }
 """Operator -> the places of the tensors whose sizes, tokens and sequences, may rank kernels."""
 
-_KINDS = {op: (NUMBERS[base_of(op)], *SIZED[base_of(op)]) for op in SCHEMAS}
+STEADY = tuple(op for op in SCHEMAS if base_of(op) in SIZED)
+"""Operators that kernels in C serve once a program is kept."""
+
+_KINDS = {op: (NUMBERS[base_of(op)], *SIZED[base_of(op)]) for op in STEADY}
 
 Key = tuple[object, ...]
 
@@ -144,6 +155,14 @@ def plan_of(kind: Key, op: str, arguments: Arguments, sizes: Sizes, now: Setting
     return plan
 
 
+def launched(plan: Plan, given: tuple[Tensor | None, ...]) -> int:
+    """1: the plan's program fits and its kernels are on their way, 2: it fits and has no rows to do, 0: neither."""
+    done = 0 if plan.program is None else plan.run(plan.program.address, *given)
+    if done == 1:
+        record(plan.settings, *plan.decisions)
+    return done
+
+
 def _make(op: str, arguments: Arguments, sizes: Sizes, now: Settings) -> Plan:
     base = base_of(op)
     if base in ATTENTION and policy(arguments["backend"]).backend == REFERENCE:
@@ -152,7 +171,7 @@ def _make(op: str, arguments: Arguments, sizes: Sizes, now: Settings) -> Plan:
     if scales:
         raise NoInstance(f"{op}: no kernel takes {' or '.join(scales)}; CPU tensors, and backend='reference', do")
     registry = for_device(arguments[TENSORS[base][0]].device.index or 0)
-    steps = tuple(MAKERS[base](op, arguments, sizes, registry))
+    steps = tuple(_MAKERS[base](op, arguments, sizes, registry))
     program = program_of(op, arguments, steps)
     return Plan(program, registry.caller(), tuple(step.decision for step in steps), now)
 

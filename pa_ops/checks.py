@@ -15,8 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pa_ops import serving_checks
+from pa_ops import padded_checks, serving_checks
 from pa_ops.errors import InvalidArgument
+from pa_ops.padding import BNSH, LAYOUTS, Axes
 from pa_ops.schema import base_of
 
 HALF = (torch.float16, torch.bfloat16)
@@ -90,6 +91,24 @@ _VARLEN = (
     *_OPTIONS,
 )
 
+
+def _padded(order: Axes) -> tuple[Rule, ...]:
+    """The tensors of `attention` with these orders of axes; its mask is of several shapes, and checked apart."""
+    q_axes, kv_axes = ("B {0} {1} {2}" if axes == BNSH else "B {1} {0} {2}" for axes in order)
+    return (
+        Rule("q", q_axes.format("Hq", "Sq", "D"), (*HALF, torch.float32)),
+        Rule("k", kv_axes.format("Hkv", "Sk", "D"), ("q", *QUANTISED)),
+        Rule("v", kv_axes.format("Hkv", "Sk", "Dv"), ("k",)),
+        Rule("past_key", kv_axes.format("Hkv", "P", "D"), ("k",), optional=True),
+        Rule("past_value", kv_axes.format("Hkv", "P", "Dv"), ("k",), optional=True),
+        Rule("nonpad_kv_seqlen", "B", (torch.int32, torch.int64), optional=True),
+        *_OPTIONS,
+    )
+
+
+PADDED: dict[str, tuple[Rule, ...]] = {layout: _padded(order) for layout, order in LAYOUTS.items()}
+"""Layout -> the tensors of `attention`, as in RULES."""
+
 RULES: dict[str, tuple[Rule, ...]] = {
     "paged_attention": _PAGED,
     "paged_attention.out": (*_PAGED, *_BUFFERS),
@@ -97,6 +116,16 @@ RULES: dict[str, tuple[Rule, ...]] = {
     "paged_attention_.out": (*_SERVING, Rule("out", "T Hq*D", ("query",), written=True), _LSE),
     "varlen_attention": _VARLEN,
     "varlen_attention.out": (*_VARLEN, *_BUFFERS),
+    "attention": (
+        Rule("q", "B Sq Hq D", HALF),
+        Rule("k", "B total Hkv D", ("q",)),
+        Rule("v", "B total Hkv Dv", ("q",)),
+        _CU_SEQLENS_Q,
+        Rule("kv_lengths", "B", (torch.int32,), optional=True),
+        Rule("mask", "B Hq Sq total", (torch.uint8, torch.float32, "q"), optional=True),
+        *_OPTIONS,
+        *_BUFFERS,
+    ),
     "append_kv": (
         Rule("slot_mapping", "T", (torch.int64,)),
         Rule("key", "T.. Hkv D", HALF),
@@ -105,6 +134,14 @@ RULES: dict[str, tuple[Rule, ...]] = {
         Rule("v_cache", "pages page_size Hkv Dv", ("k_cache",), written=True),
         *_SCALES,
     ),
+    "gather_kv": (
+        Rule("k", "T Hkv D", HALF, written=True),
+        Rule("v", "T Hkv Dv", ("k",), written=True),
+        Rule("k_cache", "pages page_size Hkv D", ("k",)),
+        Rule("v_cache", "pages page_size Hkv Dv", ("k",)),
+        Rule("cu_seqlens_k", "B+1", (torch.int32,)),
+        Rule("block_table", "B max_pages", (torch.int32,)),
+    ),
     "merge_states": (
         Rule("out_a", "T Hq Dv", HALF),
         Rule("lse_a", "Hq T", (torch.float32,)),
@@ -112,14 +149,15 @@ RULES: dict[str, tuple[Rule, ...]] = {
         Rule("lse_b", "Hq T", (torch.float32,)),
     ),
 }
-"""Operator and overload -> its tensors, in the order in which sizes are fixed."""
+"""Operator and overload -> its tensors, in the order in which sizes are fixed; those of `attention` are
+in PADDED, and here are the views that a kernel with a mask tensor gets of them."""
 
 _AT_LEAST_ONE = ("Hq", "Hkv", "D", "Dv", "page_size", "max_position", "rotary_dim/2")
 
 
 def validate(op: str, arguments: Arguments) -> Sizes:
     """The named sizes of a call of `op` (T, B, Hq, Hkv, D, Dv, page_size, ...); raises InvalidArgument."""
-    rules = RULES[op]
+    rules = PADDED[padded_checks.layout_of(arguments)] if op == "attention" else RULES[op]
     device = arguments[rules[0].argument].device
     serving = base_of(op) == "paged_attention_"
     fixed: dict[str, tuple[int, str]] = serving_checks.fixed_sizes(arguments) if serving else {}
@@ -129,21 +167,27 @@ def validate(op: str, arguments: Arguments) -> Sizes:
             continue
         _check_shape(rule, tensor, fixed)
         _check_dtype(rule, tensor, arguments)
-        if tensor.device != device:
-            rule_text = f"must be on {rules[0].argument}'s device, {device}"
-            raise InvalidArgument(rule.argument, rule_text, tensor.device)
         _check_strides(rule, tensor)
-        if tensor.requires_grad and torch.is_grad_enabled():
-            rule_text = (
-                "must not require grad: pa_ops is inference only and has no backward; detach it or use no_grad()"
-            )
-            raise InvalidArgument(rule.argument, rule_text, "requires_grad=True")
+        _check_place(rule.argument, tensor, rules[0].argument, device)
     _check_heads(fixed)
     _check_scalars(arguments)
     sizes = {name: size for name, (size, _) in fixed.items()}
     if serving:
         serving_checks.check_widths(arguments, sizes)
+    if op == "attention":
+        sizes = padded_checks.completed(arguments, sizes)
+        if (mask := arguments["attn_mask"]) is not None:
+            _check_place("attn_mask", mask, "q", device)
     return sizes
+
+
+def _check_place(argument: str, tensor: Tensor, first: str, device: torch.device) -> None:
+    """Every tensor is on the device of the first, and none waits for a backward."""
+    if tensor.device != device:
+        raise InvalidArgument(argument, f"must be on {first}'s device, {device}", tensor.device)
+    if tensor.requires_grad and torch.is_grad_enabled():
+        rule = "must not require grad: pa_ops is inference only and has no backward; detach it or use no_grad()"
+        raise InvalidArgument(argument, rule, "requires_grad=True")
 
 
 def _check_shape(rule: Rule, tensor: Tensor, fixed: dict[str, tuple[int, str]]) -> None:

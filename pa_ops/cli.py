@@ -20,6 +20,7 @@ from pa_ops import evidence, report, report_diff, timings
 from pa_ops.coverage import Coverage, cover
 from pa_ops.errors import InvalidArgument, PaOpsError
 from pa_ops.homes import destination, home, homes
+from pa_ops.spec import Op
 from pa_ops.words import question
 
 if TYPE_CHECKING:
@@ -57,7 +58,7 @@ def parser() -> argparse.ArgumentParser:
     listing.set_defaults(run=run_list)
 
     explain = commands.add_parser("explain", help="what would be selected, and why the rest is not")
-    explain.add_argument("op", metavar="OP", help="paged_attention, varlen_attention, append_kv or merge_states")
+    explain.add_argument("op", metavar="OP", help="one of " + ", ".join(Op))
     explain.add_argument(
         "facts", nargs="*", metavar="key=value", help="a Problem's fields, sm=90, card=NAME, backend=NAME"
     )
@@ -76,7 +77,9 @@ def parser() -> argparse.ArgumentParser:
     doctor.set_defaults(run=run_doctor)
 
     bench = commands.add_parser("bench", help="time the built instances on the GPU")
-    bench.add_argument("--case", default="all", metavar="NAME", help="prefill, chunk, decode, swa, serving or all")
+    bench.add_argument(
+        "--case", default="all", metavar="NAME", help="prefill, chunk, decode, swa, serving, padded or all"
+    )
     bench.add_argument("--ctx", type=int, metavar="N", help="keys of each sequence")
     bench.add_argument("--window", type=int, metavar="N", help="sliding window")
     bench.add_argument("--num-seqs", type=int, metavar="N", help="sequences")

@@ -8,11 +8,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pa_ops.calls import REFERENCES, TENSORS, Plan, kind_of, known, plan_of
+from pa_ops.calls import REFERENCES, TENSORS, Plan, kind_of, known, launched, plan_of
 from pa_ops.checked import check_values
 from pa_ops.checks import validate
 from pa_ops.environment import settings
 from pa_ops.native import keep
+from pa_ops.padded import attention
 from pa_ops.schema import base_of, signature
 from pa_ops.scratch import workspace
 from pa_ops.trace import record
@@ -81,6 +82,11 @@ def append_kv(*tensors: Tensor, **options: Any) -> None:
     _run("append_kv", tensors, options, given)
 
 
+def gather_kv(*tensors: Tensor) -> None:
+    """torch.ops.pa_ops.gather_kv on CUDA tensors."""
+    _run("gather_kv", tensors, {}, (*tensors[4:], *tensors[:4]))
+
+
 def merge_states(*tensors: Tensor) -> Results:
     """torch.ops.pa_ops.merge_states on CUDA tensors."""
     out, lse = (torch.empty_like(side, memory_format=torch.contiguous_format) for side in tensors[:2])
@@ -95,7 +101,9 @@ IMPLEMENTATIONS: dict[str, Callable[..., Any]] = {
     "paged_attention_.out": paged_attention_out_,
     "varlen_attention": _attention("varlen_attention"),
     "varlen_attention.out": _attention_out("varlen_attention.out"),
+    "attention": attention,
     "append_kv": append_kv,
+    "gather_kv": gather_kv,
     "merge_states": merge_states,
 }
 """Operator and overload -> what the dispatcher calls for CUDA tensors."""
@@ -142,9 +150,8 @@ def _wants_grad(given: Given) -> bool:
 
 def _launched(plan: Plan, given: Given) -> bool:
     """Whether the plan's program fits and its kernels are on their way, or there are no rows to do."""
-    done = 0 if plan.program is None else plan.run(plan.program.address, *given)
+    done = launched(plan, given)
     if done == 1:
-        record(plan.settings, *plan.decisions)
         keep(plan)
     return bool(done)
 

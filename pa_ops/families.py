@@ -13,7 +13,7 @@ from typing import NamedTuple
 from pa_ops.capability import Capability, Feature, min_sm
 from pa_ops.manifest import Entry
 from pa_ops.problem import Problem
-from pa_ops.spec import DType, Family, InstanceSpec, KernelOp, Layout, Mask
+from pa_ops.spec import PLAIN_MASKS, DType, Family, InstanceSpec, KernelOp, Layout, Mask, TensorMask
 
 
 @dataclass(frozen=True)
@@ -24,6 +24,7 @@ class Gates:
     head_max bind both head sizes. split_heads: K and V may differ in head size. aligned: pointers and strides must be
     multiples of 16 bytes. quantised: the cache may have another type than the query. invariant: what a row makes of a
     sequence depends on nothing else in the batch. page_multiple: of which the tokens of a page must be a multiple.
+    mask_aligned: the rows of a mask tensor must start at multiples of 16 bytes.
     """
 
     op: KernelOp
@@ -39,8 +40,10 @@ class Gates:
     quantised: bool = False
     invariant: bool = True
     page_multiple: int = 1
+    mask_aligned: bool = False
 
 
+_PLAIN_MASK = {mask: frozenset({mask}) for mask in PLAIN_MASKS}
 _OWN_MASK = {mask: frozenset({mask}) for mask in Mask}
 _FULL_BY_FLAG = {
     Mask.FULL: frozenset(),
@@ -65,13 +68,25 @@ _MMA_SYNC = {
 _MEA = {DType.FP16: frozenset({Feature.HALF2}), DType.BF16: frozenset({Feature.MMA_BF16})}
 
 GATES: dict[Family, Gates] = {
-    Family.FLASH_SM80: Gates(KernelOp.ATTN, _MMA_SYNC, _ANY_LAYOUT, _OWN_MASK),
-    Family.FLASH_SM90: Gates(KernelOp.ATTN, _both(Feature.TMA, Feature.WGMMA), _ANY_LAYOUT, _OWN_MASK, page_multiple=8),
+    Family.FLASH_SM80: Gates(KernelOp.ATTN, _MMA_SYNC, _ANY_LAYOUT, _OWN_MASK, mask_aligned=True),
+    Family.FLASH_SM90: Gates(
+        KernelOp.ATTN, _both(Feature.TMA, Feature.WGMMA), _ANY_LAYOUT, _PLAIN_MASK, page_multiple=8
+    ),
     Family.DECODE: Gates(KernelOp.ATTN, _MMA_SYNC, _PAGED, _FULL_BY_FLAG, invariant=False),
     Family.MEA: Gates(KernelOp.ATTN, _MEA, _ANY_LAYOUT, _OWN_MASK, split_heads=True),
     Family.MEA_DECODE: Gates(KernelOp.ATTN, _MEA, _PAGED, _FULL_BY_FLAG, invariant=False),
     Family.APPEND: Gates(
         KernelOp.APPEND_KV,
+        _both(Feature.HALF2),
+        _PAGED,
+        _ANY_MASK,
+        head_multiple=1,
+        head_max=1024,
+        split_heads=True,
+        aligned=False,
+    ),
+    Family.GATHER: Gates(
+        KernelOp.GATHER_KV,
         _both(Feature.HALF2),
         _PAGED,
         _ANY_MASK,
@@ -237,6 +252,15 @@ _FAMILY_GATES = (
         lambda gates, _: f"a multiple of {gates.page_multiple}",
         lambda problem, _: str(problem.page_size),
         lambda gates, problem: problem.page_size is not None,
+    ),
+    _Gate(
+        "mask alignment",
+        lambda gates, problem, _: (
+            problem.attn_mask is TensorMask.NONE or problem.mask_aligned or not gates.mask_aligned
+        ),
+        lambda gates, _: "mask rows in multiples of 16 bytes" if gates.mask_aligned else "mask rows of any alignment",
+        lambda problem, _: "16-byte aligned" if problem.mask_aligned else "unaligned",
+        lambda gates, problem: problem.attn_mask is not TensorMask.NONE,
     ),
     _Gate(
         "alignment",

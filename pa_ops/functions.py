@@ -162,6 +162,54 @@ def varlen_attention(
     raise NotImplementedError
 
 
+@_as(OPERATORS.attention.default)
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    attn_mask: Tensor | None = None,
+    past_key: Tensor | None = None,
+    past_value: Tensor | None = None,
+    nonpad_kv_seqlen: Tensor | None = None,
+    layout: str = "bnsh",
+    softmax_scale: float | None = None,
+    causal: bool = False,
+    sliding_window: int = 0,
+    softcap: float = 0.0,
+    sinks: Tensor | None = None,
+    k_scale: Tensor | None = None,
+    v_scale: Tensor | None = None,
+    max_seqlen_q: int | None = None,
+    max_seqlen_k: int | None = None,
+    backend: str = AUTO,
+    need_present: bool = True,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Attention of padded batches: -> (out, present_key, present_value, lse [B, Hq, Sq] fp32), as ONNX's Attention.
+
+    q: [B, Hq, Sq, D] ("bnsh") or [B, Sq, Hq, D] ("bsnh") fp16 or bf16, or fp32 by the reference; out likewise with Dv.
+    k, v: [B, Hkv, Sk, D] and [B, Hkv, Sk, Dv], or tokens first, q's dtype; Hq is a multiple of Hkv, Dv may differ from
+        D; any strides with a dense last dimension.
+    past_key, past_value: [B, Hkv, P, D] and [.., Dv] in the order of k, both or neither; present = cat(past, new), of
+        total = P + Sk tokens, contiguous.
+    attn_mask: bool (True = attend), or added to the scaled, capped score, in q's dtype or fp32; [Sq, total],
+        [Hq, Sq, total] or [B, Hq, Sq, total], 1 where it is broadcast. An addend of -1e30 or less hides the key.
+    nonpad_kv_seqlen: [B] int32 or int64, tokens that each sequence sees of `total`; what lies behind is never read.
+    layout: "bnsh", "bsnh", or one for q and out and, after a slash, one for k, v, past and present ("bsnh/bnsh").
+    causal: row j sees keys up to j without a past (top-left), up to total - Sq + j with one (bottom-right).
+    sliding_window: keys a row sees, its own included, counted from there: (pos - W, pos]; <= 0 is off.
+    need_present: False returns empty presents, and spares the copy that they are where there is no past.
+    The other options, from softmax_scale to backend, as in `paged_attention`; scales of quantised K and V on the CPU.
+
+    Scores are scaled, capped, masked. A row that sees no key is zeros with lse = -inf, or the sink's value. V of a key
+    that is hidden by the mask tensor alone must be finite. Out has the memory of [B, Sq, Hq, Dv], lse of [Hq, B, Sq].
+
+    Raises InvalidArgument (the argument, the rule, what it got) before anything is written, NoInstance where no kernel
+    serves the call.
+    """
+    raise NotImplementedError
+
+
 @_as(OPERATORS.append_kv.default)
 def append_kv(
     key: Tensor,
@@ -182,6 +230,23 @@ def append_kv(
     k_scale, v_scale: [1] or [Hkv] fp32; a cache of another dtype holds value / scale, to nearest, saturating.
 
     Raises InvalidArgument, NoInstance.
+    """
+    raise NotImplementedError
+
+
+@_as(OPERATORS.gather_kv.default)
+def gather_kv(
+    k_cache: Tensor, v_cache: Tensor, block_table: Tensor, cu_seqlens_k: Tensor, k: Tensor, v: Tensor
+) -> None:
+    """Copies each sequence's first tokens out of its pages into contiguous rows, bit by bit: what `append_kv` undoes.
+
+    k_cache, v_cache: [pages, page_size, Hkv, D] and [..., Dv] fp16 or bf16; strides as in `paged_attention`.
+    block_table: [B, max_pages] int32, page ids; a token whose page is outside [0, pages), or beyond the row, is zeros.
+    cu_seqlens_k: [B+1] int32, prefix sums of the tokens to copy, from 0 on; they are read on the device alone.
+    k, v: [T, Hkv, D] and [T, Hkv, Dv] in the caches' dtype, any strides with a dense last dimension, written in place:
+        row cu_seqlens_k[b] + i is token i of sequence b. Rows past cu_seqlens_k[-1] stay as they are.
+
+    The rows are what `varlen_attention` takes. Raises InvalidArgument, NoInstance.
     """
     raise NotImplementedError
 

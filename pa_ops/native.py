@@ -19,7 +19,7 @@ from typing import Any
 import torch
 
 from pa_ops import scratch
-from pa_ops.calls import KEPT, SIZED, TENSORS, Plan
+from pa_ops.calls import KEPT, SIZED, STEADY, TENSORS, Plan
 from pa_ops.environment import KEYS, RAW, settings_of
 from pa_ops.overrides import BLOCKS
 from pa_ops.program import DTYPES
@@ -126,7 +126,7 @@ class Kernels:
         torch_, handle = _loaded(TORCH_CPU), ctypes.c_void_p()
         where = namespace.encode(), key.encode(), b"pa_ops", ctypes.c_uint32(0)
         _check(torch_.aoti_torch_library_init_impl(*where, ctypes.byref(handle)))
-        for index, op in enumerate(SCHEMAS):
+        for index, op in enumerate(STEADY):
             twins.define(f"_{op}{SCHEMAS[op]}")
             twins.impl(f"_{op}", self._twin(op, python[op]), key)
             kernel = ctypes.c_void_p(self._kernel(index, op, namespace))

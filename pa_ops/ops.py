@@ -15,10 +15,11 @@ from torch import Tensor
 from pa_ops import cuda, native
 from pa_ops.calls import REFERENCE_DECISIONS, REFERENCES
 from pa_ops.checked import check_values
-from pa_ops.checks import RULES, Sizes, validate
+from pa_ops.checks import Sizes, validate
 from pa_ops.environment import settings
 from pa_ops.errors import InvalidArgument
 from pa_ops.overrides import REFERENCE, policy
+from pa_ops.padding import padded_results
 from pa_ops.schema import NAMESPACE, SCHEMAS, base_of, signature, writes_buffers
 from pa_ops.selection import AUTO
 from pa_ops.trace import record
@@ -73,22 +74,29 @@ def _on_meta(op: str) -> Callable[..., Any]:
     def run(*args: Any, **kwargs: Any) -> Any:
         arguments = signature(op).bind(args, kwargs)
         sizes = validate(op, arguments)
-        return results(arguments[RULES[op][0].argument], sizes)
+        return results(arguments, sizes)
 
     return run
 
 
-def _out_and_lse(first: Tensor, sizes: Sizes) -> tuple[Tensor, Tensor]:
+def _out(arguments: Arguments, sizes: Sizes) -> Tensor:
+    query: Tensor = arguments["query"]
+    return query.new_empty((sizes["T"], sizes["Hq"] * sizes["D"]))
+
+
+def _out_and_lse(arguments: Arguments, sizes: Sizes) -> tuple[Tensor, Tensor]:
+    first: Tensor = arguments["q"] if "q" in arguments else arguments["out_a"]
     out = first.new_empty((sizes["T"], sizes["Hq"], sizes["Dv"]))
     return out, first.new_empty((sizes["Hq"], sizes["T"]), dtype=torch.float32)
 
 
-_RESULTS: dict[str, Callable[[Tensor, Sizes], Any]] = {
-    "()": lambda first, sizes: None,
-    "Tensor out": lambda first, sizes: first.new_empty((sizes["T"], sizes["Hq"] * sizes["D"])),
+_RESULTS: dict[str, Callable[[Arguments, Sizes], Any]] = {
+    "()": lambda arguments, sizes: None,
+    "Tensor out": _out,
     "(Tensor out, Tensor lse)": _out_and_lse,
+    "(Tensor out, Tensor present_key, Tensor present_value, Tensor lse)": padded_results,
 }
-"""The results of a schema -> their shapes, in the dtype and on the device of the operator's first tensor."""
+"""The results of a schema -> new tensors of their shapes and dtypes."""
 
 
 def _register() -> torch.library.Library:

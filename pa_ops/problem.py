@@ -6,20 +6,24 @@ from dataclasses import dataclass
 from functools import cached_property
 
 from pa_ops.errors import InvalidArgument
-from pa_ops.spec import DType, KernelOp, Layout, Mask, Op, Word, word
+from pa_ops.spec import DType, KernelOp, Layout, Mask, Op, TensorMask, Word, word
 
 DEFAULT_PAGE_SIZE = 16
 
 _KERNEL_OP = {
     Op.PAGED_ATTENTION: KernelOp.ATTN,
     Op.VARLEN_ATTENTION: KernelOp.ATTN,
+    Op.ATTENTION: KernelOp.ATTN,
     Op.APPEND_KV: KernelOp.APPEND_KV,
+    Op.GATHER_KV: KernelOp.GATHER_KV,
     Op.MERGE_STATES: KernelOp.MERGE_STATES,
 }
 _LAYOUT = {
     Op.PAGED_ATTENTION: Layout.GATHER,
     Op.VARLEN_ATTENTION: Layout.DENSE,
+    Op.ATTENTION: Layout.GATHER,  # a page a sequence; dense with the mask `tensor`, see `Problem.mask`
     Op.APPEND_KV: Layout.GATHER,
+    Op.GATHER_KV: Layout.GATHER,
     Op.MERGE_STATES: Layout.DENSE,
 }
 
@@ -29,7 +33,9 @@ class Problem:
     """One operator call as selection sees it; words may be given as strings.
 
     head_dim_v, num_kv_heads, kv_dtype default to their query-side twin, layout to the operator's own, page_size to 16
-    where there are pages. `aligned`: every base pointer and stride is a multiple of 16 bytes. Sizes only rank kernels:
+    where there are pages. `aligned`: every base pointer and stride is a multiple of 16 bytes. Of the op attention,
+    attn_mask: what its mask tensor holds; mask_aligned: its rows start at multiples of 16 bytes; anchored: lengths do
+    not tell positions, so that only a kernel that is told them will do. Sizes only rank kernels:
     batch sequences, tokens query tokens in all, max_q / max_k bounds of one sequence (None = known to the device only).
     Raises InvalidArgument naming the field.
     """
@@ -48,6 +54,9 @@ class Problem:
     layout: Layout | str = ""
     page_size: int | None = None
     aligned: bool = True
+    attn_mask: TensorMask | str = TensorMask.NONE
+    mask_aligned: bool = True
+    anchored: bool = False
     batch: int = 1
     tokens: int = 1
     max_q: int | None = None
@@ -57,8 +66,9 @@ class Problem:
         self._put("op", word(Op, "op", self.op))
         self._put("dtype", word(DType, "dtype", self.dtype))
         self._put("kv_dtype", word(DType, "kv_dtype", self.kv_dtype or self.dtype))
-        self._put("layout", word(Layout, "layout", self.layout or _LAYOUT[Op(self.op)]))
-        for flag in ("causal", "window", "softcap", "sinks", "aligned"):
+        self._put("attn_mask", word(TensorMask, "attn_mask", self.attn_mask))
+        self._put("layout", word(Layout, "layout", self.layout or self._own_layout))
+        for flag in ("causal", "window", "softcap", "sinks", "aligned", "mask_aligned", "anchored"):
             if not isinstance(getattr(self, flag), bool):
                 raise InvalidArgument(flag, "must be a bool", repr(getattr(self, flag)))
         self._natural("head_dim", 1)
@@ -86,14 +96,22 @@ class Problem:
             raise InvalidArgument(
                 "num_heads", f"must be a multiple of num_kv_heads = {self.num_kv_heads}", self.num_heads
             )
-        if self.kernel_op is KernelOp.ATTN and self.layout is not _LAYOUT[Op(self.op)]:
-            raise InvalidArgument("layout", f"{self.op} reads the layout {_LAYOUT[Op(self.op)]}", str(self.layout))
+        if self.kernel_op is KernelOp.ATTN and self.layout is not self._own_layout:
+            raise InvalidArgument("layout", f"{self.op} reads the layout {self._own_layout}", str(self.layout))
+        if self.mask is Mask.TENSOR and self.op is not Op.ATTENTION:
+            field = "anchored" if self.anchored else "attn_mask"
+            raise InvalidArgument(field, "belongs to the operator attention", f"op = {self.op}")
         if self.layout is Layout.GATHER:
             if self.page_size is None:
                 self._put("page_size", DEFAULT_PAGE_SIZE)
             self._natural("page_size", 1)
         elif self.page_size is not None:
             raise InvalidArgument("page_size", f"{self.op} has no pages, leave it out", self.page_size)
+
+    @property
+    def _own_layout(self) -> Layout:
+        """How the operator finds K and V."""
+        return Layout.DENSE if self.mask is Mask.TENSOR else _LAYOUT[Op(self.op)]
 
     @property
     def kernel_op(self) -> KernelOp:
@@ -103,6 +121,8 @@ class Problem:
     @property
     def mask(self) -> Mask:
         """The mask a kernel has to apply; a window is causal whatever `causal` says."""
+        if self.anchored or self.attn_mask is not TensorMask.NONE:
+            return Mask.TENSOR
         if self.window:
             return Mask.WINDOW
         return Mask.CAUSAL if self.causal else Mask.FULL
@@ -129,6 +149,8 @@ class Problem:
             self.layout,
             self.page_size,
             self.aligned,
+            self.attn_mask,
+            self.mask_aligned,
         )
 
     def __str__(self) -> str:
@@ -137,6 +159,8 @@ class Problem:
         if self.page_size is not None:
             words.append(f"page size {self.page_size}")
         words += [flag for flag in ("softcap", "sinks") if getattr(self, flag)]
+        if self.attn_mask is not TensorMask.NONE:
+            words.append(f"mask tensor {self.attn_mask}" + ("" if self.mask_aligned else " (unaligned)"))
         if not self.aligned:
             words.append("not 16-byte aligned")
         return ", ".join(words)

@@ -24,10 +24,11 @@ DTYPES = {  # DLPack's code and bits
     torch.float16: (2, 16),
     torch.bfloat16: (4, 16),
     torch.float32: (2, 32),
+    torch.uint8: (1, 8),
     torch.int32: (0, 32),
     torch.int64: (0, 64),
 }
-FREE_DIMS = ("T", "B", "max_pages", "pages", "total_k", "max_position")  # may differ from call to call
+FREE_DIMS = ("T", "B", "max_pages", "pages", "total_k", "max_position", "Sq", "total")  # may differ from call to call
 MAP_DTYPES = {torch.float16: 6, torch.bfloat16: 9}  # CUtensorMapDataType
 WIDTHS = {ADDRESS: 8, INT64: 8, INT32: 4}
 

@@ -7,55 +7,25 @@ query's dtype; pass fp32 tensors for an unrounded answer. (On CUDA, leave PyTorc
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from pa_ops.reference_padded import attention
+from pa_ops.reference_pages import Pages, gather_kv, sequences_of
+from pa_ops.reference_rows import INFINITY, Keys, Scores, attend, dequantise, subtractable
 from pa_ops.reference_serving import locate, rotate, slots_of, split
 
-SCORES_PER_CHUNK = 1 << 25  # 128 MiB of fp32 scores at a time
-INFINITY = float("inf")
-
-
-@dataclass(frozen=True)
-class Scores:
-    """How a product of Q and K becomes a probability: the options shared by the attention operators."""
-
-    scale: float
-    causal: bool
-    window: int
-    softcap: float
-    sinks: Tensor | None
-
-    def of(self, q: Tensor, k: Tensor) -> Tensor:
-        """Scaled, softcapped scores [Hkv, G, n, m] of q [n, Hq, D] and k [m, Hkv, D], both fp32."""
-        n, heads, dim = q.shape
-        m, kv_heads, _ = k.shape
-        grouped = q.reshape(n, kv_heads, heads // kv_heads, dim).permute(1, 2, 0, 3).reshape(kv_heads, -1, dim)
-        scores = (grouped @ k.permute(1, 2, 0)).reshape(kv_heads, heads // kv_heads, n, m) * self.scale
-        return self.softcap * torch.tanh(scores / self.softcap) if self.softcap > 0 else scores
-
-    def visible(self, positions: Tensor, mapped: Tensor) -> Tensor:
-        """Which keys [n, m] queries at the signed `positions` [n] see; `mapped` [m] says which keys exist."""
-        keys = torch.arange(mapped.shape[0], device=mapped.device)
-        seen = mapped.expand(positions.shape[0], -1)
-        if self.causal or self.window > 0:
-            seen = seen & (keys <= positions[:, None])
-        if self.window > 0:
-            seen = seen & (keys > positions[:, None] - self.window)
-        return seen
-
-
-@dataclass(frozen=True)
-class Keys:
-    """Keys k [m, Hkv, D] and values v [m, Hkv, Dv] of one sequence in fp32, and which of them exist [m]."""
-
-    k: Tensor
-    v: Tensor
-    mapped: Tensor
+__all__ = [
+    "append_kv",
+    "attention",
+    "gather_kv",
+    "merge_states",
+    "paged_attention",
+    "paged_attention_",
+    "varlen_attention",
+]
 
 
 def paged_attention(
@@ -86,9 +56,9 @@ def paged_attention(
     scores = _scores(q, softmax_scale, causal, sliding_window, softcap, sinks)
     out, lse = _results(q, v_cache, out, lse)
     lengths = seqlens_k.tolist()
-    for sequence, rows in _sequences(cu_seqlens_q, q.shape[0]):
+    for sequence, rows in sequences_of(cu_seqlens_q, q.shape[0]):
         keys = _gather(k_cache, v_cache, block_table[sequence], lengths[sequence], k_scale, v_scale)
-        _attend(q, keys, rows, lengths[sequence], scores, out, lse)
+        attend(q, keys, rows, lengths[sequence] - len(rows), scores, out, lse)
     return out, lse
 
 
@@ -159,13 +129,13 @@ def varlen_attention(
     """Attention over ragged k [total_k, Hkv, D], v [total_k, Hkv, Dv]; the rest as in `paged_attention`."""
     scores = _scores(q, softmax_scale, causal, sliding_window, softcap, sinks)
     out, lse = _results(q, v, out, lse)
-    spans = dict(_sequences(cu_seqlens_k, k.shape[0]))
-    for sequence, rows in _sequences(cu_seqlens_q, q.shape[0]):
+    spans = dict(sequences_of(cu_seqlens_k, k.shape[0]))
+    for sequence, rows in sequences_of(cu_seqlens_q, q.shape[0]):
         span = spans[sequence]
         mapped = torch.ones(len(span), dtype=torch.bool, device=q.device)
         part = slice(span.start, span.stop)
         keys = Keys(dequantise(k[part], k_scale), dequantise(v[part], v_scale), mapped)
-        _attend(q, keys, rows, len(span), scores, out, lse)
+        attend(q, keys, rows, len(span) - len(rows), scores, out, lse)
     return out, lse
 
 
@@ -202,7 +172,7 @@ def merge_states(out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor) -> 
     lse = torch.logaddexp(sides[0][1], sides[1][1])
     out = torch.zeros_like(sides[0][0])
     for part, part_lse in sides:
-        weight = torch.exp(part_lse - _subtractable(lse)).transpose(0, 1).unsqueeze(-1)
+        weight = torch.exp(part_lse - subtractable(lse)).transpose(0, 1).unsqueeze(-1)
         empty = torch.isinf(part_lse).transpose(0, 1).unsqueeze(-1)
         out += torch.where(empty, 0.0, weight * part)
     return out.to(out_a.dtype), lse
@@ -219,11 +189,6 @@ def quantise(values: Tensor, dtype: torch.dtype, scale: Tensor | None) -> Tensor
     return stored.to(dtype)
 
 
-def dequantise(stored: Tensor, scale: Tensor | None) -> Tensor:
-    """The fp32 values [..., Hkv, D] that a cache means: stored * scale, scale [1] or [Hkv]."""
-    return stored.float() if scale is None else stored.float() * scale.float().reshape(-1, 1)
-
-
 def _scores(q: Tensor, scale: float | None, causal: bool, window: int, softcap: float, sinks: Tensor | None) -> Scores:
     return Scores(q.shape[-1] ** -0.5 if scale is None else scale, causal, window, softcap, sinks)
 
@@ -237,72 +202,14 @@ def _results(q: Tensor, v: Tensor, out: Tensor | None, lse: Tensor | None) -> tu
     return out, lse
 
 
-def _sequences(cu_seqlens: Tensor, total: int) -> Iterator[tuple[int, range]]:
-    """(sequence, its rows) for every sequence; prefix sums that lie are cut down to rows that exist."""
-    ends = [min(max(end, 0), total) for end in cu_seqlens.tolist()]
-    for sequence in range(len(ends) - 1):
-        yield sequence, range(ends[sequence], max(ends[sequence : sequence + 2]))
-
-
 def _gather(
     k_cache: Tensor, v_cache: Tensor, table: Tensor, length: int, k_scale: Tensor | None, v_scale: Tensor | None
 ) -> Keys:
     """The keys of one sequence, page by page through its row of the block table; unmapped pages are read as zeros."""
-    pages, page_size = k_cache.shape[:2]
-    live = table[: max(0, -(-length // page_size))].long()
-    mapped = (live >= 0) & (live < pages)
-    count = min(max(length, 0), live.numel() * page_size)
-
-    def rows(cache: Tensor, scale: Tensor | None) -> Tensor:
-        found = cache.new_zeros(live.numel(), *cache.shape[1:])
-        found[mapped] = cache[live[mapped]]
-        return dequantise(found.flatten(0, 1)[:count], scale)
-
-    return Keys(rows(k_cache, k_scale), rows(v_cache, v_scale), mapped.repeat_interleave(page_size)[:count])
-
-
-def _attend(q: Tensor, keys: Keys, rows: range, length: int, scores: Scores, out: Tensor, lse: Tensor) -> None:
-    """Writes the rows of one sequence of `length` tokens; the last query row stands at position length - 1."""
-    step = max(1, SCORES_PER_CHUNK // max(1, q.shape[1] * keys.k.shape[0]))
-    for start in range(rows.start, rows.stop, step):
-        stop = min(start + step, rows.stop)
-        positions = torch.arange(start - rows.stop + length, stop - rows.stop + length, device=q.device)
-        part, part_lse = _attend_rows(q[start:stop].float(), keys, positions, scores)
-        out[start:stop] = part.to(out.dtype)
-        lse[:, start:stop] = part_lse
-
-
-def _attend_rows(q: Tensor, keys: Keys, positions: Tensor, scores: Scores) -> tuple[Tensor, Tensor]:
-    """out [n, Hq, Dv] and lse [Hq, n] of query rows q [n, Hq, D] that stand at `positions`."""
-    seen = scores.visible(positions, keys.mapped)
-    masked = torch.where(seen, scores.of(q, keys.k), -INFINITY)
-    lse = torch.logsumexp(masked, -1)
-    if scores.sinks is not None:
-        lse = torch.logaddexp(lse, scores.sinks.float().reshape(*lse.shape[:2], 1).expand_as(lse))
-    weights = torch.exp(masked - _subtractable(lse).unsqueeze(-1))
-    mixed = _mix(weights, keys.v, seen)
-    return mixed.permute(2, 0, 1, 3).flatten(1, 2), lse.flatten(0, 1)
-
-
-def _mix(weights: Tensor, v: Tensor, seen: Tensor) -> Tensor:
-    """weights [Hkv, G, n, m] times v [m, Hkv, Dv], where a key that a row does not see adds nothing, NaN included.
-
-    0 * NaN is NaN, so a product cannot mask: keys that hold a NaN or an infinity are left out of it and
-    selected in one by one for the rows that do see them.
-    """
-    wild = ~torch.isfinite(v).flatten(1).all(-1)
-    tame = torch.where(wild[:, None, None], 0.0, v)
-    mixed = (weights.flatten(1, 2) @ tame.transpose(0, 1)).reshape(*weights.shape[:3], v.shape[-1])
-    for key in (wild & seen.any(0)).nonzero().flatten().tolist():
-        term = weights[..., key, None] * v[key][:, None, None, :]
-        mixed += torch.where(seen[:, key, None], term, 0.0)
-    return mixed
+    pages = Pages.of(table, length, k_cache)
+    k, v = dequantise(pages.rows(k_cache), k_scale), dequantise(pages.rows(v_cache), v_scale)
+    return Keys(k, v, pages.mapped.repeat_interleave(k_cache.shape[1])[: pages.count])
 
 
 def _finite_or_empty(lse: Tensor) -> Tensor:
     return torch.where(torch.isinf(lse), -INFINITY, lse.float())
-
-
-def _subtractable(lse: Tensor) -> Tensor:
-    """A log-sum to subtract: -inf (an empty row) becomes 0, so that exp(-inf - 0) is an exact zero."""
-    return torch.where(lse == -INFINITY, 0.0, lse)

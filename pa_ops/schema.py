@@ -23,6 +23,11 @@ _SERVING = (
     "Tensor past_lens, Tensor block_table, *, int num_heads, int num_kv_heads, Tensor? cos=None, Tensor? sin=None, "
     f"bool rotary_interleaved=False, Tensor? slot_mapping=None, {_OPTIONS}"
 )
+_PADDED = (
+    "Tensor q, Tensor k, Tensor v, *, Tensor? attn_mask=None, Tensor? past_key=None, Tensor? past_value=None, "
+    'Tensor? nonpad_kv_seqlen=None, str layout="bnsh", '
+    f"{_OPTIONS.replace('bool causal=True', 'bool causal=False')}, bool need_present=True"
+)
 _BUFFERS = "Tensor(a!) out, Tensor(b!)? lse=None"
 
 SCHEMAS: dict[str, str] = {
@@ -32,9 +37,13 @@ SCHEMAS: dict[str, str] = {
     "paged_attention_.out": f"({_SERVING}, Tensor(c!) out, Tensor(d!)? lse=None) -> ()",
     "varlen_attention": f"({_VARLEN}, *, {_OPTIONS}) -> (Tensor out, Tensor lse)",
     "varlen_attention.out": f"({_VARLEN}, *, {_OPTIONS}, {_BUFFERS}) -> ()",
+    "attention": f"({_PADDED}) -> (Tensor out, Tensor present_key, Tensor present_value, Tensor lse)",
     "append_kv": (
         "(Tensor key, Tensor value, Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor slot_mapping, *, "
         "Tensor? k_scale=None, Tensor? v_scale=None) -> ()"
+    ),
+    "gather_kv": (
+        "(Tensor k_cache, Tensor v_cache, Tensor block_table, Tensor cu_seqlens_k, Tensor(a!) k, Tensor(b!) v) -> ()"
     ),
     "merge_states": "(Tensor out_a, Tensor lse_a, Tensor out_b, Tensor lse_b) -> (Tensor out, Tensor lse)",
 }

@@ -13,7 +13,7 @@ from pa_ops import arguments
 # Of the generator: what turns a rendered source into an object, and what is linked into a library.
 COMPILING = ("worker.py", "cubin.py", "ptx.py", "nvrtc.py")
 LINKED = ("launch.c", "program.c", "kept.c", "operators.c", "raise.c")
-INCLUDED = ("launch.h", "program.h", "kept.h", "host.h")
+INCLUDED = ("export.h", "launch.h", "program.h", "kept.h", "host.h")
 TEMPLATES = (".j2", ".py", ".cuh", ".h")
 
 

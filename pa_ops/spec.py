@@ -30,15 +30,18 @@ class Op(Word):
 
     PAGED_ATTENTION = "paged_attention"
     VARLEN_ATTENTION = "varlen_attention"
+    ATTENTION = "attention"
     APPEND_KV = "append_kv"
+    GATHER_KV = "gather_kv"
     MERGE_STATES = "merge_states"
 
 
 class KernelOp(Word):
-    """What a kernel computes; one `attn` kernel serves paged attention (gather) or varlen attention (dense)."""
+    """What a kernel computes; `attn` kernels serve paged (gather), varlen (dense) and padded attention (either)."""
 
     ATTN = "attn"
     APPEND_KV = "append_kv"
+    GATHER_KV = "gather_kv"
     MERGE_STATES = "merge_states"
 
 
@@ -51,6 +54,7 @@ class Family(Word):
     MEA = "mea"
     MEA_DECODE = "mea_decode"
     APPEND = "append"
+    GATHER = "gather"
     MERGE = "merge"
 
 
@@ -81,11 +85,28 @@ class Layout(Word):
 
 
 class Mask(Word):
-    """Which keys a query sees; a window is (pos - W, pos], so it is causal by definition."""
+    """Which keys a query sees; a window is (pos - W, pos], so it is causal by definition.
+
+    tensor: what the call's mask tensor says, if it has one, and its causal flag and window, all at run time; dense
+    rows of one batch then, with the same room for every sequence, and positions that the call tells.
+    """
 
     FULL = "full"
     CAUSAL = "causal"
     WINDOW = "window"
+    TENSOR = "tensor"
+
+
+class TensorMask(Word):
+    """What the elements of a call's mask tensor are: True where a query sees a key, or what is added to the score."""
+
+    NONE = "none"
+    BOOL = "bool"
+    ADDITIVE = "additive"
+
+
+PLAIN_MASKS = (Mask.FULL, Mask.CAUSAL, Mask.WINDOW)
+"""Masks that a kernel works out from positions alone."""
 
 
 WordT = TypeVar("WordT", bound=Word)
@@ -171,30 +192,21 @@ class InstanceSpec:
         """Dynamic shared memory of one block in bytes."""
         return _SMEM.get(self.family, _query_and_stages)(self)
 
-    @property
-    def is_causal(self) -> bool:
-        """Whether no query sees a key after its own position."""
-        return self.mask is not Mask.FULL
-
-    @property
-    def has_window(self) -> bool:
-        """Whether the kernel takes a window length at run time."""
-        return self.mask is Mask.WINDOW
-
 
 def _stages(spec: InstanceSpec) -> int:
     return spec.tile.stages * spec.tile.n * (spec.head_dim + spec.head_dim_v) * spec.dtype.itemsize
 
 
 def _query_and_stages(spec: InstanceSpec) -> int:
-    """The Q tile, which O reuses, and every stage of the K and V tiles."""
-    return spec.tile.m * max(spec.head_dim, spec.head_dim_v) * spec.dtype.itemsize + _stages(spec)
+    """The Q tile, which O reuses, every stage of the K and V tiles, and a tile of the mask, fp32 at the widest."""
+    mask = spec.tile.m * spec.tile.n * 4 if spec.mask is Mask.TENSOR else 0
+    return spec.tile.m * max(spec.head_dim, spec.head_dim_v) * spec.dtype.itemsize + _stages(spec) + mask
 
 
-def _stages_or_states(spec: InstanceSpec) -> int:
-    """Every stage of the K and V tiles with a word a warp's stage and 48 bytes of news, or each warp's final state."""
-    ring = _stages(spec) + 4 * spec.tile.warps * spec.tile.stages + 48
-    return max(ring, spec.tile.warps * spec.tile.m * (spec.head_dim_v + 2) * 4)
+def _stages_and_stats(spec: InstanceSpec) -> int:
+    """Every stage of the K and V tiles with a word a warp's stage, (maximum, sum) of each warp's rows, 56 B of news."""
+    tile = spec.tile
+    return _stages(spec) + 4 * tile.warps * tile.stages + 8 * tile.warps * tile.m + 56
 
 
 def _query_stages_and_barriers(spec: InstanceSpec) -> int:
@@ -209,7 +221,7 @@ def _query_and_tile_or_state(spec: InstanceSpec) -> int:
 
 
 _SMEM: dict[Family, Callable[[InstanceSpec], int]] = {
-    Family.DECODE: _stages_or_states,
+    Family.DECODE: _stages_and_stats,
     Family.FLASH_SM90: _query_stages_and_barriers,
     Family.MEA_DECODE: _query_and_tile_or_state,
 }

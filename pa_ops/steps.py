@@ -18,15 +18,13 @@ from pa_ops.launch import (
     ALIGNMENT,
     Attention,
     Keys,
-    Rotary,
     Rows,
     Scores,
-    append_launch,
     attention_launch,
     decode_launch,
-    merge_launch,
     persistent_launch,
 )
+from pa_ops.launch_rows import Rotary, append_launch, gather_launch, merge_launch
 from pa_ops.manifest import Entry
 from pa_ops.problem import Problem
 from pa_ops.program import Launch
@@ -53,7 +51,7 @@ class Step(NamedTuple):
     aligned: tuple[str, ...]
 
 
-def _select(op: str, problem: Problem, arguments: Arguments, registry: Registry) -> tuple[int, Entry, Decision]:
+def selected(op: str, problem: Problem, arguments: Arguments, registry: Registry) -> tuple[int, Entry, Decision]:
     """The kernel that serves `problem`, its row, and the record of the choice."""
     selection = registry.serve(problem, arguments.get("backend", AUTO))
     return registry.kernel(selection.entry), selection.entry, _decision(op, selection)
@@ -70,7 +68,8 @@ def _scores(arguments: Arguments, head_dim: int) -> Scores:
     )
 
 
-def _attention(arguments: Arguments, sizes: Sizes, q: Rows, out: Rows, keys: Keys) -> Attention:
+def attention_of(arguments: Arguments, sizes: Sizes, q: Rows, out: Rows, keys: Keys) -> Attention:
+    """The attention that a call asks for, of these rows and keys."""
     lse = None if arguments["lse"] is None else "lse"
     heads, head_dim = sizes["Hq"], sizes["D"]
     scores = _scores(arguments, head_dim)
@@ -81,14 +80,25 @@ def _attention_steps(op: str, arguments: Arguments, sizes: Sizes, registry: Regi
     paged = base_of(op) == "paged_attention"
     k, v, lengths = ("k_cache", "v_cache", "seqlens_k") if paged else ("k", "v", "cu_seqlens_k")
     keys = Keys(k, v, lengths, sizes["Hkv"], sizes.get("page_size", 0))
-    call = _attention(arguments, sizes, Rows.of("q"), Rows.of("out"), keys)
-    yield from _attend(op, problem_of(op, arguments, sizes), arguments, registry, call, ("q", k, v, "out"))
+    call = attention_of(arguments, sizes, Rows.of("q"), Rows.of("out"), keys)
+    problem = problem_of(op, arguments, sizes)
+    yield from _attend(op, problem, arguments, registry, call, ("q", k, v, "out"), stored=False)
 
 
 def _attend(
-    op: str, problem: Problem, arguments: Arguments, registry: Registry, call: Attention, aligned: tuple[str, ...]
+    op: str,
+    problem: Problem,
+    arguments: Arguments,
+    registry: Registry,
+    call: Attention,
+    aligned: tuple[str, ...],
+    *,
+    stored: bool,
 ) -> Iterator[Step]:
-    """One launch, or two that share the sequences of a paged batch out: those of few query rows, and the others."""
+    """One launch, or two that share the sequences of a paged batch out: those of few query rows, and the others.
+
+    stored: the launch before them stores this call's keys, and nothing else that they read.
+    """
     few, many = _division(problem, arguments, registry)
     limit = 0 if few is None else few.entry.spec.tile.m // problem.group
     if few is not None:
@@ -97,6 +107,7 @@ def _attend(
             call,
             causal=arguments["causal"] or problem.window,
             skip_above=INT32_MAX if many is None else limit,
+            lengths_ready=stored,
             num_sms=registry.capability.num_sms,
         )
         yield Step(launch, _decision(op, few), aligned)
@@ -133,7 +144,7 @@ def _decision(op: str, selection: Selection) -> Decision:
 
 
 def _append_steps(op: str, arguments: Arguments, sizes: Sizes, registry: Registry) -> Iterator[Step]:
-    kernel, _, decision = _select(op, problem_of(op, arguments, sizes), arguments, registry)
+    kernel, _, decision = selected(op, problem_of(op, arguments, sizes), arguments, registry)
     names = ("key", "value", "k_cache", "v_cache")
     aligned = _aligned(arguments, *names)
     launch = append_launch(
@@ -152,8 +163,14 @@ def _append_steps(op: str, arguments: Arguments, sizes: Sizes, registry: Registr
     yield Step(launch, decision, names if aligned else ())
 
 
+def _gather_steps(op: str, arguments: Arguments, sizes: Sizes, registry: Registry) -> Iterator[Step]:
+    kernel, _, decision = selected(op, problem_of(op, arguments, sizes), arguments, registry)
+    heads = sizes["Hkv"], sizes["D"], sizes["Dv"]
+    yield Step(gather_launch(kernel, *heads, page_size=sizes["page_size"]), decision, ())
+
+
 def _merge_steps(op: str, arguments: Arguments, sizes: Sizes, registry: Registry) -> Iterator[Step]:
-    kernel, entry, decision = _select(op, problem_of(op, arguments, sizes), arguments, registry)
+    kernel, entry, decision = selected(op, problem_of(op, arguments, sizes), arguments, registry)
     yield Step(merge_launch(kernel, entry.spec, heads=sizes["Hq"], width=sizes["Dv"]), decision, ())
 
 
@@ -168,7 +185,7 @@ def _serving_steps(op: str, arguments: Arguments, sizes: Sizes, registry: Regist
     aligned = _aligned(arguments, *tensors)
     view = _as_paged(arguments, rotated)
     sizes = {**sizes, "Dv": head_dim}
-    kernel, _, decision = _select(op, problem_of("append_kv", view, sizes), arguments, registry)
+    kernel, _, decision = selected(op, problem_of("append_kv", view, sizes), arguments, registry)
     launch = append_launch(
         kernel,
         key=key,
@@ -186,8 +203,8 @@ def _serving_steps(op: str, arguments: Arguments, sizes: Sizes, registry: Regist
     problem = problem_of("paged_attention", view, sizes)
     keys = Keys("k_cache", "v_cache", "past_lens", kv_heads, sizes["page_size"], past=True)
     read = ("out" if rotated else "query", "k_cache", "v_cache", "out")
-    call = _attention(arguments, sizes, out if rotated else query, out, keys)
-    yield from _attend(op, problem, arguments, registry, call, read)
+    call = attention_of(arguments, sizes, out if rotated else query, out, keys)
+    yield from _attend(op, problem, arguments, registry, call, read, stored=True)
 
 
 def _as_paged(arguments: Arguments, rotated: bool) -> Arguments:
@@ -208,8 +225,13 @@ MAKERS: dict[str, Callable[[str, Arguments, Sizes, Registry], Iterator[Step]]] =
     "varlen_attention": _attention_steps,
     "paged_attention_": _serving_steps,
     "append_kv": _append_steps,
+    "gather_kv": _gather_steps,
     "merge_states": _merge_steps,
 }
+
+
+STORED = {"append_kv": ("key", "value"), "gather_kv": ("k", "v")}
+"""Operators that move rows of heads into pages or out of them -> the tensors that hold the rows."""
 
 
 def problem_of(op: str, arguments: Arguments, sizes: Sizes) -> Problem:
@@ -218,16 +240,17 @@ def problem_of(op: str, arguments: Arguments, sizes: Sizes) -> Problem:
     if name == "merge_states":
         dtype = WORD[arguments["out_a"].dtype]
         return Problem(op=name, dtype=dtype, head_dim=sizes["Dv"], num_heads=sizes["Hq"], tokens=sizes["T"])
-    if name == "append_kv":
+    if name in STORED:
+        tensors = STORED[name]
         return Problem(
             op=name,
-            dtype=WORD[arguments["key"].dtype],
+            dtype=WORD[arguments[tensors[0]].dtype],
             kv_dtype=WORD[arguments["k_cache"].dtype],
             head_dim=sizes["D"],
             head_dim_v=sizes["Dv"],
             num_heads=sizes["Hkv"],
             page_size=sizes["page_size"],
-            aligned=_aligned(arguments, "key", "value", "k_cache", "v_cache"),
+            aligned=_aligned(arguments, *tensors, "k_cache", "v_cache"),
             tokens=sizes["T"],
         )
     k, v = ("k_cache", "v_cache") if name == "paged_attention" else ("k", "v")
@@ -254,10 +277,11 @@ def problem_of(op: str, arguments: Arguments, sizes: Sizes) -> Problem:
 
 def _aligned(arguments: Arguments, *names: str) -> bool:
     """Whether every row of the tensors starts at a multiple of 16 bytes; a tensor still to be allocated does."""
-    return all(_rows_aligned(tensor) for name in names if (tensor := arguments.get(name)) is not None)
+    return all(rows_aligned(tensor) for name in names if (tensor := arguments.get(name)) is not None)
 
 
-def _rows_aligned(tensor: Tensor) -> bool:
+def rows_aligned(tensor: Tensor) -> bool:
+    """Whether every row of a tensor starts at a multiple of 16 bytes."""
     steps = zip(tensor.shape[:-1], tensor.stride()[:-1], strict=True)
     strides = [stride for size, stride in steps if size > 1]
     return tensor.data_ptr() % ALIGNMENT == 0 and all(s * tensor.element_size() % ALIGNMENT == 0 for s in strides)

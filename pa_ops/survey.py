@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import product
+from typing import Any
 
 from pa_ops.capability import MODELS, Capability
 from pa_ops.errors import NoInstance
@@ -15,7 +16,7 @@ from pa_ops.heuristics import cost
 from pa_ops.manifest import Entry
 from pa_ops.problem import Problem
 from pa_ops.selection import select_entry
-from pa_ops.spec import DType, Family, InstanceSpec, Mask, Op, Word
+from pa_ops.spec import DType, Family, InstanceSpec, Op, TensorMask, Word
 from pa_ops.unsupported import unsupported
 
 HEAD_DIMS = (8, 40, 64, 72, 96, 104, 128, 136, 192, 200, 256)  # both sides of every row's head size, and the ends
@@ -25,6 +26,20 @@ CACHE_DTYPES = (None, DType.E4M3FN, DType.INT8)  # None: the query's
 # family takes. Sizes rank and never refuse, so that page need not be met with both.
 SIZES = {Op.PAGED_ATTENTION: ((1, 16), (512, 16), (512, 1))}
 ANY_SIZE = ((1, None),)
+# The options by which keys are hidden, of each operator.
+_PLAIN_OPTIONS: tuple[Mapping[str, Any], ...] = ({"causal": False}, {"causal": True}, {"window": True})
+_TENSOR_OPTIONS: tuple[Mapping[str, Any], ...] = (
+    {"attn_mask": TensorMask.BOOL},
+    {"attn_mask": TensorMask.ADDITIVE},
+    {"attn_mask": TensorMask.BOOL, "mask_aligned": False},
+    {"attn_mask": TensorMask.ADDITIVE, "mask_aligned": False},
+    {"anchored": True},
+)
+HIDING_OPTIONS = {
+    Op.PAGED_ATTENTION: _PLAIN_OPTIONS,
+    Op.VARLEN_ATTENTION: _PLAIN_OPTIONS,
+    Op.ATTENTION: (*_PLAIN_OPTIONS, *_TENSOR_OPTIONS),
+}
 
 
 class Reach(Word):
@@ -49,18 +64,16 @@ def domain() -> Iterator[Problem]:
     for op, dtype, kv_dtype, head_dim in product(Op, DTYPES, CACHE_DTYPES, HEAD_DIMS):
         if op is Op.MERGE_STATES and kv_dtype is not None:
             continue
-        attends = op in (Op.PAGED_ATTENTION, Op.VARLEN_ATTENTION)
-        options = (False, True) if attends else (False,)
-        masks = Mask if attends else (Mask.FULL,)
-        for mask, extras, split, (tokens, page_size) in product(masks, options, options, SIZES.get(op, ANY_SIZE)):
+        flags = (False, True) if op in HIDING_OPTIONS else (False,)
+        hiding = HIDING_OPTIONS.get(op, ({"causal": False},))
+        for hidden, extras, split, (tokens, page_size) in product(hiding, flags, flags, SIZES.get(op, ANY_SIZE)):
             yield Problem(
                 op=op,
                 dtype=dtype,
                 kv_dtype=kv_dtype or dtype,
                 head_dim=head_dim,
                 head_dim_v=head_dim + 8 if split else head_dim,
-                causal=mask is not Mask.FULL,
-                window=mask is Mask.WINDOW,
+                **hidden,
                 softcap=extras,
                 sinks=extras,
                 page_size=page_size,

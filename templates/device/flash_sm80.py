@@ -10,7 +10,7 @@ import cutlass
 import cutlass.cute as cute
 from cutlass import Float32, Int32, Int64
 
-from pa_ops.templates.device import pages, products, softmax
+from pa_ops.templates.device import mask_tile, pages, products, softmax
 from pa_ops.templates.device.ptx import (
     cp_async_16,
     ld_shared_128,
@@ -18,6 +18,8 @@ from pa_ops.templates.device.ptx import (
     st_global_128,
     st_global_f32,
     st_shared_32,
+    start_next_grid,
+    wait_for_grid,
 )
 from pa_ops.templates.device.tiles import Fragments, TileShape
 from pa_ops.templates.device.worklist import find_tile, length_at, paged_keys
@@ -29,9 +31,9 @@ LN_2 = 0.6931471805599453
 class FlashSm80:
     """One instance: the compile-time choices and the code that they specialise."""
 
-    def __init__(self, dtype, head_dim, paged, causal, window, rows, keys, warps):
-        self.dtype, self.head_dim, self.paged = dtype, head_dim, paged
-        self.causal, self.window = causal, window
+    def __init__(self, dtype, head_dim, paged, causal, window, masked, rows, keys, warps, chained):
+        self.dtype, self.head_dim, self.paged, self.chained = dtype, head_dim, paged, chained
+        self.causal, self.window, self.masked = causal, window, masked
         self.rows, self.keys, self.warps = rows, keys, warps
         self.threads = warps * 32
         self.m_tiles = rows // (16 * warps)
@@ -40,10 +42,11 @@ class FlashSm80:
         self.shape = TileShape(head_dim, self.threads)
         self.q_bytes = rows * head_dim * 2
         self.kv_bytes = keys * head_dim * 2
-        self.smem_bytes = self.q_bytes + 2 * self.kv_bytes
+        self.mask_tile = mask_tile.MaskTile(dtype, rows, keys, self.threads)
+        self.smem_bytes = self.q_bytes + 2 * self.kv_bytes + (self.mask_tile.bytes if masked else 0)
         accumulators = self.m_tiles * (self.d_tiles + self.n_tiles) * 4
         # Registers for addresses, statistics and fragments in flight come on top; pages take some more.
-        others = 88 if paged else 72
+        others = 88 if paged or masked else 72
         self.blocks_an_sm = max(1, 65536 // (self.threads * min(255, accumulators + others)))
 
     @cute.jit
@@ -58,6 +61,8 @@ class FlashSm80:
 
     @cute.kernel
     def kernel(self, args):
+        wait_for_grid(self.chained)
+        start_next_grid(self.chained)
         rank, head, _ = cute.arch.block_idx()
         sequence, block = find_tile(args, self.rows, rank)
         if sequence >= 0:
@@ -71,7 +76,9 @@ class FlashSm80:
 
         q_start, q_len = length_at(args.cu_seqlens_q, sequence, args.tokens)
         k_start = Int32(0)
-        if cutlass.const_expr(self.paged):
+        if cutlass.const_expr(self.masked):
+            k_len = mask_tile.keys_of(args, sequence)
+        elif cutlass.const_expr(self.paged):
             k_len = paged_keys(args, sequence, q_len)
         else:
             k_start, k_len = length_at(args.kv_lengths, sequence, args.keys)
@@ -79,7 +86,7 @@ class FlashSm80:
         block = (q_len + (self.rows - 1)) // self.rows - 1 - block
         row_first = block * self.rows
         row_last = cutlass.min(row_first + self.rows, q_len) - 1
-        shift = k_len - q_len
+        shift = args.position if self.masked else k_len - q_len
 
         # [low, high): keys that some row sees; [safe_low, safe_high): keys that every row sees.
         low, safe_low, high, safe_high = Int32(0), Int32(0), k_len, k_len
@@ -89,6 +96,11 @@ class FlashSm80:
         if cutlass.const_expr(self.window):
             low = cutlass.max(shift + row_first - args.window + 1, 0)
             safe_low = shift + row_last - args.window + 1
+        if cutlass.const_expr(self.masked):
+            if args.causal != 0:
+                high = cutlass.max(cutlass.min(k_len, shift + row_last + 1), 0)
+            if args.window > 0:
+                low = cutlass.max(shift + row_first - args.window + 1, 0)
         block_first = low // self.keys
         block_end = (high + (self.keys - 1)) // self.keys
         steps = cutlass.max(block_end - block_first, 0)
@@ -97,12 +109,19 @@ class FlashSm80:
         s_q = Int32(smem)
         s_k = s_q + self.q_bytes
         s_v = s_k + self.kv_bytes
+        s_mask = s_v + self.kv_bytes
 
         kv_head = head // args.group
         q_rows = args.q + Int64(q_start + row_first) * args.q_token_stride + Int64(head) * args.q_head_stride
         k_base = args.k + Int64(kv_head) * args.k_head_stride
         v_base = args.v + Int64(kv_head) * args.v_head_stride
-        if cutlass.const_expr(not self.paged):
+        if cutlass.const_expr(self.masked):
+            q_rows = args.q + Int64(sequence) * args.q_sequence_stride + Int64(row_first) * args.q_token_stride
+            q_rows = q_rows + Int64(head) * args.q_head_stride
+            k_base = k_base + Int64(sequence) * args.k_page_stride
+            v_base = v_base + Int64(sequence) * args.v_page_stride
+            mask_base = self.mask_tile.base(args, sequence, row_first, head)
+        elif cutlass.const_expr(not self.paged):
             k_base = k_base + Int64(k_start) * args.k_token_stride
             v_base = v_base + Int64(k_start) * args.v_token_stride
 
@@ -121,6 +140,9 @@ class FlashSm80:
             self.load_tile(
                 args, s_k, k_base, args.k_page_stride, args.k_token_stride, block_end - 1, low, high, live_pages, tid
             )
+            if cutlass.const_expr(self.masked):
+                count = row_last - row_first + 1
+                self.mask_tile.load(args, s_mask, mask_base, (block_end - 1) * self.keys, count, k_len, tid)
             cute.arch.cp_async_commit_group()
 
         for step in cutlass.range(steps, unroll=1):
@@ -138,8 +160,13 @@ class FlashSm80:
             # interior blocks then issue the mask and the softcap's exponentials for nothing.
             for _ in cutlass.range(opaque(args.softcap_in > 0.0), unroll=1):
                 softmax.cap(acc_s, args.softcap_in)
+            if cutlass.const_expr(self.masked):
+                safe_low, safe_high = self.safe_keys(args, k_len, shift + row_first, shift + row_last)
             edge = key_first + self.keys > safe_high
-            if cutlass.const_expr(self.window):
+            if cutlass.const_expr(self.masked):
+                warp_row = warp * (16 * self.m_tiles) + (lane >> 2)
+                self.mask_tile.apply(args, s_mask, acc_s, warp_row, lane, self.m_tiles, self.n_tiles)
+            if cutlass.const_expr(self.window or self.masked):
                 edge = edge | (key_first < safe_low)
             if cutlass.const_expr(self.paged):
                 edge = edge | pages.has_hole(live_pages)
@@ -156,6 +183,9 @@ class FlashSm80:
                 self.load_tile(
                     args, s_k, k_base, args.k_page_stride, args.k_token_stride, n_block - 1, low, high, live_pages, tid
                 )
+                if cutlass.const_expr(self.masked):
+                    count = row_last - row_first + 1
+                    self.mask_tile.load(args, s_mask, mask_base, key_first - self.keys, count, k_len, tid)
                 cute.arch.cp_async_commit_group()
             outgrown = softmax.outgrown(acc_s, row_max, args.log2_scale, self.n_tiles)
             for _ in cutlass.range(opaque(outgrown), unroll=1):
@@ -168,6 +198,15 @@ class FlashSm80:
             sink = softmax.sink_of(self.dtype, args, head) * LOG2_E
         factors = softmax.finish(row_max, row_sum, args.log2_scale, sink, self.m_tiles)
         self.store(args, s_q, acc_o, factors, q_start + row_first, row_last - row_first + 1, head, warp, lane)
+
+    def safe_keys(self, args, k_len, first, last):
+        """Where the keys begin and end that every row sees, of rows that stand at [first, last], by run-time flags.
+
+        Asked for anew for every block of keys: two numbers that are kept are two registers too many.
+        """
+        first, last = opaque(first), opaque(last)
+        low = cutlass.select_(args.window > 0, last - args.window + 1, Int32(0))
+        return low, cutlass.select_(args.causal != 0, cutlass.min(k_len, first + 1), k_len)
 
     def load_queries(self, args, s_q, rows_base, count, tid):
         """Start copying the block's query rows; rows beyond `count` and columns beyond the head size become zeros."""
@@ -190,7 +229,7 @@ class FlashSm80:
                 source = base + Int64(page) * page_stride + Int64(offset) * token_stride
                 self.copy_row(args, shared, source, tid, i * step, page, Int32(0x7FFFFFFF))
             else:
-                first = low if self.window else 0
+                first = low if self.window or self.masked else 0
                 self.copy_row(args, shared, source, tid, i * step, key + i * step - first, high - first)
                 source = source + token_stride * step
 
@@ -220,13 +259,17 @@ class FlashSm80:
         for mt in range(self.m_tiles):
             for r in range(2):
                 here = position + (mt * 16 + r * 8)
-                end = cutlass.min(k_len, here + 1) if self.causal or self.window else k_len
+                end, begin = k_len, here - args.window + 1 - column
+                if self.causal or self.window:
+                    end = cutlass.min(k_len, here + 1)
+                if self.masked:
+                    end = cutlass.select_(args.causal != 0, cutlass.min(k_len, here + 1), k_len)
+                    begin = cutlass.select_(args.window > 0, begin, Int32(-0x7FFFFFFF))
                 end = end - column
-                begin = here - args.window + 1 - column
                 for nt in range(self.n_tiles):
                     for c in range(2):
                         drop = end <= nt * 8 + c
-                        if self.window:
+                        if self.window or self.masked:
                             drop = drop | (begin > nt * 8 + c)
                         if self.paged:
                             drop = drop | pages.is_hole(holes, nt * 8 + c)

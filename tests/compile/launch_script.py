@@ -18,7 +18,7 @@ import tvm_ffi
 from torch import Tensor
 
 from helpers import programs
-from pa_ops.arguments import RECORDS, Record
+from pa_ops.arguments import Record, record_of
 from pa_ops.checks import Rule
 from pa_ops.program import (
     MAP_DTYPES,
@@ -112,7 +112,7 @@ def main(scene: str, library: str, name: str) -> None:
     """Plays one scene."""
     module = tvm_ffi.load_module(library)
     kernel, call = int(module[name]()), module["pa_call"]
-    record = RECORDS[InstanceSpec.parse(name).family]
+    record = record_of(InstanceSpec.parse(name))
     random_ = random.Random(0)
     tensors = tensors_of(9, 3)
     program = program_of(kernel, record, tensors, random_)
@@ -134,7 +134,7 @@ def main(scene: str, library: str, name: str) -> None:
             attempt(call, *arguments)
     elif scene == "driver errors":
         encoding = ("cuTensorMapEncodeTiled",) if record.maps else ()
-        for name in (*encoding, "cuLibraryLoadData", "cuLibraryGetKernel", "cuLaunchKernel"):
+        for name in (*encoding, "cuLibraryLoadData", "cuLibraryGetKernel", "cuLaunchKernelEx"):
             os.environ["FAKE_CUDA_ERROR"] = name
             attempt(call, program.address, *tensors)
     else:

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from core_rows import declared_rows
 
-from pa_ops.arguments import RECORDS
+from pa_ops.arguments import record_of
 from pa_ops.capability import MODELS, Capability, parse_target
 from pa_ops.errors import BuildError, InvalidArgument
 from pa_ops.evidence import Evidence
@@ -85,7 +85,7 @@ def test_G5_targets_before_sm_80_get_cuda_kernels_and_the_reason_for_each_refusa
         specs = declared("full", (target,))
         mea = {Family.MEA: len(MEA_TILES) * len(Layout) * len(Mask)}
         mea[Family.MEA_DECODE] = len(MEA_DECODE_TILES) * len(DECODE_MASKS)
-        assert Counter(spec.family for spec in specs) == {Family.APPEND: 2, **mea}
+        assert Counter(spec.family for spec in specs) == {Family.APPEND: 2, Family.GATHER: 2, **mea}
         assert {spec.dtype for spec in specs if spec.family in mea} == {DType.FP16}
         reasons = {refusal.spec: refusal.rule for refusal in refusals("full", (target,))}
         assert set(reasons) == {*matrix.candidates("full")} - {*specs}
@@ -271,7 +271,8 @@ def test_a_digest_covers_the_tools_and_device_files_of_its_own_language(
 
 REACHED = {
     Family.MERGE: {"compiling.py", "merge.py", "ptx.py"},
-    Family.APPEND: {"append.cuh", "half.cuh", "memory.cuh"},
+    Family.APPEND: {"append.cuh", "half.cuh", "memory.cuh", "search.cuh"},
+    Family.GATHER: {"gather.cuh", "half.cuh", "memory.cuh", "search.cuh"},
 }
 
 
@@ -316,7 +317,7 @@ def test_rendering_binds_the_spec_and_hides_its_statements() -> None:
 
 def test_cuda_sources_declare_the_fields_of_their_record_in_order() -> None:
     spec = declared("smoke", ("sm_53",))[0]
-    members = [f"    {CUDA_TYPES[letter]} {name};\n" for name, letter in RECORDS[spec.family].fields]
+    members = [f"    {CUDA_TYPES[letter]} {name};\n" for name, letter in record_of(spec).fields]
     assert "struct Arguments {\n" + "".join(members) + "};" in Renderer().render(spec)
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import tvm_ffi
 
-from pa_ops.arguments import RECORDS
+from pa_ops.arguments import record_of
 from pa_ops.capability import parse_target
 from pa_ops.families import attention_families
 from pa_ops.generator import matrix
@@ -71,7 +71,7 @@ def test_G2_facts_are_those_of_the_image_that_ships(product: Layout) -> None:
         assert entry.code_targets == ("sm_90a",) and is_code_for(facts.target, "sm_90a")
         assert 16 <= entry.registers == facts.registers <= REGISTERS
         assert entry.smem_bytes == entry.spec.smem_bytes + facts.static_smem_bytes
-        assert facts.argument_bytes == RECORDS[entry.spec.family].size
+        assert facts.argument_bytes == record_of(entry.spec).size
         assert facts.image_bytes == len(cubin) and library.count(cubin) == 1
     assert len(read_facts(library)) == len(rows(product))
 
@@ -96,9 +96,17 @@ def test_no_kernel_spills(product: Layout) -> None:
     assert [(entry.name, entry.spill_bytes) for entry in rows(product) if entry.spill_bytes] == []
 
 
-PATTERNS = {KernelOp.ATTN: "*_fp16_*_d64*_gather_causal_*", KernelOp.APPEND_KV: "*append*"}
+PATTERNS = {
+    KernelOp.ATTN: "*_fp16_*_d64*_gather_causal_*",
+    KernelOp.APPEND_KV: "*append*",
+    KernelOp.GATHER_KV: "*gather_kv*",
+}
 CUTE_TARGETS = [target for target in matrix.DECLARED_TARGETS if parse_target(target) >= OLDEST_CUTE_SM]
-TARGETS = {KernelOp.ATTN: (*CUTE_TARGETS, "sm_100a", "sm_120a"), KernelOp.APPEND_KV: matrix.DECLARED_TARGETS}
+HELPERS = {KernelOp.APPEND_KV: Family.APPEND, KernelOp.GATHER_KV: Family.GATHER}
+TARGETS = {
+    KernelOp.ATTN: (*CUTE_TARGETS, "sm_100a", "sm_120a"),
+    **dict.fromkeys(HELPERS, matrix.DECLARED_TARGETS),
+}
 
 
 @pytest.fixture(scope="module")
@@ -127,10 +135,13 @@ def test_G5_attention_compiles_for_every_target_and_never_spills(target: str, ev
         assert entry.spill_bytes == 0
 
 
-@pytest.mark.parametrize("target", TARGETS[KernelOp.APPEND_KV])
-def test_G5_append_compiles_for_every_declared_target_and_never_spills(target: str, everywhere: Everywhere) -> None:
-    entries = everywhere[KernelOp.APPEND_KV, target]
-    assert [entry.spec.family for entry in entries] == [Family.APPEND] * 2
+@pytest.mark.parametrize("op", HELPERS)
+@pytest.mark.parametrize("target", matrix.DECLARED_TARGETS)
+def test_G5_helpers_compile_for_every_declared_target_and_never_spill(
+    target: str, op: KernelOp, everywhere: Everywhere
+) -> None:
+    entries = everywhere[op, target]
+    assert [entry.spec.family for entry in entries] == [HELPERS[op]] * 2
     assert {entry.code_targets for entry in entries} == {(target,)}
     assert [entry.spill_bytes for entry in entries] == [0, 0]
     assert all(entry.registers * entry.spec.threads <= BLOCK_REGISTERS for entry in entries)

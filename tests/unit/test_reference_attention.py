@@ -272,7 +272,7 @@ def test_D10_X9_fused_hnd_and_packed_caches_are_read_by_view() -> None:
 def test_row_chunks_do_not_change_the_answer(monkeypatch: pytest.MonkeyPatch) -> None:
     batch = make_batch([11, 5], [17, 5])
     want, want_lse = expected(batch, True, 6)
-    monkeypatch.setattr(reference, "SCORES_PER_CHUNK", 4 * 17 * 3)
+    monkeypatch.setattr("pa_ops.reference_rows.SCORES_PER_CHUNK", 4 * 17 * 3)
     out, lse = reference.paged_attention(*batch.paged, sliding_window=6)
     torch.testing.assert_close(out, want)
     torch.testing.assert_close(lse, want_lse)

@@ -92,7 +92,7 @@ def test_shared_memory_is_the_q_tile_and_every_stage_of_k_and_v() -> None:
 
 
 def test_a_bad_axis_is_named() -> None:
-    with pytest.raises(InvalidArgument, match=r"spec\.mask: must be one of full, causal, window; got 'banded'"):
+    with pytest.raises(InvalidArgument, match=r"spec\.mask: must be one of full, causal, window, tensor; got 'banded'"):
         InstanceSpec(
             op=KernelOp.ATTN,
             family=Family.FLASH_SM80,
