@@ -13,7 +13,7 @@ from core_rows import declared_rows
 from test_cuda_calls import Launches
 
 import pa_ops
-from helpers.padded import MASKS, Padded
+from helpers.padded import MASKS, Padded, expected
 from pa_ops import Capability, InvalidArgument, NoInstance, Problem, padded, trace
 from pa_ops.capability import MODELS
 from pa_ops.coverage import HIDING_OPTIONS
@@ -115,6 +115,20 @@ def test_positions_that_lengths_tell_need_no_kernel_of_their_own(launches: Launc
         run(case)
         assert (launches[-1].fields["mask"], launches[-1].fields["causal"]) == (0, 1)
     assert len(launches) == 2
+
+
+def test_a_padding_mask_is_served_by_lengths_and_the_device_decides(launches: Launches) -> None:
+    """CPU tensors: paged attention is the reference, so the result is right if and only if it took all rows."""
+    case = Padded(5, 48, kv_heads=2, group=2, mask="bool", mask_axes=(True, False, False, True))
+    for seen, by_lengths in ((torch.arange(48) < torch.tensor([[9], [48]]), True), (torch.arange(48) % 5 > 0, False)):
+        mask = seen.expand(2, 48)[:, None, None].contiguous()
+        call = {**case.call(), "attn_mask": mask}
+        _, (out, _, _, _) = run(case, attn_mask=mask)
+        same = torch.allclose(out.float(), expected(call)[0], atol=5e-3, rtol=5e-3)
+        assert same == by_lengths
+    assert len(launches) == 2, "the masked kernel, whose prefix sums are zeros where lengths served"
+    run(Padded(5, 48, mask="bool", mask_axes=(True, False, False, True), options={"causal": True}))
+    assert launches[-1].fields["causal"] == 1
 
 
 def test_one_program_serves_every_length_of_its_kind(launches: Launches) -> None:
