@@ -115,7 +115,7 @@ _SERVING: dict[Family, tuple[Cell, ...]] = {
     ),
     Family.FLASH_SM90: _grid(FLASH_SM90_TILES, Layout, PLAIN_MASKS),
     Family.DECODE: _grid(DECODE_TILES, _PAGED, DECODE_MASKS),
-    Family.MEA: _grid(MEA_TILES, Layout, PLAIN_MASKS),
+    Family.MEA: (*_grid(MEA_TILES, Layout, PLAIN_MASKS), *_grid(MEA_TILES, _DENSE, _TENSOR)),
     Family.MEA_DECODE: _grid(MEA_DECODE_TILES, _PAGED, DECODE_MASKS),
 }
 PRESETS: dict[str, Preset] = {
@@ -207,7 +207,7 @@ def _tiles(family: Family, cell: Cell) -> tuple[Tile, ...]:
     if family is Family.FLASH_SM80:
         return (TILE_EXCEPTIONS.get(cell, FLASH_SM80_TILES[cell.head_dim][cell.layout]),)
     if family is Family.MEA:
-        return tuple(MEA_TILES[cell.head_dim].values())
+        return tuple(dict.fromkeys(MEA_TILES[cell.head_dim].values()))
     return (TILES[family][cell.head_dim],)
 
 
