@@ -203,10 +203,11 @@ class TargetBuild:
             }
             for item in shard
         ]
-        packages = {"pa_ops": str(core), "pa_ops.templates": str(templates)}
+        generator = Path(__file__).parent
+        folders = {"pa_ops": core, "pa_ops.templates": templates, "pa_ops.generator": generator}
         document = {
             "target": self.plan.target,
-            "packages": packages,
+            "packages": {name: str(folder) for name, folder in folders.items()},
             "include": str(templates / "device"),
             "nvrtc": str(self.planner.tools.nvrtc),
             "instances": instances,

@@ -1,11 +1,10 @@
 /* Functions of PyTorch, Python and C++ that kernels use where they find them: a product links none of the three. */
 #pragma once
 
+#include "export.h"
 #include <stdbool.h>
 #include <stddef.h>
 #include <stdint.h>
-
-#define PA_EXPORT __attribute__((visibility("default")))
 
 typedef uint64_t pa_value; /* an argument or a result: a number, or a pointer that its holder owns */
 typedef void *pa_tensor_handle;

@@ -25,6 +25,7 @@ LANGUAGES: dict[Family, Language] = {
     Family.MEA: Language.CUDA,
     Family.MEA_DECODE: Language.CUDA,
     Family.APPEND: Language.CUDA,
+    Family.GATHER: Language.CUDA,
     Family.MERGE: Language.CUTE,
 }
 OLDEST_CUTE_SM = 80

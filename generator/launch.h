@@ -1,6 +1,7 @@
 /* A built kernel, and its launch on a device. */
 #pragma once
 
+#include "export.h"
 #include <stdatomic.h>
 #include <stddef.h>
 #include <stdint.h>
@@ -34,8 +35,6 @@ int pa_encode(void *map, const struct pa_tensor *tensor);
 
 /* Raise an error of a Python kind; returns -1. */
 int pa_fail(const char *kind, const char *what, const char *why);
-
-#define PA_EXPORT __attribute__((visibility("default")))
 
 /* __tvm_ffi_NAME() returns the kernel's address, which programs name it by. */
 #define PA_KERNEL(NAME, FILE, ENTRY, THREADS, SMEM, ARGUMENTS)                                                         \

@@ -50,9 +50,10 @@ MEA_TILES: dict[int, dict[int, Tile]] = {
     64: {53: Tile(128, 64, 1, 4)},
     128: {70: Tile(128, 32, 1, 4), 53: Tile(64, 64, 1, 4)},
     256: {80: Tile(64, 32, 1, 4), 53: Tile(64, 16, 1, 4)},
+    512: {80: Tile(32, 16, 1, 4), 75: Tile(16, 16, 1, 4), 70: Tile(32, 16, 1, 4), 53: Tile(16, 16, 1, 4)},
 }
 # Few query rows: each warp has 16 keys a step.
-MEA_DECODE_TILES: dict[int, Tile] = dict.fromkeys(MEA_TILES, Tile(16, 64, 1, 4))
+MEA_DECODE_TILES: dict[int, Tile] = dict.fromkeys((64, 128, 256), Tile(16, 64, 1, 4))
 DECODE_MASKS = (Mask.CAUSAL, Mask.WINDOW)
 DTYPES: tuple[DType, ...] = (DType.FP16, DType.BF16)
 KV_DTYPES: tuple[DType, ...] = (DType.FP16, DType.BF16, DType.E4M3FN, DType.E5M2, DType.INT8)
@@ -114,7 +115,7 @@ _SERVING: dict[Family, tuple[Cell, ...]] = {
     ),
     Family.FLASH_SM90: _grid(FLASH_SM90_TILES, Layout, PLAIN_MASKS),
     Family.DECODE: _grid(DECODE_TILES, _PAGED, DECODE_MASKS),
-    Family.MEA: _grid(MEA_TILES, Layout, PLAIN_MASKS),
+    Family.MEA: (*_grid(MEA_TILES, Layout, PLAIN_MASKS), *_grid(MEA_TILES, _DENSE, _TENSOR)),
     Family.MEA_DECODE: _grid(MEA_DECODE_TILES, _PAGED, DECODE_MASKS),
 }
 PRESETS: dict[str, Preset] = {
@@ -206,7 +207,7 @@ def _tiles(family: Family, cell: Cell) -> tuple[Tile, ...]:
     if family is Family.FLASH_SM80:
         return (TILE_EXCEPTIONS.get(cell, FLASH_SM80_TILES[cell.head_dim][cell.layout]),)
     if family is Family.MEA:
-        return tuple(MEA_TILES[cell.head_dim].values())
+        return tuple(dict.fromkeys(MEA_TILES[cell.head_dim].values()))
     return (TILES[family][cell.head_dim],)
 
 
@@ -228,6 +229,7 @@ def _attention(family: Family, cells: Sequence[Cell]) -> Iterator[InstanceSpec]:
 
 _HELPERS = (
     (KernelOp.APPEND_KV, Family.APPEND, Layout.GATHER, Tile(0, 0, 0, 4)),
+    (KernelOp.GATHER_KV, Family.GATHER, Layout.GATHER, Tile(0, 0, 0, 4)),
     (KernelOp.MERGE_STATES, Family.MERGE, Layout.DENSE, Tile(0, 0, 0, 4)),
 )
 

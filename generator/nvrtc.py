@@ -1,7 +1,7 @@
 """Turns CUDA C++ into a cubin, or PTX, through NVRTC by ctypes: no toolkit, no host compiler, no GPU.
 
-NVRTC 12.9, from PyPI, compiles for every SM from 5.0 to 12.1; NVRTC 13 begins at 7.5. Loaded by path in compile
-workers, so this module imports the standard library alone.
+NVRTC 12.9, from PyPI, compiles for every SM from 5.0 to 12.1; NVRTC 13 begins at 7.5. Compile workers import this
+module, so it needs the standard library alone.
 """
 
 from __future__ import annotations
@@ -9,6 +9,8 @@ from __future__ import annotations
 import ctypes
 from collections.abc import Sequence
 from pathlib import Path
+
+from .ptx import is_target
 
 Program = ctypes.c_void_p
 
@@ -65,7 +67,7 @@ def compile_image(library: Path | str, source: Path, target: str, include: Path)
         if status != 0:
             raise NvrtcError(f"NVRTC status {status} for {target}\n{_log(nvrtc, program)}")
         size = ctypes.c_size_t()
-        kind = "PTX" if target.startswith("compute_") else "CUBIN"
+        kind = "PTX" if is_target(target) else "CUBIN"
         getattr(nvrtc, f"nvrtcGet{kind}Size")(program, ctypes.byref(size))
         image = ctypes.create_string_buffer(size.value)
         getattr(nvrtc, f"nvrtcGet{kind}")(program, image)

@@ -23,7 +23,7 @@ from .toolchain import Toolchain
 
 HERE = Path(__file__).parent
 COMPILE_SOURCES = (HERE / "worker.py", HERE / "cubin.py", HERE / "ptx.py", HERE / "nvrtc.py", Path(arguments.__file__))
-LINK_SOURCES = (*SOURCES, *(HERE / name for name in ("launch.h", "program.h", "kept.h", "host.h")))
+LINK_SOURCES = (*SOURCES, *(HERE / name for name in ("export.h", "launch.h", "program.h", "kept.h", "host.h")))
 
 
 def select(preset: str, target: str, pattern: str | None) -> tuple[InstanceSpec, ...]:

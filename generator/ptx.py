@@ -1,7 +1,7 @@
 """Turns PTX text into the facts of its kernel: symbol, code target, argument bytes, static shared memory.
 
-Registers and stack frame are 0: the driver's compiler decides them when the text is loaded. Loaded by path in compile
-workers, beside cubin.py whose KernelFacts it fills.
+Registers and stack frame are 0: the driver's compiler decides them when the text is loaded. Compile workers import this
+module, which fills the KernelFacts of cubin.py, so it needs the standard library alone.
 """
 
 from __future__ import annotations

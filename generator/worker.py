@@ -1,9 +1,9 @@
 """Turns the rendered sources of one shard into cubins and their facts, in one process that imports the DSL once.
 
 Run by path with a request file, so that it needs neither an installed package nor torch: the package pa_ops is
-entered bare, for its device modules alone. Importing the DSL costs about a second of a core, an attention instance one
-to two; CUDA C++ needs no import and 0.2 s an instance. An instance that fails leaves its reason beside the objects and
-the others still compile.
+entered bare, for its device modules and what compiles them. Importing the DSL costs about a second of a core, an
+attention instance one to two; CUDA C++ needs no import and 0.2 s an instance. An instance that fails leaves its reason
+beside the objects and the others still compile.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ import time
 import traceback
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from importlib import import_module
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -80,7 +81,7 @@ def _from_dsl(name: str, source: Path, request: Mapping[str, Any]) -> bytes:
 
 def _from_cuda(name: str, source: Path, request: Mapping[str, Any]) -> bytes:
     """The cubin, or PTX, of a CUDA C++ source."""
-    nvrtc = _load("pa_ops_nvrtc", Path(__file__).with_name("nvrtc.py"))
+    nvrtc = import_module("pa_ops.generator.nvrtc")
     image: bytes = nvrtc.compile_image(request["nvrtc"], source, request["target"], Path(request["include"]))
     return image
 
@@ -90,7 +91,7 @@ COMPILERS = {".py": _from_dsl, ".cu": _from_cuda}
 
 def _facts(image: bytes, target: str, cubin: ModuleType) -> Sequence[Any]:
     """What the compiler says of each kernel of an image."""
-    ptx = _load("pa_ops_ptx", Path(__file__).with_name("ptx.py"))
+    ptx = import_module("pa_ops.generator.ptx")
     if ptx.is_target(target):
         return [cubin.KernelFacts(**facts) for facts in ptx.read_facts(image)]
     return tuple(cubin.read_facts(image))
@@ -170,7 +171,7 @@ def main(arguments: list[str]) -> int:
     here = Path(__file__).resolve().parent
     sys.path[:] = [entry for entry in sys.path if Path(entry or ".").resolve() != here]
     _enter_bare(request["packages"])
-    cubin = _load("pa_ops_cubin", here / "cubin.py")
+    cubin = import_module("pa_ops.generator.cubin")
     wanted = [instance for instance in request["instances"] if only is None or instance["name"] in only]
     compiled = [_one(instance, request, path, cubin) for instance in wanted]
     return 0 if all(compiled) else 1

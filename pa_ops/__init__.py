@@ -9,7 +9,15 @@ from pa_ops import reference, trace
 from pa_ops.capability import Capability, Feature
 from pa_ops.errors import BuildError, InvalidArgument, NoInstance, PaOpsError
 from pa_ops.faults import Fault, take_faults
-from pa_ops.functions import append_kv, attention, merge_states, paged_attention, paged_attention_, varlen_attention
+from pa_ops.functions import (
+    append_kv,
+    attention,
+    gather_kv,
+    merge_states,
+    paged_attention,
+    paged_attention_,
+    varlen_attention,
+)
 from pa_ops.overrides import backend, batch_invariant
 from pa_ops.problem import Problem
 from pa_ops.selecting import explain, families, select
@@ -31,6 +39,7 @@ __all__ = [
     "batch_invariant",
     "explain",
     "families",
+    "gather_kv",
     "merge_states",
     "paged_attention",
     "paged_attention_",

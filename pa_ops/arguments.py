@@ -203,6 +203,24 @@ APPEND = Record(
     ),
 )
 
+GATHER = Record(
+    addresses=("k_cache", "v_cache", "block_table", "cu_seqlens_k", "k", "v"),
+    strides=(
+        "k_page_stride",
+        "k_token_stride",
+        "k_head_stride",
+        "v_page_stride",
+        "v_token_stride",
+        "v_head_stride",
+        "to_k_token_stride",
+        "to_k_head_stride",
+        "to_v_token_stride",
+        "to_v_head_stride",
+        "table_stride",
+    ),
+    counts=("tokens", "sequences", "kv_heads", "head_dim", "head_dim_v", "page_size", "num_pages", "max_pages"),
+)
+
 MERGE = Record(
     addresses=("out_a", "lse_a", "out_b", "lse_b", "out", "lse"),
     strides=(
@@ -258,6 +276,7 @@ RECORDS: dict[Family, Record] = {
     Family.MEA: MEA,
     Family.MEA_DECODE: DECODE,
     Family.APPEND: APPEND,
+    Family.GATHER: GATHER,
     Family.MERGE: MERGE,
 }
 

@@ -31,6 +31,7 @@ REFERENCES: dict[str, Callable[..., Any]] = {
     "varlen_attention": reference.varlen_attention,
     "attention": reference.attention,
     "append_kv": reference.append_kv,
+    "gather_kv": reference.gather_kv,
     "merge_states": reference.merge_states,
 }
 ATTENTION = ("paged_attention", "paged_attention_", "varlen_attention")
@@ -65,6 +66,7 @@ TENSORS: dict[str, tuple[str, ...]] = {
     ),
     "attention": ("q", "k", "v", "cu_seqlens_q", "kv_lengths", "mask", *_OPTIONS[:-1]),
     "append_kv": ("slot_mapping", "key", "value", "k_cache", "v_cache", "k_scale", "v_scale"),
+    "gather_kv": ("k", "v", "k_cache", "v_cache", "block_table", "cu_seqlens_k"),
     "merge_states": ("out_a", "lse_a", "out_b", "lse_b", "out", "lse"),
 }
 """Operator -> the tensors that a program is called with, results among them; the first fixes the number of tokens."""
@@ -80,6 +82,7 @@ NUMBERS: dict[str, tuple[str, ...]] = {
     "varlen_attention": _NUMBERS,
     "paged_attention_": (*_NUMBERS, "num_heads", "num_kv_heads", "rotary_interleaved"),
     "append_kv": (),
+    "gather_kv": (),
     "merge_states": (),
 }
 """Operator -> the options that are no tensors, bounds left out: they enter a kind by their power of two."""
@@ -89,6 +92,7 @@ SIZED: dict[str, tuple[int, int]] = {
     "varlen_attention": (0, 3),
     "paged_attention_": (0, 5),
     "append_kv": (4, 4),
+    "gather_kv": (4, 3),
     "merge_states": (0, 0),
 }
 """Operator -> the places of the tensors whose sizes, tokens and sequences, may rank kernels."""

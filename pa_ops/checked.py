@@ -20,6 +20,8 @@ def check_values(op: str, arguments: Arguments) -> None:
     name, _, overload = op.partition(".")
     if name == "append_kv":
         _check_slots(arguments["slot_mapping"], arguments["k_cache"])
+    elif name == "gather_kv":
+        _check_gathered(arguments)
     elif name == "paged_attention_":
         _check_serving(arguments, padded=overload == "out")
     elif name == "attention":
@@ -97,23 +99,44 @@ def _check_pages(argument: str, given: list[int], arguments: Arguments, new: lis
     pages, page_size = arguments["k_cache"].shape[:2]
     window: int = arguments["sliding_window"]
     table = arguments["block_table"].cpu()
-    capacity = table.shape[1] * page_size
     for sequence, (value, fresh, length) in enumerate(zip(given, new, visible, strict=True)):
         got = f"{argument}[{sequence}] = {value}"
         if value < 0:
             raise InvalidArgument(argument, f"must be >= 0, as it is not in sequence {sequence}", got)
-        if length > capacity:
-            rule = f"sequence {sequence} must fit its {table.shape[1]} pages of {page_size} tokens = {capacity}"
+        if length > table.shape[1] * page_size:
+            rule = _room(sequence, table.shape[1], page_size)
             raise InvalidArgument(argument, rule, got if value == length else f"{got}, with {fresh} new = {length}")
         if fresh == 0:
             continue
         first = max(0, length - fresh - window + 1) // page_size if window > 0 else 0
-        live = table[sequence, first : -(-length // page_size)]
-        wrong = ((live < 0) | (live >= pages)).nonzero().flatten().tolist()
-        if wrong:
-            place = first + wrong[0]
-            rule = f"sequence {sequence} reads page {place} of its row, whose id must be in [0, {pages})"
-            raise InvalidArgument("block_table", rule, f"block_table[{sequence}, {place}] = {int(live[wrong[0]])}")
+        _check_mapped(table, sequence, first, -(-length // page_size), pages)
+
+
+def _room(sequence: int, row: int, page_size: int) -> str:
+    """The rule that a sequence which is too long for its row of the block table breaks."""
+    return f"sequence {sequence} must fit its {row} pages of {page_size} tokens = {row * page_size}"
+
+
+def _check_mapped(table: Tensor, sequence: int, first: int, stop: int, pages: int) -> None:
+    """Pages [first, stop) of a sequence's row exist."""
+    live = table[sequence, first:stop]
+    wrong = ((live < 0) | (live >= pages)).nonzero().flatten().tolist()
+    if wrong:
+        place = first + wrong[0]
+        rule = f"sequence {sequence} reads page {place} of its row, whose id must be in [0, {pages})"
+        raise InvalidArgument("block_table", rule, f"block_table[{sequence}, {place}] = {int(live[wrong[0]])}")
+
+
+def _check_gathered(arguments: Arguments) -> None:
+    """The values of `gather_kv`: every row has a token, its row of the block table has room, its page exists."""
+    lengths = _lengths("cu_seqlens_k", arguments["cu_seqlens_k"], arguments["k"].shape[0], "k", padded=True)
+    pages, page_size = arguments["k_cache"].shape[:2]
+    table = arguments["block_table"].cpu()
+    for sequence, length in enumerate(lengths):
+        if length > table.shape[1] * page_size:
+            rule = _room(sequence, table.shape[1], page_size)
+            raise InvalidArgument("cu_seqlens_k", rule, f"{length} tokens")
+        _check_mapped(table, sequence, 0, -(-length // page_size), pages)
 
 
 def _check_positions(rows: int, past: list[int], new: list[int]) -> None:

@@ -134,6 +134,14 @@ RULES: dict[str, tuple[Rule, ...]] = {
         Rule("v_cache", "pages page_size Hkv Dv", ("k_cache",), written=True),
         *_SCALES,
     ),
+    "gather_kv": (
+        Rule("k", "T Hkv D", HALF, written=True),
+        Rule("v", "T Hkv Dv", ("k",), written=True),
+        Rule("k_cache", "pages page_size Hkv D", ("k",)),
+        Rule("v_cache", "pages page_size Hkv Dv", ("k",)),
+        Rule("cu_seqlens_k", "B+1", (torch.int32,)),
+        Rule("block_table", "B max_pages", (torch.int32,)),
+    ),
     "merge_states": (
         Rule("out_a", "T Hq Dv", HALF),
         Rule("lse_a", "Hq T", (torch.float32,)),

@@ -22,6 +22,7 @@ from pa_ops.coverage import Coverage, cover, load_evidence
 from pa_ops.errors import InvalidArgument, PaOpsError
 from pa_ops.homes import home
 from pa_ops.problem import Problem
+from pa_ops.spec import Op
 
 EVIDENCE = "gpu-evidence.json"
 BENCH = "gpu-bench.json"
@@ -55,7 +56,7 @@ def parser() -> argparse.ArgumentParser:
     listing.set_defaults(run=run_list)
 
     explain = commands.add_parser("explain", help="what would be selected, and why the rest is not")
-    explain.add_argument("op", metavar="OP", help="paged_attention, varlen_attention, append_kv or merge_states")
+    explain.add_argument("op", metavar="OP", help="one of " + ", ".join(Op))
     explain.add_argument("facts", nargs="*", metavar="key=value", help="a Problem's fields, sm=90, backend=NAME")
     explain.set_defaults(run=run_explain)
 

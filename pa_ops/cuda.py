@@ -82,6 +82,11 @@ def append_kv(*tensors: Tensor, **options: Any) -> None:
     _run("append_kv", tensors, options, given)
 
 
+def gather_kv(*tensors: Tensor) -> None:
+    """torch.ops.pa_ops.gather_kv on CUDA tensors."""
+    _run("gather_kv", tensors, {}, (*tensors[4:], *tensors[:4]))
+
+
 def merge_states(*tensors: Tensor) -> Results:
     """torch.ops.pa_ops.merge_states on CUDA tensors."""
     out, lse = (torch.empty_like(side, memory_format=torch.contiguous_format) for side in tensors[:2])
@@ -98,6 +103,7 @@ IMPLEMENTATIONS: dict[str, Callable[..., Any]] = {
     "varlen_attention.out": _attention_out("varlen_attention.out"),
     "attention": attention,
     "append_kv": append_kv,
+    "gather_kv": gather_kv,
     "merge_states": merge_states,
 }
 """Operator and overload -> what the dispatcher calls for CUDA tensors."""

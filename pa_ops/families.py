@@ -83,6 +83,16 @@ GATES: dict[Family, Gates] = {
         split_heads=True,
         aligned=False,
     ),
+    Family.GATHER: Gates(
+        KernelOp.GATHER_KV,
+        _both(Feature.HALF2),
+        _PAGED,
+        _ANY_MASK,
+        head_multiple=1,
+        head_max=1024,
+        split_heads=True,
+        aligned=False,
+    ),
     Family.MERGE: Gates(
         KernelOp.MERGE_STATES,
         _both(Feature.CP_ASYNC),

@@ -234,6 +234,23 @@ def append_kv(
     raise NotImplementedError
 
 
+@_as(OPERATORS.gather_kv.default)
+def gather_kv(
+    k_cache: Tensor, v_cache: Tensor, block_table: Tensor, cu_seqlens_k: Tensor, k: Tensor, v: Tensor
+) -> None:
+    """Copies each sequence's first tokens out of its pages into contiguous rows, bit by bit: what `append_kv` undoes.
+
+    k_cache, v_cache: [pages, page_size, Hkv, D] and [..., Dv] fp16 or bf16; strides as in `paged_attention`.
+    block_table: [B, max_pages] int32, page ids; a token whose page is outside [0, pages), or beyond the row, is zeros.
+    cu_seqlens_k: [B+1] int32, prefix sums of the tokens to copy, from 0 on; they are read on the device alone.
+    k, v: [T, Hkv, D] and [T, Hkv, Dv] in the caches' dtype, any strides with a dense last dimension, written in place:
+        row cu_seqlens_k[b] + i is token i of sequence b. Rows past cu_seqlens_k[-1] stay as they are.
+
+    The rows are what `varlen_attention` takes. Raises InvalidArgument, NoInstance.
+    """
+    raise NotImplementedError
+
+
 @_as(OPERATORS.merge_states.default)
 def merge_states(out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor) -> Results:
     """Attention over two disjoint sets of keys from the two partial results: -> (out [T, Hq, Dv], lse [Hq, T] fp32).

@@ -13,9 +13,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from pa_ops.arguments import APPEND, DECODE, FLASH_SM90, MERGE, Record, record_of
+from pa_ops.arguments import DECODE, FLASH_SM90, Record, record_of
 from pa_ops.errors import InvalidArgument
-from pa_ops.plan import ceil_div
 from pa_ops.program import Address, Grid, GridRule, Launch, Size, Source, Stride, TensorMap, Value
 from pa_ops.scratch import blocks_of, counters_at, tickets_at
 from pa_ops.spec import DType, InstanceSpec
@@ -25,8 +24,6 @@ WINDOW_LIMIT = 1 << 30  # keeps pos - W inside an int32; no sequence is that lon
 DTYPES = {DType.FP16: torch.float16, DType.BF16: torch.bfloat16}
 HALF = 2  # bytes of an element of fp16 or bf16
 ALIGNMENT = 16  # bytes of a vector access; what `Problem.aligned` promises
-APPEND_THREADS = 128
-FILLING_BLOCKS = 1024  # of `append`: below that many, a token is cut into slices, one run of elements a thread
 
 
 class Rows(NamedTuple):
@@ -211,101 +208,3 @@ def _key_sources(keys: Keys) -> dict[str, Source]:
         "page_size": keys.page_size,
         "keys": Size("block_table", 1, keys.page_size),
     }
-
-
-@dataclass(frozen=True)
-class Rotary:
-    """How `append` turns queries and keys; the turned queries go to `query_out`."""
-
-    query: Rows
-    query_out: Rows
-    heads: int
-    cos: Tensor
-    interleaved: bool
-
-
-def append_launch(
-    kernel: int,
-    *,
-    key: Rows,
-    value: Rows,
-    k_cache: Tensor,
-    v_cache: Tensor,
-    tokens: str,
-    slots: str | None,
-    serving: bool,
-    rotary: Rotary | None,
-    aligned: bool,
-    faults: int,
-) -> Launch:
-    """Store key [T.., Hkv, D] and value [T.., Hkv, Dv] into their slots, T being the rows of the tensor `tokens`.
-
-    serving: lengths, past lengths and block table are there; without `slots` they tell where a token goes. aligned:
-    every row of every tensor starts at a multiple of 16 bytes. faults: the address of the device's mask.
-    """
-    _, page_size, kv_heads, head_dim = k_cache.shape
-    head_dim_v = v_cache.shape[3]
-    rotary_dim = 0 if rotary is None else 2 * rotary.cos.shape[1]
-    runs = (head_dim, head_dim_v, rotary_dim // 2)
-    vectors = aligned and all(HALF * run % ALIGNMENT == 0 for run in runs)
-    nothing = Rows(0, 0, 0)
-    query, query_out = (nothing, nothing) if rotary is None else (rotary.query, rotary.query_out)
-    heads = 0 if rotary is None else rotary.heads
-    caches: dict[str, Source] = {}
-    for letter in "kv":
-        caches[f"{letter}_cache"] = Address(f"{letter}_cache")
-        for axis, name in enumerate(("page", "token", "head")):
-            caches[f"{letter}_{name}_stride"] = Stride(f"{letter}_cache", axis, HALF)
-    sources: dict[str, Source] = {
-        **caches,
-        "query": query.address,
-        "key": key.address,
-        "value": value.address,
-        "query_out": query_out.address,
-        "cos": 0 if rotary is None else Address("cos"),
-        "sin": 0 if rotary is None else Address("sin"),
-        "slots": 0 if slots is None else Address(slots),
-        "cu_seqlens_q": Address("cu_seqlens_q") if serving else 0,
-        "past_lens": Address("past_lens") if serving else 0,
-        "block_table": Address("block_table") if serving else 0,
-        "faults": faults,
-        "query_token_stride": query.token,
-        "query_head_stride": query.head,
-        "key_token_stride": key.token,
-        "key_head_stride": key.head,
-        "value_token_stride": value.token,
-        "value_head_stride": value.head,
-        "out_token_stride": query_out.token,
-        "out_head_stride": query_out.head,
-        "rotary_stride": 0 if rotary is None else Stride("cos", 0, rotary.cos.element_size()),
-        "table_stride": Stride("block_table", 0, 4) if serving else 0,
-        "tokens": Size(tokens, 0),
-        "sequences": Size("cu_seqlens_q", 0, 1, -1) if serving else 0,
-        "query_heads": heads,
-        "kv_heads": kv_heads,
-        "head_dim": head_dim,
-        "head_dim_v": head_dim_v,
-        "rotary_dim": rotary_dim,
-        "interleaved": int(rotary is not None and rotary.interleaved),
-        "rotary_fp32": int(rotary is not None and rotary.cos.dtype is torch.float32),
-        "positions": 0 if rotary is None else Size("cos", 0),
-        "page_size": page_size,
-        "num_pages": Size("k_cache", 0),
-        "max_pages": Size("block_table", 1) if serving else 0,
-        "aligned": int(vectors),
-    }
-    run = 8 if vectors else 1
-    units = ((heads + kv_heads) * (head_dim - rotary_dim // 2) + kv_heads * head_dim_v) // run
-    slices = ceil_div(units, APPEND_THREADS)
-    return Launch(kernel, APPEND, sources, Grid(GridRule.TOKENS, slices, FILLING_BLOCKS))
-
-
-def merge_launch(kernel: int, spec: InstanceSpec, *, heads: int, width: int) -> Launch:
-    """Merge out_a, out_b [T, Hq, Dv] with lse_a, lse_b [Hq, T] into out, lse."""
-    sources: dict[str, Source] = {"tokens": Size("out_a", 0), "heads": heads, "width": width}
-    for side, letter in (("out_a", "a"), ("out_b", "b"), ("out", "out")):
-        rows = Rows.of(side)
-        sources |= {side: rows.address, f"{letter}_token_stride": rows.token, f"{letter}_head_stride": rows.head}
-    for name in ("lse_a", "lse_b", "lse"):
-        sources |= {name: Address(name), f"{name}_stride": Stride(name, 0, 4)}
-    return Launch(kernel, MERGE, sources, Grid(GridRule.ROWS, heads, spec.tile.warps))

@@ -15,6 +15,7 @@ _KERNEL_OP = {
     Op.VARLEN_ATTENTION: KernelOp.ATTN,
     Op.ATTENTION: KernelOp.ATTN,
     Op.APPEND_KV: KernelOp.APPEND_KV,
+    Op.GATHER_KV: KernelOp.GATHER_KV,
     Op.MERGE_STATES: KernelOp.MERGE_STATES,
 }
 _LAYOUT = {
@@ -22,6 +23,7 @@ _LAYOUT = {
     Op.VARLEN_ATTENTION: Layout.DENSE,
     Op.ATTENTION: Layout.GATHER,  # a page a sequence; dense with the mask `tensor`, see `Problem.mask`
     Op.APPEND_KV: Layout.GATHER,
+    Op.GATHER_KV: Layout.GATHER,
     Op.MERGE_STATES: Layout.DENSE,
 }
 

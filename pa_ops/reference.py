@@ -7,17 +7,25 @@ query's dtype; pass fp32 tensors for an unrounded answer. (On CUDA, leave PyTorc
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from pa_ops.reference_padded import attention
+from pa_ops.reference_pages import Pages, gather_kv, sequences_of
 from pa_ops.reference_rows import INFINITY, Keys, Scores, attend, dequantise, subtractable
 from pa_ops.reference_serving import locate, rotate, slots_of, split
 
-__all__ = ["append_kv", "attention", "merge_states", "paged_attention", "paged_attention_", "varlen_attention"]
+__all__ = [
+    "append_kv",
+    "attention",
+    "gather_kv",
+    "merge_states",
+    "paged_attention",
+    "paged_attention_",
+    "varlen_attention",
+]
 
 
 def paged_attention(
@@ -48,7 +56,7 @@ def paged_attention(
     scores = _scores(q, softmax_scale, causal, sliding_window, softcap, sinks)
     out, lse = _results(q, v_cache, out, lse)
     lengths = seqlens_k.tolist()
-    for sequence, rows in _sequences(cu_seqlens_q, q.shape[0]):
+    for sequence, rows in sequences_of(cu_seqlens_q, q.shape[0]):
         keys = _gather(k_cache, v_cache, block_table[sequence], lengths[sequence], k_scale, v_scale)
         attend(q, keys, rows, lengths[sequence] - len(rows), scores, out, lse)
     return out, lse
@@ -121,8 +129,8 @@ def varlen_attention(
     """Attention over ragged k [total_k, Hkv, D], v [total_k, Hkv, Dv]; the rest as in `paged_attention`."""
     scores = _scores(q, softmax_scale, causal, sliding_window, softcap, sinks)
     out, lse = _results(q, v, out, lse)
-    spans = dict(_sequences(cu_seqlens_k, k.shape[0]))
-    for sequence, rows in _sequences(cu_seqlens_q, q.shape[0]):
+    spans = dict(sequences_of(cu_seqlens_k, k.shape[0]))
+    for sequence, rows in sequences_of(cu_seqlens_q, q.shape[0]):
         span = spans[sequence]
         mapped = torch.ones(len(span), dtype=torch.bool, device=q.device)
         part = slice(span.start, span.stop)
@@ -194,28 +202,13 @@ def _results(q: Tensor, v: Tensor, out: Tensor | None, lse: Tensor | None) -> tu
     return out, lse
 
 
-def _sequences(cu_seqlens: Tensor, total: int) -> Iterator[tuple[int, range]]:
-    """(sequence, its rows) for every sequence; prefix sums that lie are cut down to rows that exist."""
-    ends = [min(max(end, 0), total) for end in cu_seqlens.tolist()]
-    for sequence in range(len(ends) - 1):
-        yield sequence, range(ends[sequence], max(ends[sequence : sequence + 2]))
-
-
 def _gather(
     k_cache: Tensor, v_cache: Tensor, table: Tensor, length: int, k_scale: Tensor | None, v_scale: Tensor | None
 ) -> Keys:
     """The keys of one sequence, page by page through its row of the block table; unmapped pages are read as zeros."""
-    pages, page_size = k_cache.shape[:2]
-    live = table[: max(0, -(-length // page_size))].long()
-    mapped = (live >= 0) & (live < pages)
-    count = min(max(length, 0), live.numel() * page_size)
-
-    def rows(cache: Tensor, scale: Tensor | None) -> Tensor:
-        found = cache.new_zeros(live.numel(), *cache.shape[1:])
-        found[mapped] = cache[live[mapped]]
-        return dequantise(found.flatten(0, 1)[:count], scale)
-
-    return Keys(rows(k_cache, k_scale), rows(v_cache, v_scale), mapped.repeat_interleave(page_size)[:count])
+    pages = Pages.of(table, length, k_cache)
+    k, v = dequantise(pages.rows(k_cache), k_scale), dequantise(pages.rows(v_cache), v_scale)
+    return Keys(k, v, pages.mapped.repeat_interleave(k_cache.shape[1])[: pages.count])
 
 
 def _finite_or_empty(lse: Tensor) -> Tensor:

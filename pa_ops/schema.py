@@ -42,6 +42,9 @@ SCHEMAS: dict[str, str] = {
         "(Tensor key, Tensor value, Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor slot_mapping, *, "
         "Tensor? k_scale=None, Tensor? v_scale=None) -> ()"
     ),
+    "gather_kv": (
+        "(Tensor k_cache, Tensor v_cache, Tensor block_table, Tensor cu_seqlens_k, Tensor(a!) k, Tensor(b!) v) -> ()"
+    ),
     "merge_states": "(Tensor out_a, Tensor lse_a, Tensor out_b, Tensor lse_b) -> (Tensor out, Tensor lse)",
 }
 """Operator and overload -> its arguments and results."""

@@ -30,6 +30,7 @@ class Op(Word):
     VARLEN_ATTENTION = "varlen_attention"
     ATTENTION = "attention"
     APPEND_KV = "append_kv"
+    GATHER_KV = "gather_kv"
     MERGE_STATES = "merge_states"
 
 
@@ -38,6 +39,7 @@ class KernelOp(Word):
 
     ATTN = "attn"
     APPEND_KV = "append_kv"
+    GATHER_KV = "gather_kv"
     MERGE_STATES = "merge_states"
 
 
@@ -50,6 +52,7 @@ class Family(Word):
     MEA = "mea"
     MEA_DECODE = "mea_decode"
     APPEND = "append"
+    GATHER = "gather"
     MERGE = "merge"
 
 
@@ -193,9 +196,14 @@ def _stages(spec: InstanceSpec) -> int:
 
 
 def _query_and_stages(spec: InstanceSpec) -> int:
-    """The Q tile, which O reuses, every stage of the K and V tiles, and a tile of the mask, fp32 at the widest."""
+    """The Q tile, which O reuses, and every stage of the K and V tiles."""
+    return spec.tile.m * max(spec.head_dim, spec.head_dim_v) * spec.dtype.itemsize + _stages(spec)
+
+
+def _query_stages_and_mask(spec: InstanceSpec) -> int:
+    """The Q tile, every stage of the K and V tiles, and a tile of the mask, fp32 at the widest."""
     mask = spec.tile.m * spec.tile.n * 4 if spec.mask is Mask.TENSOR else 0
-    return spec.tile.m * max(spec.head_dim, spec.head_dim_v) * spec.dtype.itemsize + _stages(spec) + mask
+    return _query_and_stages(spec) + mask
 
 
 def _stages_or_states(spec: InstanceSpec) -> int:
@@ -217,6 +225,7 @@ def _query_and_tile_or_state(spec: InstanceSpec) -> int:
 
 _SMEM: dict[Family, Callable[[InstanceSpec], int]] = {
     Family.DECODE: _stages_or_states,
+    Family.FLASH_SM80: _query_stages_and_mask,
     Family.FLASH_SM90: _query_stages_and_barriers,
     Family.MEA_DECODE: _query_and_tile_or_state,
 }

@@ -18,15 +18,13 @@ from pa_ops.launch import (
     ALIGNMENT,
     Attention,
     Keys,
-    Rotary,
     Rows,
     Scores,
-    append_launch,
     attention_launch,
     decode_launch,
-    merge_launch,
     persistent_launch,
 )
+from pa_ops.launch_rows import Rotary, append_launch, gather_launch, merge_launch
 from pa_ops.manifest import Entry
 from pa_ops.problem import Problem
 from pa_ops.program import Launch
@@ -153,6 +151,12 @@ def _append_steps(op: str, arguments: Arguments, sizes: Sizes, registry: Registr
     yield Step(launch, decision, names if aligned else ())
 
 
+def _gather_steps(op: str, arguments: Arguments, sizes: Sizes, registry: Registry) -> Iterator[Step]:
+    kernel, _, decision = selected(op, problem_of(op, arguments, sizes), arguments, registry)
+    heads = sizes["Hkv"], sizes["D"], sizes["Dv"]
+    yield Step(gather_launch(kernel, *heads, page_size=sizes["page_size"]), decision, ())
+
+
 def _merge_steps(op: str, arguments: Arguments, sizes: Sizes, registry: Registry) -> Iterator[Step]:
     kernel, entry, decision = selected(op, problem_of(op, arguments, sizes), arguments, registry)
     yield Step(merge_launch(kernel, entry.spec, heads=sizes["Hq"], width=sizes["Dv"]), decision, ())
@@ -209,8 +213,13 @@ MAKERS: dict[str, Callable[[str, Arguments, Sizes, Registry], Iterator[Step]]] =
     "varlen_attention": _attention_steps,
     "paged_attention_": _serving_steps,
     "append_kv": _append_steps,
+    "gather_kv": _gather_steps,
     "merge_states": _merge_steps,
 }
+
+
+STORED = {"append_kv": ("key", "value"), "gather_kv": ("k", "v")}
+"""Operators that move rows of heads into pages or out of them -> the tensors that hold the rows."""
 
 
 def problem_of(op: str, arguments: Arguments, sizes: Sizes) -> Problem:
@@ -219,16 +228,17 @@ def problem_of(op: str, arguments: Arguments, sizes: Sizes) -> Problem:
     if name == "merge_states":
         dtype = WORD[arguments["out_a"].dtype]
         return Problem(op=name, dtype=dtype, head_dim=sizes["Dv"], num_heads=sizes["Hq"], tokens=sizes["T"])
-    if name == "append_kv":
+    if name in STORED:
+        tensors = STORED[name]
         return Problem(
             op=name,
-            dtype=WORD[arguments["key"].dtype],
+            dtype=WORD[arguments[tensors[0]].dtype],
             kv_dtype=WORD[arguments["k_cache"].dtype],
             head_dim=sizes["D"],
             head_dim_v=sizes["Dv"],
             num_heads=sizes["Hkv"],
             page_size=sizes["page_size"],
-            aligned=_aligned(arguments, "key", "value", "k_cache", "v_cache"),
+            aligned=_aligned(arguments, *tensors, "k_cache", "v_cache"),
             tokens=sizes["T"],
         )
     k, v = ("k_cache", "v_cache") if name == "paged_attention" else ("k", "v")

@@ -8,6 +8,7 @@
 
 #include "half.cuh"
 #include "memory.cuh"
+#include "search.cuh"
 
 namespace pa {
 
@@ -19,33 +20,6 @@ __device__ inline void raise(const Arguments &args, Fault fault)
 {
     if (threadIdx.x == 0)
         atomicOr(reinterpret_cast<unsigned *>(args.faults), fault);
-}
-
-// How many of the lanes' ends, one every `step` from `low` on, lie at or before `token`.
-__device__ inline int count_ends(const Arguments &args, int token, int low, int step, int high)
-{
-    const int probe = low + (threadIdx.x % LANES + 1) * step - 1;
-    const bool before = probe < high && load_int(args.cu_seqlens_q, probe + 1) <= token;
-    return __popc(__ballot_sync(0xFFFFFFFFu, before));
-}
-
-// The sequence of `token`, the first whose end lies beyond it; -1 past the last end. A warp asks 32 ends a step, and
-// the last 128 at once: 128 sequences cost one trip to memory, 4096 two. Prefix sums that decrease give a wrong
-// answer, never one outside [-1, sequences).
-__device__ inline int find_sequence(const Arguments &args, int token)
-{
-    constexpr int AT_ONCE = 4 * LANES;
-    int low = 0, high = args.sequences;
-    while (high - low > AT_ONCE) {
-        const int step = (high - low + LANES - 1) / LANES;
-        low += count_ends(args, token, low, step, high) * step;
-        high = min(low + step - 1, high);
-    }
-    int found = low;
-#pragma unroll
-    for (int i = 0; i < AT_ONCE; i += LANES)
-        found += count_ends(args, token, low + i, 1, high);
-    return found < args.sequences ? found : -1;
 }
 
 // Where a token goes: its row of cos and sin, its slot in the caches (-1: nowhere).
@@ -194,7 +168,7 @@ __device__ inline void append(const Arguments &args)
     for (int token = blockIdx.x; token < args.tokens; token += gridDim.x) {
         int sequence = 0, position = 0;
         if (args.cu_seqlens_q != 0) {
-            sequence = pa::find_sequence(args, token);
+            sequence = pa::find_sequence(args.cu_seqlens_q, args.sequences, token);
             if (sequence < 0)
                 return;
             position = pa::load_int(args.past_lens, sequence) + token - pa::load_int(args.cu_seqlens_q, sequence);

@@ -35,6 +35,7 @@ using Scores = float[1][KEY_TILES][Path::REGISTERS];
 using Outputs = float[1][OUTPUT_TILES][Path::REGISTERS];
 using Statistics = Softmax<Path, 1, KEY_TILES>;
 using KeyStage = Stage<WARP_KEYS, LANES>;
+using QueryStage = Stage<ROWS, WARPS * LANES>;
 
 struct Source {
     Address base;
@@ -60,10 +61,9 @@ __device__ inline void fetch_keys(KeyStage &stage, const Arguments &args, const 
     }
 }
 
-// Bring the segment's queries in; rows that are not there become zeros.
-__device__ inline void load_queries(const Arguments &args, Shared q, const Lines &lines)
+// Issue the loads of the segment's queries; rows that are not there become zeros.
+__device__ inline void fetch_queries(QueryStage &stage, const Arguments &args, const Lines &lines)
 {
-    Stage<ROWS, WARPS * LANES> stage;
 #pragma unroll
     for (int i = 0; i < stage.PASSES; i++) {
         const int row = stage.row() + i * stage.ROWS_A_PASS;
@@ -71,7 +71,6 @@ __device__ inline void load_queries(const Arguments &args, Shared q, const Lines
             args.q + lines.token(args, row) * args.q_token_stride + lines.head(args, row) * args.q_head_stride;
         stage.template fetch_row<false>(i, from, row < lines.live, args.head_dim);
     }
-    stage.store(q);
 }
 
 // -inf where a row does not see a key; `key_first` is the warp's first.
@@ -89,8 +88,9 @@ __device__ inline void mask(Scores &s, const Arguments &args, const Segment &seg
     }
 }
 
-// Add up the warps' states, key group after key group, in shared memory; the block's other tiles are no longer needed.
-__device__ inline void publish(float *state, const Outputs &o, const Statistics &softmax, float log2_scale)
+// Add up the warps' states of `live` rows, key group after key group, in shared memory; the block's other tiles are no
+// longer needed.
+__device__ inline void publish(float *state, const Outputs &o, const Statistics &softmax, float log2_scale, int live)
 {
     __shared__ float2 all[KEY_GROUPS][ROWS];
     const int lane = threadIdx.x % LANES, warp = threadIdx.x / LANES;
@@ -109,7 +109,7 @@ __device__ inline void publish(float *state, const Outputs &o, const Statistics 
 #pragma unroll
             for (int slot = 0; slot < 2; slot++) {
                 const int row = Path::row(lane) + slot * Path::ROW_STEP;
-                if (row >= ROWS)
+                if (row >= live)
                     continue;
                 float top = PA_NOTHING, sum = 0.0f;
 #pragma unroll
@@ -147,6 +147,22 @@ __device__ inline void walk(const Arguments &args, const Segment &segment, unsig
     const int kv_head = segment.lines.kv_head;
     const Source keys = {args.k + kv_head * args.k_head_stride, args.k_page_stride, args.k_token_stride};
     const Source values = {args.v + kv_head * args.v_head_stride, args.v_page_stride, args.v_token_stride};
+    Pages<WARP_KEYS> pages, next; // of this tile, and of the one after it
+    KeyStage stage;
+    int key = segment.key_first + warp / COLUMN_GROUPS * WARP_KEYS;
+    {
+        // All that the first tile needs is on its way at once, in the registers of the outputs to come.
+        QueryStage queries;
+        KeyStage first;
+        fetch_queries(queries, args, segment.lines);
+        pages.look_up(args, segment.table, key, segment.low, segment.k_len);
+        fetch_keys(first, args, keys, pages);
+        fetch_keys(stage, args, values, pages);
+        next.look_up(args, segment.table, key + STEP_KEYS, segment.low, segment.k_len);
+        queries.store(q);
+        first.store(tile);
+    }
+    __syncthreads();
     Statistics softmax;
     Scores s;
     Outputs o;
@@ -155,18 +171,8 @@ __device__ inline void walk(const Arguments &args, const Segment &segment, unsig
 #pragma unroll
         for (int i = 0; i < Path::REGISTERS; i++)
             o[0][out][i] = 0.0f;
-    Pages<WARP_KEYS> pages, next; // of this tile, and of the one after it
-    KeyStage stage;
-    int key = segment.key_first + warp / COLUMN_GROUPS * WARP_KEYS;
-    load_queries(args, q, segment.lines);
-    pages.look_up(args, segment.table, key, segment.low, segment.k_len);
-    fetch_keys(stage, args, keys, pages);
-    stage.store(tile);
-    __syncthreads();
 #pragma unroll 1
     for (int i = 0; i < segment.count; i++, key += STEP_KEYS) {
-        fetch_keys(stage, args, values, pages);
-        next.look_up(args, segment.table, key + STEP_KEYS, segment.low, segment.k_len);
         Path::scores<1>(s, q, tile, 0, lane);
         if (args.softcap_in > 0.0f)
             softmax.cap(s, args.softcap_in);
@@ -186,11 +192,14 @@ __device__ inline void walk(const Arguments &args, const Segment &segment, unsig
         softmax.exponentiate(s, args.log2_scale);
         Path::accumulate<1>(o, s, tile, 0, first_channel, lane);
         __syncwarp(); // every lane has read the values
-        if (i + 1 < segment.count)
+        if (i + 1 < segment.count) {
             stage.store(tile);
+            fetch_keys(stage, args, values, pages);
+            next.look_up(args, segment.table, key + 2 * STEP_KEYS, segment.low, segment.k_len);
+        }
         __syncwarp();
     }
-    publish(reinterpret_cast<float *>(room), o, softmax, args.log2_scale);
+    publish(reinterpret_cast<float *>(room), o, softmax, args.log2_scale, segment.lines.live);
 }
 
 // Tiles [tile, tile + count) of `sequence`, whose tiles begin at `base`, for the head and row block `place`.
@@ -212,9 +221,7 @@ __device__ inline void run_segment(const Arguments &args, unsigned char *room, c
     walk(args, segment, room);
     const float *state = reinterpret_cast<const float *>(room);
     if (count == sequence.tiles) {
-        RowState row;
-        add_shared(row, state);
-        write_row(args, lines, row);
+        finish(args, state, lines);
     } else {
         const int start = share.base + place * sequence.tiles;
         settle(args, state, lines, share.total, start, start + sequence.tiles);

@@ -1,7 +1,7 @@
 // The two products of attention for one warp without tensor cores: turns tiles in shared memory into scores and outputs.
 //
 // Elements are widened as they are read, and everything is fp32 FMA: the half2 FMA of these SMs is twice as fast, and
-// adds up in fp16. Accumulators lie as those of mma.m16n8k8 do.
+// adds up in fp16.
 #pragma once
 
 #include "half.cuh"
@@ -9,23 +9,7 @@
 
 namespace pa {
 
-struct Path {
-    static constexpr int PIECE_ROWS = 16;
-    static constexpr int REGISTERS = 4;    // of a 16 x 8 tile of an accumulator
-    static constexpr int ROW_STEP = 8;     // from a thread's first row of a piece to its second
-    static constexpr int FIRST_SHARER = 1; // lanes that share a row differ in this bit and the next, up to 2
-
-    __device__ static int row(int lane)
-    {
-        return lane / 4;
-    }
-
-    // The first column of a tile that a thread holds; register i adds i % 2.
-    __device__ static int column(int lane)
-    {
-        return lane % 4 * 2;
-    }
-
+struct Path : Accumulators {
     // The channel of registers 2 slot and 2 slot + 1 of output tile `tile`. A thread's eight channels in four tiles are
     // neighbours, so that one access brings the values of all.
     __device__ static int channel(int lane, int tile, int)

@@ -9,23 +9,7 @@
 
 namespace pa {
 
-struct Path {
-    static constexpr int PIECE_ROWS = 16;
-    static constexpr int REGISTERS = 4;    // of a 16 x 8 tile of an accumulator
-    static constexpr int ROW_STEP = 8;     // from a thread's first row of a piece to its second
-    static constexpr int FIRST_SHARER = 1; // lanes that share a row differ in this bit and the next, up to 2
-
-    __device__ static int row(int lane)
-    {
-        return lane / 4;
-    }
-
-    // The first column of a tile that a thread holds; register i adds i % 2.
-    __device__ static int column(int lane)
-    {
-        return lane % 4 * 2;
-    }
-
+struct Path : Accumulators {
     // The channel of registers 2 slot and 2 slot + 1 of output tile `tile`.
     __device__ static int channel(int lane, int tile, int)
     {

@@ -9,7 +9,7 @@
 
 namespace pa {
 
-constexpr int LEAST_TILES = 4; // of a share
+constexpr int LEAST_TILES = 1; // of a share
 
 // One sequence as shares see it. One with more than `skip_above` queries is another kernel's and has no row blocks; one
 // that sees no key has one tile all the same, so that its rows are written.
@@ -29,17 +29,32 @@ __device__ inline Sequence sequence_at(const Arguments &args, int index)
     return {q.start, q.length, k_len, first, tiles, blocks};
 }
 
-// How many blocks have a share: few enough for LEAST_TILES each, so that none is empty and merges stay short.
-__device__ inline int workers(int total)
-{
-    return max(min(static_cast<int>(gridDim.x), total / LEAST_TILES), 1);
-}
+// `total` tiles cut into shares for as many blocks as have LEAST_TILES each: the first `longer` blocks have one tile more
+// than the others' `tiles`. In 32 bits: a division in 64 is a call of 100 instructions.
+struct Cut {
+    unsigned blocks, tiles, longer;
 
-// The block whose share holds `tile`.
-__device__ inline int owner_of(int tile, int total)
-{
-    return static_cast<int>(((tile + 1ll) * workers(total) - 1) / total);
-}
+    __device__ explicit Cut(int total)
+    {
+        blocks = max(min(gridDim.x, static_cast<unsigned>(total) / LEAST_TILES), 1u);
+        tiles = total / blocks;
+        longer = total - blocks * tiles;
+    }
+
+    // The first tile of a block; of one beyond the last with a share, the end of all.
+    __device__ int begin(unsigned block) const
+    {
+        const unsigned before = min(block, blocks);
+        return before * tiles + min(before, longer);
+    }
+
+    // The block whose share holds `tile`.
+    __device__ int owner(unsigned tile) const
+    {
+        const unsigned head = longer * (tiles + 1);
+        return tile < head ? tile / (tiles + 1) : longer + (tile - head) / tiles;
+    }
+};
 
 // Tiles [begin, end) of `total`, and the sequence, which starts at tile `base`, of the first.
 struct Share {
@@ -73,12 +88,8 @@ template <int ROWS_, int KEYS_, bool WINDOW_> __device__ inline Share find_share
         total += sums[i];
     }
     total *= args.kv_heads;
-    const int blocks = workers(total), block = blockIdx.x;
-    Share share = {0, 0, total, 0, 0};
-    if (block < blocks) {
-        share.begin = static_cast<int>(static_cast<long long>(block) * total / blocks);
-        share.end = static_cast<int>((block + 1ll) * total / blocks);
-    }
+    const Cut cut(total);
+    Share share = {cut.begin(blockIdx.x), cut.begin(blockIdx.x + 1), total, 0, 0};
     const int start = (before + scan - own) * args.kv_heads;
     if (start <= share.begin && share.begin < start + own * args.kv_heads) {
         found[0] = first;

@@ -44,63 +44,50 @@ __device__ inline float2 load_fresh_pair(Address address)
     return pair;
 }
 
+// Writes of this thread, and of those that it has met at a barrier, come before what it does next, for the whole device.
+// __threadfence() also puts all fences in one order, which costs as much again from SM 7.0 on and serves nobody here.
+__device__ inline void fence()
+{
+#if __CUDA_ARCH__ >= 700
+    asm volatile("fence.acq_rel.gpu;" ::: "memory");
+#else
+    __threadfence();
+#endif
+}
+
 constexpr int STATE_FLOATS = ROWS * (HEAD_DIM + 2);
-constexpr int ROW_THREADS = WARPS * LANES / ROWS; // that share out a row's outputs, four neighbours each at a time
-constexpr int ROW_STEP = 4 * ROW_THREADS;
-constexpr int ROW_RUNS = HEAD_DIM / ROW_STEP;
+constexpr int QUADS = HEAD_DIM / 4; // of a row: four neighbouring outputs that move in one access
+constexpr int PARTS_AT_ONCE = 8;    // on their way from the workspace, a thread
 
-// One thread's part of a row's outputs, with the row's maximum and sum.
-struct RowState {
-    float4 values[ROW_RUNS];
-    float top, sum;
+// Four outputs of a row, with the row's maximum and sum.
+struct Quad {
+    float4 values;
+    float2 stats;
+};
 
-    __device__ RowState() : top(PA_NOTHING), sum(0.0f)
+// Where a quad lies: its row, its first channel.
+struct Place {
+    int row, column;
+
+    __device__ explicit Place(int quad) : row(quad / QUADS), column(quad % QUADS * 4)
     {
-#pragma unroll
-        for (int i = 0; i < ROW_RUNS; i++)
-            values[i] = {0.0f, 0.0f, 0.0f, 0.0f};
     }
 
-    // Add a part of which `load` brings four outputs at a time.
-    template <class Load> __device__ void add(float2 stats, const Load &load)
+    __device__ int values() const
     {
-        const float peak = fmaxf(top, stats.x), base = peak == PA_NOTHING ? 0.0f : peak;
-        const float keep = exp2_fast(top - base), gain = exp2_fast(stats.x - base);
-#pragma unroll
-        for (int i = 0; i < ROW_RUNS; i++) {
-            const float4 part = load(i);
-            values[i].x = values[i].x * keep + part.x * gain;
-            values[i].y = values[i].y * keep + part.y * gain;
-            values[i].z = values[i].z * keep + part.z * gain;
-            values[i].w = values[i].w * keep + part.w * gain;
-        }
-        top = peak;
-        sum = sum * keep + stats.y * gain;
+        return row * HEAD_DIM + column;
+    }
+
+    __device__ int stats() const
+    {
+        return ROWS * HEAD_DIM + row * 2;
     }
 };
 
-__device__ inline int state_row()
+__device__ inline Quad quad_of(const float *state, const Place &place)
 {
-    return threadIdx.x / ROW_THREADS;
-}
-
-__device__ inline int state_column(int run)
-{
-    return threadIdx.x % ROW_THREADS * 4 + run * ROW_STEP;
-}
-
-__device__ inline int stats_at()
-{
-    return ROWS * HEAD_DIM + state_row() * 2;
-}
-
-// Add the state in shared memory, or the one at `slot` of the workspace.
-__device__ inline void add_shared(RowState &row, const float *state)
-{
-    const float2 stats = *reinterpret_cast<const float2 *>(state + stats_at());
-    row.add(stats, [=](int run) {
-        return *reinterpret_cast<const float4 *>(state + state_row() * HEAD_DIM + state_column(run));
-    });
+    return {*reinterpret_cast<const float4 *>(state + place.values()),
+            *reinterpret_cast<const float2 *>(state + place.stats())};
 }
 
 __device__ inline Address slot_at(const Arguments &args, long long slot)
@@ -108,53 +95,86 @@ __device__ inline Address slot_at(const Arguments &args, long long slot)
     return args.partials + slot * (STATE_FLOATS * 4);
 }
 
-__device__ inline void add_part(RowState &row, Address state)
+// The sum of a row's parts, which lie in the workspace from `opener` on: PARTS_AT_ONCE are asked for before any is
+// waited for. Past the last part stands the last again, with no weight.
+__device__ inline Quad merged(const Arguments &args, const Place &place, int opener, int parts)
 {
-    row.add(load_fresh_pair(state + stats_at() * 4), [=](int run) {
-        return load_fresh(state + (state_row() * HEAD_DIM + state_column(run)) * 4);
-    });
+    Quad sum = {{0.0f, 0.0f, 0.0f, 0.0f}, {PA_NOTHING, 0.0f}};
+#pragma unroll 1
+    for (int first = 0; first < parts; first += PARTS_AT_ONCE) {
+        Quad part[PARTS_AT_ONCE];
+#pragma unroll
+        for (int i = 0; i < PARTS_AT_ONCE; i++) {
+            const int index = min(first + i, parts - 1);
+            const Address state = slot_at(args, (opener + index) * 2ll + (index == 0));
+            part[i] = {load_fresh(state + place.values() * 4), load_fresh_pair(state + place.stats() * 4)};
+        }
+        float peak = sum.stats.x;
+#pragma unroll
+        for (int i = 0; i < PARTS_AT_ONCE; i++)
+            peak = fmaxf(peak, part[i].stats.x);
+        const float base = peak == PA_NOTHING ? 0.0f : peak, keep = exp2_fast(sum.stats.x - base);
+        sum = {{sum.values.x * keep, sum.values.y * keep, sum.values.z * keep, sum.values.w * keep},
+               {peak, sum.stats.y * keep}};
+#pragma unroll
+        for (int i = 0; i < PARTS_AT_ONCE; i++) {
+            const float gain = first + i < parts ? exp2_fast(part[i].stats.x - base) : 0.0f;
+            sum.values.x += part[i].values.x * gain;
+            sum.values.y += part[i].values.y * gain;
+            sum.values.z += part[i].values.z * gain;
+            sum.values.w += part[i].values.w * gain;
+            sum.stats.y += part[i].stats.y * gain;
+        }
+    }
+    return sum;
 }
 
-// Write output rows and LSE. A row that sees no key gives zeros by select, whatever its accumulator holds.
-__device__ inline void write_row(const Arguments &args, const Lines &lines, const RowState &row)
+// Write four outputs of a row, and its LSE. A row that sees no key gives zeros by select, whatever its accumulator holds.
+__device__ inline void write_quad(const Arguments &args, const Lines &lines, const Place &place, const Quad &quad)
 {
-    const int line = state_row();
-    if (line >= lines.live)
-        return;
-    const int token = lines.token(args, line), head = lines.head(args, line);
-    const float sink = sink_of(args, head);
-    const Finish end = finish_of(row.top, row.sum, sink);
-    if (args.lse != 0 && state_column(0) == 0)
+    const int token = lines.token(args, place.row), head = lines.head(args, place.row);
+    const Finish end = finish_of(quad.stats.x, quad.stats.y, sink_of(args, head));
+    if (args.lse != 0 && place.column == 0)
         reinterpret_cast<float *>(args.lse + head * args.lse_head_stride)[token] = end.lse * LN_2;
+    const float4 &value = quad.values;
+    uint2 words = {pair_of(value.x * end.scale, value.y * end.scale),
+                   pair_of(value.z * end.scale, value.w * end.scale)};
+    if (end.scale == 0.0f)
+        words = {0, 0};
     const Address target = args.out + token * args.out_token_stride + head * args.out_head_stride;
-#pragma unroll
-    for (int i = 0; i < ROW_RUNS; i++) {
-        const float4 &value = row.values[i];
-        uint2 words = {pair_of(value.x * end.scale, value.y * end.scale),
-                       pair_of(value.z * end.scale, value.w * end.scale)};
-        if (end.scale == 0.0f)
-            words = {0, 0};
-        if (state_column(i) < args.head_dim)
-            *reinterpret_cast<uint2 *>(target + state_column(i) * 2) = words;
-    }
+    if (place.column < args.head_dim)
+        *reinterpret_cast<uint2 *>(target + place.column * 2) = words;
+}
+
+// Do `work` for this thread's quads of the rows that are there.
+template <class Work> __device__ inline void each_quad(const Lines &lines, const Work &work)
+{
+#pragma unroll 1
+    for (int quad = threadIdx.x; quad < lines.live * QUADS; quad += WARPS * LANES)
+        work(Place(quad));
+}
+
+// The state in shared memory is that of whole rows: write them.
+__device__ inline void finish(const Arguments &args, const float *state, const Lines &lines)
+{
+    each_quad(lines, [&](const Place &place) { write_quad(args, lines, place, quad_of(state, place)); });
 }
 
 // Leave this block's part, in shared memory, in the workspace; the last part of tiles [start, stop) merges them all.
 __device__ inline void settle(const Arguments &args, const float *state, const Lines &lines, int total, int start,
                               int stop)
 {
-    __shared__ unsigned arrived;
-    const int block = blockIdx.x, opener = owner_of(start, total);
-    const unsigned parts = owner_of(stop - 1, total) - opener + 1;
+    __shared__ int arrived;
+    const Cut cut(total);
+    const int block = blockIdx.x, opener = cut.owner(start), parts = cut.owner(stop - 1) - opener + 1;
     const Address target = slot_at(args, block * 2ll + (block == opener));
-#pragma unroll
-    for (int i = 0; i < ROW_RUNS; i++) {
-        const int at = state_row() * HEAD_DIM + state_column(i);
-        *reinterpret_cast<float4 *>(target + at * 4) = *reinterpret_cast<const float4 *>(state + at);
-    }
-    if (state_column(0) == 0)
-        *reinterpret_cast<float2 *>(target + stats_at() * 4) = *reinterpret_cast<const float2 *>(state + stats_at());
-    __threadfence();
+    each_quad(lines, [&](const Place &place) {
+        const Quad quad = quad_of(state, place);
+        *reinterpret_cast<float4 *>(target + place.values() * 4) = quad.values;
+        if (place.column == 0)
+            *reinterpret_cast<float2 *>(target + place.stats() * 4) = quad.stats;
+    });
+    fence();
     __syncthreads();
     unsigned *const counter = reinterpret_cast<unsigned *>(args.counters) + opener;
     if (threadIdx.x == 0)
@@ -162,13 +182,10 @@ __device__ inline void settle(const Arguments &args, const float *state, const L
     __syncthreads();
     if (arrived != parts - 1)
         return;
-    __threadfence();
+    fence();
     if (threadIdx.x == 0)
         *counter = 0;
-    RowState row;
-    for (unsigned part = 0; part < parts; part++)
-        add_part(row, slot_at(args, (opener + static_cast<long long>(part)) * 2 + (part == 0)));
-    write_row(args, lines, row);
+    each_quad(lines, [&](const Place &place) { write_quad(args, lines, place, merged(args, place, opener, parts)); });
 }
 
 } // namespace pa

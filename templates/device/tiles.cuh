@@ -23,6 +23,25 @@ __device__ inline Shared tile_address(Shared tile, int row, int chunk)
     return tile + row * PITCH + ((chunk ^ (row & 7)) << 4);
 }
 
+// How the accumulators of a warp lie in its threads for 16 x 8 tiles, as those of mma.m16n8k8 and m16n8k16 do.
+struct Accumulators {
+    static constexpr int PIECE_ROWS = 16;
+    static constexpr int REGISTERS = 4;    // of a 16 x 8 tile of an accumulator
+    static constexpr int ROW_STEP = 8;     // from a thread's first row of a piece to its second
+    static constexpr int FIRST_SHARER = 1; // lanes that share a row differ in this bit and the next, up to 2
+
+    __device__ static int row(int lane)
+    {
+        return lane / 4;
+    }
+
+    // The first column of a tile that a thread holds; register i adds i % 2.
+    __device__ static int column(int lane)
+    {
+        return lane % 4 * 2;
+    }
+};
+
 // This thread's part of R rows on their way to a tile that THREADS threads load: a block, or a warp.
 template <int R, int THREADS> struct Stage {
     static constexpr int ROWS_A_PASS = THREADS / LANES_A_ROW;

@@ -145,6 +145,7 @@ def calls() -> dict[str, tuple[tuple[Any, ...], dict[str, Any]]]:
         "varlen_attention": ((q, k, k, ends, ends), {"causal": True}),
         "varlen_attention.out": ((q, k, k, ends, ends), {"out": buffers["out"], "causal": False}),
         "append_kv": ((k, k, k_cache, v_cache, torch.arange(42)), {}),
+        "gather_kv": ((k_cache, v_cache, batch[5], ends, k, k.clone()), {}),
         "merge_states": (2 * states(), {}),
     }
 
@@ -180,7 +181,7 @@ def a_steady_call_launches_what_python_does_and_enters_none() -> None:
             got = steady(op, *tensors, **options)
         second = launched()
         assert len(second) == len(first) == len(decisions) > 0 and decisions[-1] == trace.last(), op
-        if "." in op or op == "append_kv":
+        if "." in op or op in ("append_kv", "gather_kv"):
             assert second == first, f"{op}: the same buffers give the same records"
         results = [(a, b) for a, b in zip(*map(results_of, (wanted, got)), strict=True)]
         for a, b in results:

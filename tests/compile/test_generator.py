@@ -85,7 +85,7 @@ def test_G5_targets_before_sm_80_get_cuda_kernels_and_the_reason_for_each_refusa
         specs = declared("full", (target,))
         mea = {Family.MEA: len(MEA_TILES) * len(Layout) * len(PLAIN_MASKS)}
         mea[Family.MEA_DECODE] = len(MEA_DECODE_TILES) * len(DECODE_MASKS)
-        assert Counter(spec.family for spec in specs) == {Family.APPEND: 2, **mea}
+        assert Counter(spec.family for spec in specs) == {Family.APPEND: 2, Family.GATHER: 2, **mea}
         assert {spec.dtype for spec in specs if spec.family in mea} == {DType.FP16}
         reasons = {refusal.spec: refusal.rule for refusal in refusals("full", (target,))}
         assert set(reasons) == {*matrix.candidates("full")} - {*specs}
@@ -269,7 +269,8 @@ def test_a_digest_covers_the_tools_and_device_files_of_its_own_language(
 
 REACHED = {
     Family.MERGE: {"compiling.py", "merge.py", "ptx.py"},
-    Family.APPEND: {"append.cuh", "half.cuh", "memory.cuh"},
+    Family.APPEND: {"append.cuh", "half.cuh", "memory.cuh", "search.cuh"},
+    Family.GATHER: {"gather.cuh", "half.cuh", "memory.cuh", "search.cuh"},
 }
 
 

@@ -96,9 +96,17 @@ def test_no_kernel_spills(product: Layout) -> None:
     assert [(entry.name, entry.spill_bytes) for entry in rows(product) if entry.spill_bytes] == []
 
 
-PATTERNS = {KernelOp.ATTN: "*_fp16_*_d64*_gather_causal_*", KernelOp.APPEND_KV: "*append*"}
+PATTERNS = {
+    KernelOp.ATTN: "*_fp16_*_d64*_gather_causal_*",
+    KernelOp.APPEND_KV: "*append*",
+    KernelOp.GATHER_KV: "*gather_kv*",
+}
 CUTE_TARGETS = [target for target in matrix.DECLARED_TARGETS if parse_target(target) >= OLDEST_CUTE_SM]
-TARGETS = {KernelOp.ATTN: (*CUTE_TARGETS, "sm_100a", "sm_120a"), KernelOp.APPEND_KV: matrix.DECLARED_TARGETS}
+HELPERS = {KernelOp.APPEND_KV: Family.APPEND, KernelOp.GATHER_KV: Family.GATHER}
+TARGETS = {
+    KernelOp.ATTN: (*CUTE_TARGETS, "sm_100a", "sm_120a"),
+    **dict.fromkeys(HELPERS, matrix.DECLARED_TARGETS),
+}
 
 
 @pytest.fixture(scope="module")
@@ -127,10 +135,13 @@ def test_G5_attention_compiles_for_every_target_and_never_spills(target: str, ev
         assert entry.spill_bytes == 0
 
 
-@pytest.mark.parametrize("target", TARGETS[KernelOp.APPEND_KV])
-def test_G5_append_compiles_for_every_declared_target_and_never_spills(target: str, everywhere: Everywhere) -> None:
-    entries = everywhere[KernelOp.APPEND_KV, target]
-    assert [entry.spec.family for entry in entries] == [Family.APPEND] * 2
+@pytest.mark.parametrize("op", HELPERS)
+@pytest.mark.parametrize("target", matrix.DECLARED_TARGETS)
+def test_G5_helpers_compile_for_every_declared_target_and_never_spill(
+    target: str, op: KernelOp, everywhere: Everywhere
+) -> None:
+    entries = everywhere[op, target]
+    assert [entry.spec.family for entry in entries] == [HELPERS[op]] * 2
     assert {entry.code_targets for entry in entries} == {(target,)}
     assert [entry.spill_bytes for entry in entries] == [0, 0]
     assert all(entry.registers * entry.spec.threads <= BLOCK_REGISTERS for entry in entries)

@@ -3,64 +3,24 @@
 from __future__ import annotations
 
 from itertools import product
-from pathlib import Path
 
 import pytest
 import torch
-from torch import Tensor
 
 import pa_ops
 from helpers import served
 from helpers.chosen import few_and_many, problem_of
+from helpers.mea import MASKS, on_decode, on_mea
 from helpers.parity import Evidence, check
-from helpers.problems import PAIRS, Call, Shape, moved_far, paged, punch_holes, sinks, varlen
+from helpers.problems import PAIRS, Shape, moved_far, paged, punch_holes, sinks, varlen
 from helpers.serving import serving
-from pa_ops import scratch
-from pa_ops.homes import home
-from pa_ops.manifest import FILE_NAME
 
 pytestmark = pytest.mark.gpu
 
-PTX = ("compute_53", "compute_70", "compute_75")
 HEAD_DIMS = (64, 128, 256)
 TILES = (32, 64, 128)  # query rows of a block
-MASKS = {"full": {"causal": False}, "causal": {"causal": True}, "window": {"causal": True, "sliding_window": 37}}
 SHORT = [(0, 0), (3, 70), (0, 5), (130, 150), (1, 0), (5, 2), (1, 257), (65, 64), (33, 300)]
 OPERATORS = {"paged": paged, "dense": varlen}
-
-
-@pytest.fixture(params=("native", *PTX))
-def code(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
-    """Which code runs: what is best here, or the PTX of an older SM alone, in a home that holds nothing else."""
-    target: str = request.param
-    if target != "native":
-        built = home() / target
-        assert (built / FILE_NAME).is_file(), f"not built: pa-ops build --arch {target}"
-        (tmp_path / target).symlink_to(built)
-        monkeypatch.setenv("PA_OPS_HOME", str(tmp_path))
-    return target
-
-
-def on_mea(call: Call, evidence: Evidence, what: object = "") -> tuple[Tensor, Tensor]:
-    """Checks a call that the mea family must serve alone; the word alone means mea_decode too."""
-    with pytest.MonkeyPatch.context() as patch, pa_ops.trace.recording() as calls:
-        patch.setenv("PA_OPS_DISABLE", "mea_decode")
-        found = check(call.with_options(backend="mea"), evidence, what)
-    assert [made.family for made in calls] == ["mea"]
-    return found
-
-
-def on_decode(call: Call, evidence: Evidence, what: object = "") -> tuple[Tensor, Tensor]:
-    """Checks a call that the mea_decode family must serve alone, from a workspace of NaN, and leave counters at 0."""
-    device = call.tensors["q"].device
-    room = scratch.workspace(device.index)
-    partials = scratch.counters_at(torch.cuda.get_device_properties(device).multi_processor_count) // 4
-    room[:partials].view(torch.float32).fill_(torch.nan)
-    with pa_ops.trace.recording() as calls:
-        found = check(call.with_options(backend="mea_decode"), evidence, what)
-    assert [made.family for made in calls] == ["mea_decode"]
-    assert not room[partials:].any(), f"{what}: the counters must end as they began"
-    return found
 
 
 @pytest.mark.parametrize("head_dim", HEAD_DIMS)

@@ -47,6 +47,13 @@ def append(*slots: int) -> dict[str, Any]:
     return {"key": key, "value": value, "k_cache": k_cache, "v_cache": v_cache, "slot_mapping": torch.tensor(slots)}
 
 
+def gather(**change: Any) -> dict[str, Any]:
+    """Three sequences of 7, 0 and 2 tokens; four tokens a page, two pages a sequence."""
+    k, v = torch.zeros(2, 9, 1, 8).half()
+    pages = {name: tensor for name, tensor in paged().items() if name in ("k_cache", "v_cache", "block_table")}
+    return {**pages, "cu_seqlens_k": int32(0, 7, 7, 9), "k": k, "v": v, **change}
+
+
 def table(*pages: int) -> Tensor:
     return int32(*pages).reshape(3, 2)
 
@@ -74,6 +81,10 @@ LIES: list[tuple[str, Call, str]] = [
     ("slot_mapping", (pa_ops.append_kv, append(0, 8)), "[0, 8) / token 1 / 8"),
     ("slot_mapping", (pa_ops.append_kv, append(-2, 1)), "-1 (do not store) / token 0 / -2"),
     ("slot_mapping", (pa_ops.append_kv, append(5, -1, 5)), "share a slot / 0 and 2 / 5"),
+    ("cu_seqlens_k", (pa_ops.gather_kv, gather(cu_seqlens_k=int32(0, 7, 6, 9))), "sequence 1 / [7, 6]"),
+    ("cu_seqlens_k", (pa_ops.gather_kv, gather(cu_seqlens_k=int32(0, 7, 7, 10))), "9 rows of k / = 10"),
+    ("cu_seqlens_k", (pa_ops.gather_kv, gather(cu_seqlens_k=int32(0, 0, 0, 9))), "sequence 2 / of 4 tokens = 8 / 9"),
+    ("block_table", (pa_ops.gather_kv, gather(block_table=table(0, 6, 2, 3, 4, 5))), "sequence 0 / page 1 / 6"),
 ]
 
 
@@ -100,6 +111,8 @@ def test_honest_calls_pass_in_checked_mode(monkeypatch: pytest.MonkeyPatch) -> N
     pa_ops.paged_attention(**paged(block_table=table(-1, 1, 2, 3, 4, 5), sliding_window=2))  # behind the window
     pa_ops.varlen_attention(**varlen())
     pa_ops.append_kv(**append(-1, 3, -1, 7))
+    pa_ops.gather_kv(**gather(block_table=table(0, 1, -1, 99, 4, -1)))  # none of the three is reached
+    pa_ops.gather_kv(**gather(cu_seqlens_k=int32(0, 3, 3, 5)))  # rows to spare
 
 
 def test_padded_buffers_are_legal_in_checked_mode(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -18,7 +18,7 @@ from helpers import programs
 from pa_ops import Capability, InvalidArgument, NoInstance, calls, cuda, registry, steps, trace
 from pa_ops.arguments import CONSTANT_BASE, MAP_ALIGNMENT, MAP_BYTES, RECORDS, record_of
 from pa_ops.checks import INT32_MAX
-from pa_ops.launch import FILLING_BLOCKS
+from pa_ops.launch_rows import FILLING_BLOCKS
 from pa_ops.manifest import FILE_NAME, Manifest
 from pa_ops.scratch import MAX_STATE_WORDS, blocks_of, tickets_at
 from pa_ops.selecting import declared_entries
@@ -263,9 +263,23 @@ def test_varlen_append_and_merge_reach_their_kernels(launches: Launches) -> None
     k_cache, v_cache = torch.zeros(2, 4, 16, 2, 64).half()
     call("append_kv", k, v, k_cache, v_cache, torch.arange(9))
     call("merge_states", q, torch.zeros(8, 3), q, torch.zeros(8, 3))
+    call("gather_kv", k_cache, v_cache, int32(3, 1).reshape(1, 2), int32(0, 9), k, v)
     symbols = [made.symbol for made in launches]
     assert "dense_causal" in symbols[0] and "dense_full" in symbols[1]
     assert symbols[2].startswith("pa_append_kv_append_fp16") and symbols[3].startswith("pa_merge_states_merge_fp16")
+    gather = launches[4]
+    assert gather.symbol.startswith("pa_gather_kv_gather_fp16") and (gather.x, gather.y) == (9, 1)
+    assert gather.fields["k"] == k.data_ptr() and gather.fields["k_page_stride"] == 16 * 2 * 64 * 2
+    assert [gather.fields[name] for name in ("tokens", "sequences", "max_pages", "num_pages")] == [9, 1, 2, 4]
+
+
+def test_B20_the_grid_of_a_helper_is_capped_and_its_blocks_stride(launches: Launches) -> None:
+    """Every token of 2^17 is some block's: a block takes every 65535th (templates/device/gather.cuh, append.cuh)."""
+    rows = torch.zeros(1, 1, 8).half().expand(1 << 17, 1, 8).contiguous()
+    k_cache, v_cache = torch.zeros(2, 1, 16, 1, 8).half()
+    call("append_kv", rows, rows, k_cache, v_cache, torch.zeros(1 << 17, dtype=torch.int64))
+    call("gather_kv", k_cache, v_cache, int32(0).reshape(1, 1), int32(0, 16), rows, rows.clone())
+    assert [(made.x, made.y, made.fields["tokens"]) for made in launches] == [(65535, 1, 1 << 17)] * 2
 
 
 def serving_call(*news: int, rotary: bool, packed: bool = True, **options: Any) -> tuple[dict[str, Any], Tensor]:

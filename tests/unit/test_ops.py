@@ -78,6 +78,7 @@ def samples(op: str) -> list[Sample]:
         "varlen_attention.out": (varlen, buffers),
         "attention": (padded, padded_calls),
         "append_kv": ((*torch.randn(2, 3, 2, 8).half(), k_cache, v_cache, slots), [{}, {"k_scale": torch.ones(1)}]),
+        "gather_kv": ((k_cache, v_cache, paged[5], int32(0, 6, 8), *torch.randn(2, 9, 2, 8).half()), [{}]),
         "merge_states": (states, [{}]),
     }
     tensors, choices = rows[op]
@@ -191,6 +192,7 @@ def test_G7_a_tensor_that_requires_grad_raises_and_says_so(name: str) -> None:
 def test_B28_the_schema_marks_what_is_written(op: str) -> None:
     written = [a.name for a in overload(op)._schema.arguments if a.alias_info is not None and a.alias_info.is_write]
     caches = ["k_cache", "v_cache"] if op.startswith(("append_kv", "paged_attention_")) else []
+    caches += ["k", "v"] if op == "gather_kv" else []
     assert written == caches + (["out", "lse"] if op.endswith(".out") else [])
 
 
@@ -265,7 +267,14 @@ def test_empty_input_returns_empty_results(sequences: int) -> None:
 
 @pytest.mark.parametrize(
     "function",
-    [pa_ops.paged_attention, pa_ops.paged_attention_, pa_ops.varlen_attention, pa_ops.attention, pa_ops.append_kv],
+    [
+        pa_ops.paged_attention,
+        pa_ops.paged_attention_,
+        pa_ops.varlen_attention,
+        pa_ops.attention,
+        pa_ops.append_kv,
+        pa_ops.gather_kv,
+    ],
 )
 def test_python_functions_are_the_operators(function: Callable[..., Any]) -> None:
     import inspect

@@ -31,6 +31,37 @@ def test_append_writes_each_slot_and_nothing_else(page: int, tokens: int, seed: 
     assert torch.equal(k_cache, before[0]) and torch.equal(v_cache, before[1])
 
 
+@settings(max_examples=30, deadline=None)
+@given(page=st.sampled_from([1, 3, 16]), lengths=st.lists(st.integers(0, 40), max_size=5), seed=st.integers(0, 99))
+def test_B13_gather_copies_each_token_and_nothing_else(page: int, lengths: list[int], seed: int) -> None:
+    random = torch.Generator().manual_seed(seed)
+    k_cache, v_cache = (torch.randn(9, page, 2, dim, generator=random).half() for dim in (8, 24))
+    table = torch.randint(-2, 12, (len(lengths), 3), generator=random, dtype=torch.int32)
+    ends = torch.tensor([0, *lengths]).cumsum(0, dtype=torch.int32)
+    k, v = (torch.full((int(ends[-1]) + 2, 2, dim), NAN).half() for dim in (8, 24))
+    reference.gather_kv(k_cache, v_cache, table, ends, k, v)
+    for sequence, length in enumerate(lengths):
+        for position in range(length):
+            row, place = int(ends[sequence]) + position, position // page
+            number = int(table[sequence, place]) if place < 3 else -1
+            for rows, cache in ((k, k_cache), (v, v_cache)):
+                mapped = 0 <= number < 9
+                want = cache[number, position % page] if mapped else torch.zeros_like(rows[row])
+                assert torch.equal(rows[row], want)
+    assert k[ends[-1] :].isnan().all() and v[ends[-1] :].isnan().all(), "rows past the last stay as they are"
+
+
+def test_gather_undoes_append() -> None:
+    k, v = torch.randn(2, 11, 2, 8).half()
+    caches = torch.zeros(2, 6, 4, 2, 8).half()
+    table, ends = torch.tensor([[4, 1], [5, 0]], dtype=torch.int32), torch.tensor([0, 7, 11], dtype=torch.int32)
+    slots = torch.tensor([16, 17, 18, 19, 4, 5, 6, 20, 21, 22, 23])
+    reference.append_kv(k, v, *caches, slots)
+    back = torch.zeros(2, 11, 2, 8).half()
+    reference.gather_kv(*caches, table, ends, *back)
+    assert torch.equal(back[0], k) and torch.equal(back[1], v)
+
+
 def test_X3_a_negative_slot_is_not_stored() -> None:
     k_cache, v_cache = torch.zeros(2, 4, 4, 1, 8)
     new = torch.ones(3, 1, 8)
