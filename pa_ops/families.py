@@ -290,18 +290,6 @@ UNSUPPORTED: tuple[Unsupported, ...] = (
         "attention kernels take head sizes up to 256",
     ),
     Unsupported(
-        "tensor-mask",
-        lambda problem, capability: (
-            problem.mask is Mask.TENSOR
-            and (
-                not problem.mask_aligned
-                or problem.head_dim != problem.head_dim_v
-                or Feature.CP_ASYNC not in capability.features
-            )
-        ),
-        "mask tensors are read by cp.async, in rows of 16 bytes, where K and V have one head size",
-    ),
-    Unsupported(
         "unaligned",
         lambda problem, _: problem.kernel_op is KernelOp.ATTN and not problem.aligned,
         "attention kernels load 16 bytes at a time",
