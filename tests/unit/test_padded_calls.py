@@ -253,5 +253,11 @@ def test_every_mask_of_the_helpers_is_a_kind_of_mask_tensor(launches: Launches) 
     assert {InstanceSpec.parse(made.symbol).mask for made in launches} == {Mask.TENSOR}
     with pytest.raises(NoInstance, match="k_scale"):
         run(Padded(3, 48, mask="bool"), k_scale=torch.ones(1))
+    for mask in MASKS:
+        case = Padded(3, 48, mask=mask, dtype=torch.float32)
+        with pytest.raises(NoInstance, match="no kernel takes float32"):
+            run(case)
+        out = run(case, backend="reference")[1][0]
+        assert torch.equal(out, expected(case.call())[0])
     with pytest.raises(InvalidArgument, match=r"^attn_mask: belongs to the operator attention"):
         Problem(op="paged_attention", dtype="fp16", head_dim=64, attn_mask="bool")
