@@ -13,12 +13,11 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from pa_ops import bench_serving, functions, reference, registry, trace
+from pa_ops import bench_padded, bench_serving, functions, reference, registry, trace
 from pa_ops.errors import InvalidArgument
 
 WARM_UP = 10
 REPEATS = 50
-SERVING = "serving"
 CHECKED_QUERIES = 64  # the last query rows of each sequence; their scores over 64 Ki keys still fit beside a cache
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16}
 TOLERANCE = {"fp16": 5e-3, "bf16": 2e-2}
@@ -73,6 +72,12 @@ CASES: dict[str, Case] = {
         Case("swa", num_seqs=8, new=1, ctx=9216, window=8192),
     )
 }
+
+TABLES: dict[str, Callable[[Console, torch.device, Path | None], int]] = {
+    "serving": bench_serving.run,
+    "padded": bench_padded.run,
+}
+"""Cases that are a table of their own."""
 
 
 @dataclass(frozen=True)
@@ -198,7 +203,7 @@ def cases_of(
 ) -> list[Case]:
     """The cases that the command line means; raises InvalidArgument naming the option."""
     if name != "all" and name not in CASES:
-        raise InvalidArgument("case", f"must be one of {', '.join(CASES)}, {SERVING}, all", repr(name))
+        raise InvalidArgument("case", f"must be one of {', '.join((*CASES, *TABLES))}, all", repr(name))
     if dtype not in DTYPES:
         raise InvalidArgument("dtype", f"must be one of {', '.join(DTYPES)}", repr(dtype))
     given = {"ctx": ctx, "window": window, "num_seqs": num_seqs}
@@ -225,12 +230,12 @@ def run(
     output: Path | None,
 ) -> int:
     """Time the cases, print them, write `output`; 1 where a result is wrong. Raises InvalidArgument without a GPU."""
-    cases = [] if case == SERVING else cases_of(case, ctx=ctx, window=window, num_seqs=num_seqs, dtype=dtype)
+    cases = [] if case in TABLES else cases_of(case, ctx=ctx, window=window, num_seqs=num_seqs, dtype=dtype)
     if not torch.cuda.is_available():
         raise InvalidArgument("device", "bench times kernels on an NVIDIA GPU that torch can use", "no such GPU here")
     device = torch.device("cuda", 0)
-    if case == SERVING:
-        return bench_serving.run(console, device, output)
+    if case in TABLES:
+        return TABLES[case](console, device, output)
     rows = [measure(chosen, device) for chosen in cases]
     table = Table("case", "shape", "us", "TFLOP/s", "KV GB/s", "worst error", "instance")
     for row in rows:

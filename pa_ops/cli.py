@@ -72,7 +72,9 @@ def parser() -> argparse.ArgumentParser:
     doctor.set_defaults(run=run_doctor)
 
     bench = commands.add_parser("bench", help="time the built instances on the GPU")
-    bench.add_argument("--case", default="all", metavar="NAME", help="prefill, chunk, decode, swa, serving or all")
+    bench.add_argument(
+        "--case", default="all", metavar="NAME", help="prefill, chunk, decode, swa, serving, padded or all"
+    )
     bench.add_argument("--ctx", type=int, metavar="N", help="keys of each sequence")
     bench.add_argument("--window", type=int, metavar="N", help="sliding window")
     bench.add_argument("--num-seqs", type=int, metavar="N", help="sequences")

@@ -173,6 +173,28 @@ def test_C22_two_runs_are_equal_bit_by_bit(dtype: torch.dtype, device: torch.dev
         assert all(map(torch.equal, first, second))
 
 
+def test_padding_masks_are_lengths_and_others_are_not(
+    dtype: torch.dtype, device: torch.device, evidence: Evidence
+) -> None:
+    for queries, group in product((1, 5, 130), (1, 4)):
+        case = Padded(
+            queries, 208, batch=3, group=group, dtype=dtype, mask="bool", mask_axes=(True, False, False, True)
+        )
+        call = case.call(device)
+        keys = torch.arange(208, device=device)
+        for seen in (keys < torch.tensor([[0], [13], [208]], device=device), keys.expand(3, 208) % 7 > 0):
+            call["attn_mask"] = seen[:, None, None].contiguous()
+            check(call, evidence, case)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            out = pa_ops.attention(**call)[0]
+        for last in (200, 208):  # a padding mask, then one with a hole: the same graph serves both
+            call["attn_mask"].copy_((keys < last)[None, None, None] & (keys != (120 if last == 208 else -1)))
+            graph.replay()
+            assert torch.equal(out, pa_ops.attention(**call)[0])
+            error_of(out, sdpa(case, call), dtype, f"replay, {last}")
+
+
 def test_a_captured_call_is_replayed(device: torch.device, evidence: Evidence) -> None:
     for mask in ("none", "bool"):
         call = Padded(20, 64, nonpad=(10, 30), mask=mask).call(device)

@@ -1,4 +1,4 @@
-"""Padded batches for the operator attention: tensors and options of a call, its check, torch's SDPA as an oracle."""
+"""Padded batches for the operator attention: tensors and options of a call, its check, and SDPA as an oracle."""
 
 from __future__ import annotations
 

@@ -12,7 +12,7 @@ from torch import Tensor
 import pa_ops
 from helpers.serving import serving
 from pa_ops import InvalidArgument
-from pa_ops.checks import RULES, validate
+from pa_ops.checks import PADDED, RULES, Rule, validate
 from pa_ops.schema import SCHEMAS, signature
 
 Arguments = dict[str, Any]
@@ -28,7 +28,8 @@ def half(*shape: int) -> Tensor:
 
 
 def valid(op: str) -> Arguments:
-    """A call of two sequences with 3 + 2 new tokens, Hq = 4, Hkv = 2, D = 8, four pages of four tokens."""
+    """A call of two sequences with 3 + 2 new tokens, Hq = 4, Hkv = 2, D = 8, four pages of four tokens; padded, of 3
+    each, Dv = 16, 7 + 5 keys."""
     attention = {"q": half(5, 4, 8), "cu_seqlens_q": int32(0, 3, 5)}
     buffers = {"out": half(5, 4, 8), "lse": torch.zeros(4, 5)}
     paged = {
@@ -47,6 +48,15 @@ def valid(op: str) -> Arguments:
         "paged_attention_.out": {**rotary, "out": half(5, 32), "lse": buffers["lse"]},
         "varlen_attention": varlen,
         "varlen_attention.out": {**varlen, **buffers},
+        "attention": {
+            "q": half(2, 4, 3, 8),
+            "k": half(2, 2, 5, 8),
+            "v": half(2, 2, 5, 16),
+            "past_key": half(2, 2, 7, 8),
+            "past_value": half(2, 2, 7, 16),
+            "attn_mask": torch.ones(3, 12, dtype=torch.bool),
+            "nonpad_kv_seqlen": torch.tensor([12, 0]),
+        },
         "append_kv": {
             "key": half(3, 2, 8),
             "value": half(3, 2, 8),
@@ -70,6 +80,11 @@ def valid(op: str) -> Arguments:
         },
     }
     return cases[op]
+
+
+def rules_of(op: str) -> tuple[Rule, ...]:
+    """The tensors of a call as its caller knows them."""
+    return PADDED["bnsh"] if op == "attention" else RULES[op]
 
 
 def call(op: str, arguments: Arguments) -> Any:
@@ -155,6 +170,35 @@ ROWS: list[tuple[str, str, Change, str]] = [
     ("varlen_attention", "cu_seqlens_k", lambda _: int32(6, 2), "B+1 = 3 / cu_seqlens_q / [2]"),
     ("varlen_attention", "cu_seqlens_k", lambda _: torch.tensor([0, 6, 8]), "int32 / int64"),
     ("varlen_attention.out", "out", lambda _: half(5, 2, 8), "Hq = 4 / [5, 2, 8]"),
+    ("attention", "layout", lambda _: "bhsd", "bnsh, bsnh, bnsh/bsnh, bsnh/bnsh / 'bhsd'"),
+    ("attention", "q", lambda _: half(2, 4, 8), "4 dimensions [B, Hq, Sq, D] / [2, 4, 8]"),
+    ("attention", "q", lambda a: a["q"].double(), "float16, bfloat16, float32 / float64"),
+    ("attention", "q", lambda _: half(2, 3, 3, 8), "multiple of / k's Hkv = 2 / Hq = 3"),
+    ("attention", "k", lambda _: half(3, 2, 5, 8), "B = 2 / comes from q / [3, 2, 5, 8]"),
+    ("attention", "k", lambda _: half(2, 2, 5, 16), "D = 8 / dimension 3 / [2, 2, 5, 16]"),
+    ("attention", "k", lambda a: a["k"].bfloat16(), "float16 (as q) / bfloat16"),
+    ("attention", "k", strided("k"), "last dimension must be dense"),
+    ("attention", "v", lambda _: half(2, 2, 4, 16), "Sk = 5 / comes from k / [2, 2, 4, 16]"),
+    ("attention", "v", lambda a: a["v"].requires_grad_(), "must not require grad"),
+    ("attention", "past_key", lambda _: half(2, 2, 7, 16), "D = 8 / [2, 2, 7, 16]"),
+    ("attention", "past_key", lambda _: None, "come together / past_value alone"),
+    ("attention", "past_value", lambda _: half(2, 2, 6, 16), "P = 7 / comes from past_key / [2, 2, 6, 16]"),
+    ("attention", "past_value", lambda _: half(2, 2, 7, 8), "Dv = 16 / comes from v"),
+    ("attention", "past_value", lambda _: None, "come together / past_key alone"),
+    ("attention", "attn_mask", lambda _: torch.ones(2, 12).bool(), "[Sq, total] / Sq = 3, total = 12 / [2, 12]"),
+    ("attention", "attn_mask", lambda _: torch.ones(3, 5).bool(), "total counts past and new / [3, 5]"),
+    ("attention", "attn_mask", lambda _: torch.ones(2, 3, 12).bool(), "[Hq, Sq, total] / Hq = 4 / [2, 3, 12]"),
+    ("attention", "attn_mask", lambda _: torch.ones(4, 4, 3, 12).bool(), "B = 2 / [4, 4, 3, 12]"),
+    ("attention", "attn_mask", lambda _: torch.ones(12).bool(), "2, 3 or 4 dimensions / [12]"),
+    ("attention", "attn_mask", lambda _: torch.ones(3, 12).int(), "bool, float16, float32 / int32"),
+    ("attention", "attn_mask", lambda _: torch.ones(3, 12).requires_grad_(), "must not require grad"),
+    ("attention", "nonpad_kv_seqlen", lambda _: int32(3), "B = 2 / [1]"),
+    ("attention", "nonpad_kv_seqlen", lambda _: torch.ones(2), "int32, int64 / float32"),
+    ("attention", "sinks", lambda _: torch.zeros(2), "Hq = 4 / comes from q / [2]"),
+    ("attention", "k_scale", lambda _: torch.ones(3), "Hkv = 2 or 1 / [3]"),
+    ("attention", "softmax_scale", lambda _: 0.0, "> 0 / 0.0"),
+    ("attention", "softcap", lambda _: -1.0, ">= 0 / -1.0"),
+    ("attention", "max_seqlen_k", lambda _: -1, ">= 0 / left out / -1"),
     ("append_kv", "slot_mapping", lambda _: int32(0, -1, 9), "int64 / int32"),
     ("append_kv", "slot_mapping", lambda _: torch.tensor([[0, 1]]), "1 dimensions [T]"),
     ("append_kv", "key", lambda _: half(2, 2, 8), "T >= 3 / slot_mapping / [2, 2, 8]"),
@@ -217,6 +261,9 @@ def test_the_valid_calls_are_valid(op: str) -> None:
         out, lse = results
         assert out.shape == (5, 4, 8) and out.dtype == torch.float16 and out.is_meta
         assert lse.shape == (4, 5) and lse.dtype == torch.float32 and lse.is_meta
+    elif op == "attention":
+        assert [list(r.shape) for r in results] == [[2, 4, 3, 16], [2, 2, 12, 8], [2, 2, 12, 16], [2, 4, 3]]
+        assert results[0].dtype == torch.float16 and results[3].dtype == torch.float32
     elif op == "paged_attention_":
         assert results.shape == (5, 32) and results.dtype == torch.float16 and results.is_meta
     else:
@@ -226,8 +273,8 @@ def test_the_valid_calls_are_valid(op: str) -> None:
 @pytest.mark.parametrize("op", SCHEMAS)
 def test_each_tensor_of_a_schema_has_a_rule(op: str) -> None:
     parsed = torch._C.parse_schema(f"pa_ops::{op}{SCHEMAS[op]}").arguments
-    tensors = {a.name: a for a in parsed if "Tensor" in str(a.type)}
-    rules = {rule.argument: rule for rule in RULES[op]}
+    tensors = {a.name: a for a in parsed if "Tensor" in str(a.type) and a.name != "attn_mask"}  # of several shapes
+    rules = {rule.argument: rule for rule in rules_of(op)}
     assert rules.keys() == tensors.keys()
     for name, rule in rules.items():
         alias = tensors[name].alias_info
@@ -237,7 +284,7 @@ def test_each_tensor_of_a_schema_has_a_rule(op: str) -> None:
 
 @pytest.mark.parametrize("op", SCHEMAS)
 def test_every_tensor_must_be_on_one_device(op: str) -> None:
-    first, *others = (rule for rule in RULES[op] if not rule.optional)
+    first, *others = (rule for rule in rules_of(op) if not rule.optional)
     for rule in others:
         arguments = signature(op).bind((), valid(op))
         arguments[rule.argument] = arguments[rule.argument].to("meta")

@@ -57,6 +57,18 @@ def samples(op: str) -> list[Sample]:
     both = [{}, options]
     out, lse = torch.empty_like(q), torch.empty(4, 5)
     buffers = [{"out": out}, {**options, "out": out, "lse": lse}]
+    padded_calls: list[dict[str, Any]] = [
+        {"layout": "bnsh/bsnh"},
+        {"attn_mask": torch.rand(3, 7) < 0.5, "layout": "bnsh/bsnh", "need_present": False, "sinks": torch.randn(4)},
+        {
+            "past_key": torch.randn(2, 7, 2, 8).half(),
+            "past_value": torch.randn(2, 7, 2, 8).half(),
+            "nonpad_kv_seqlen": int32(3, 14),
+            "causal": True,
+            "layout": "bnsh/bsnh",
+        },
+    ]
+    padded = (torch.randn(2, 4, 3, 8).half(), *torch.randn(2, 2, 7, 2, 8).half())
     slots = torch.tensor([3, -1, 9])
     states = (q, torch.randn(4, 5), torch.randn(5, 4, 8).half(), torch.randn(4, 5))
     rows: dict[str, tuple[tuple[Tensor, ...], list[dict[str, Any]]]] = {
@@ -64,6 +76,7 @@ def samples(op: str) -> list[Sample]:
         "paged_attention.out": (paged, buffers),
         "varlen_attention": (varlen, both),
         "varlen_attention.out": (varlen, buffers),
+        "attention": (padded, padded_calls),
         "append_kv": ((*torch.randn(2, 3, 2, 8).half(), k_cache, v_cache, slots), [{}, {"k_scale": torch.ones(1)}]),
         "gather_kv": ((k_cache, v_cache, paged[5], int32(0, 6, 8), *torch.randn(2, 9, 2, 8).half()), [{}]),
         "merge_states": (states, [{}]),
@@ -98,7 +111,7 @@ def test_tensors_elsewhere_are_refused() -> None:
         ops._on_others("merge_states")(*(tensor.to("meta") for tensor in tensors))
 
 
-@pytest.mark.parametrize("op", ["paged_attention", "paged_attention_", "varlen_attention", "merge_states"])
+@pytest.mark.parametrize("op", ["paged_attention", "paged_attention_", "varlen_attention", "attention", "merge_states"])
 def test_B29_fake_tensors_have_the_shapes_of_the_real_ones(op: str) -> None:
     for tensors, options in samples(op):
         real = overload(op)(*tensors, **options)
@@ -117,10 +130,11 @@ def step(q: Tensor, kv: Tensor, k_cache: Tensor, v_cache: Tensor, slots: Tensor,
     pa_ops.append_kv(kv, kv * 2, k_cache, v_cache, slots)
     out_a, lse_a = pa_ops.paged_attention(q, k_cache, v_cache, *where, sliding_window=4)
     out_b, lse_b = pa_ops.varlen_attention(q, kv, kv, where[0], where[0])
+    present = pa_ops.attention(q[None], kv[None], kv[None], layout="bsnh", causal=True)[1]
     merged, lse = pa_ops.merge_states(out_a, lse_a, out_b, lse_b)
     into = torch.zeros_like(q)
     torch.ops.pa_ops.paged_attention.out(q, k_cache, v_cache, *where, out=into)
-    return merged + 1, lse, into
+    return merged + 1, lse, into, present
 
 
 @pytest.mark.parametrize("dynamic", [False, True])
@@ -253,7 +267,14 @@ def test_empty_input_returns_empty_results(sequences: int) -> None:
 
 @pytest.mark.parametrize(
     "function",
-    [pa_ops.paged_attention, pa_ops.paged_attention_, pa_ops.varlen_attention, pa_ops.append_kv, pa_ops.gather_kv],
+    [
+        pa_ops.paged_attention,
+        pa_ops.paged_attention_,
+        pa_ops.varlen_attention,
+        pa_ops.attention,
+        pa_ops.append_kv,
+        pa_ops.gather_kv,
+    ],
 )
 def test_python_functions_are_the_operators(function: Callable[..., Any]) -> None:
     import inspect
