@@ -140,7 +140,7 @@ def test_C17_sentinels_survive(dtype: torch.dtype, device: torch.device, evidenc
         call = Padded(40, 64, dtype=dtype, mask=mask).call(device)
         call["attn_mask"] = torch.where(call["attn_mask"] == -torch.inf, value, call["attn_mask"])
         assert check(call, evidence, value)[0].isfinite().all()
-        call["attn_mask"].fill_(value)
+        call["attn_mask"] = torch.full_like(call["attn_mask"], 0).float().add(value).to(call["attn_mask"].dtype)
         assert pa_ops.attention(**call)[0].isfinite().all()
 
 
