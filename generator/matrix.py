@@ -117,7 +117,7 @@ _SERVING: dict[Family, tuple[Cell, ...]] = {
     ),
     Family.FLASH_SM90: _grid(FLASH_SM90_TILES, Layout, PLAIN_MASKS),
     Family.DECODE: _grid(DECODE_TILES, _PAGED, DECODE_MASKS),
-    Family.MEA: _grid(MEA_TILES, Layout, PLAIN_MASKS),
+    Family.MEA: (*_grid(MEA_TILES, Layout, PLAIN_MASKS), *_grid(MEA_TILES, _DENSE, _TENSOR)),
     Family.MEA_DECODE: _grid(MEA_DECODE_TILES, _PAGED, DECODE_MASKS),
 }
 PRESETS: dict[str, Preset] = {

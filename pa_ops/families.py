@@ -73,7 +73,7 @@ GATES: dict[Family, Gates] = {
         KernelOp.ATTN, _both(Feature.TMA, Feature.WGMMA), _ANY_LAYOUT, _PLAIN_MASK, page_multiple=8
     ),
     Family.DECODE: Gates(KernelOp.ATTN, _MMA_SYNC, _PAGED, _FULL_BY_FLAG, invariant=False),
-    Family.MEA: Gates(KernelOp.ATTN, _MEA, _ANY_LAYOUT, _OWN_MASK, split_heads=True),
+    Family.MEA: Gates(KernelOp.ATTN, _MEA, _ANY_LAYOUT, _OWN_MASK, head_max=512, split_heads=True),
     Family.MEA_DECODE: Gates(KernelOp.ATTN, _MEA, _PAGED, _FULL_BY_FLAG, invariant=False),
     Family.APPEND: Gates(
         KernelOp.APPEND_KV,

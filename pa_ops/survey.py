@@ -19,7 +19,8 @@ from pa_ops.selection import select_entry
 from pa_ops.spec import DType, Family, InstanceSpec, Op, TensorMask, Word
 from pa_ops.unsupported import unsupported
 
-HEAD_DIMS = (8, 40, 64, 72, 96, 104, 128, 136, 192, 200, 256)  # both sides of every row's head size, and the ends
+# Both sides of every row's head size, and the ends.
+HEAD_DIMS = (8, 40, 64, 72, 96, 104, 128, 136, 192, 200, 256, 264, 512)
 DTYPES = (DType.FP16, DType.BF16, DType.FP32)
 CACHE_DTYPES = (None, DType.E4M3FN, DType.INT8)  # None: the query's
 # Tokens of the sequence and of a page: few query rows and many, which have a family each, and a page that not every

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pa_ops.capability import Capability, Feature
 from pa_ops.families import GATES, attention_families
 from pa_ops.problem import Problem
-from pa_ops.spec import DType, KernelOp, Mask
+from pa_ops.spec import DType, KernelOp
 
 
 @dataclass(frozen=True)
@@ -64,19 +64,7 @@ UNSUPPORTED: tuple[Unsupported, ...] = (
             and max(problem.head_dim, problem.head_dim_v)
             > max(GATES[family].head_max for family in attention_families())
         ),
-        "attention kernels take head sizes up to 256",
-    ),
-    Unsupported(
-        "tensor-mask",
-        lambda problem, capability: (
-            problem.mask is Mask.TENSOR
-            and (
-                not problem.mask_aligned
-                or problem.head_dim != problem.head_dim_v
-                or Feature.CP_ASYNC not in capability.features
-            )
-        ),
-        "mask tensors are read by cp.async, in rows of 16 bytes, where K and V have one head size",
+        "attention kernels take head sizes up to 512: of larger ones not 16 rows and 16 keys fit into 48 KiB",
     ),
     Unsupported(
         "unaligned",

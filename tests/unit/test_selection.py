@@ -286,11 +286,28 @@ def test_B8_other_head_sizes_name_the_multiple(head_dim: int) -> None:
     assert f"multiple of 8 up to 256, got {head_dim}" in refusal(paged(head_dim=head_dim), 90)
 
 
-@pytest.mark.parametrize("head_dim", [264, 512, 1024])
+@pytest.mark.parametrize("head_dim", [264, 512, 520, 1024])
 def test_B8_a_head_size_beyond_the_limit_names_it(head_dim: int) -> None:
-    assert f"NO  head size: needs a multiple of 8 up to 256, got {head_dim}" in refusal(paged(head_dim=head_dim), 90)
-    text = refusal(paged(head_dim_v=head_dim), 90)
-    assert f"up to 256, got 128 (K) and {head_dim} (V)" in text
+    """Every family's own limit, of which the largest is 512."""
+    named = [Policy(family) for family in attention_families() if GATES[family].head_max < head_dim]
+    assert len(named) >= 4
+    for policy in (*named, *([Policy()] if head_dim > 512 else [])):
+        text = refusal(paged(head_dim=head_dim), 90, policy=policy)
+        assert f"NO  head size: needs a multiple of 8 up to 256, got {head_dim}" in text
+        assert f"up to 256, got 128 (K) and {head_dim} (V)" in refusal(paged(head_dim_v=head_dim), 90, policy=policy)
+
+
+@pytest.mark.parametrize("sm", MODELS)
+@pytest.mark.parametrize("head_dim", range(264, 513, 8))
+def test_B8_B9_head_sizes_up_to_512_are_mea_s_wherever_its_tiles_have_room(sm: int, head_dim: int) -> None:
+    capability = Capability.of_sm(sm)
+    if sm < 53 or sm // 10 == 11:
+        assert refusal(paged(head_dim=head_dim, dtype="fp16"), sm)
+        return
+    for tokens in (1, 512):
+        entry = select_entry(ROWS, paged(head_dim=head_dim, dtype="fp16", tokens=tokens), capability).entry
+        assert (entry.spec.family, entry.spec.head_dim) == (Family.MEA, 512)
+        assert entry.smem_bytes <= capability.smem_optin_bytes
 
 
 @pytest.mark.parametrize(
