@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
+from functools import lru_cache
 from itertools import chain, product
 
 from pa_ops.capability import MODELS, Capability, parse_target
@@ -116,7 +117,7 @@ _SERVING: dict[Family, tuple[Cell, ...]] = {
     ),
     Family.FLASH_SM90: _grid(FLASH_SM90_TILES, Layout, PLAIN_MASKS),
     Family.DECODE: _grid(DECODE_TILES, _PAGED, DECODE_MASKS),
-    Family.MEA: _grid(MEA_TILES, Layout, PLAIN_MASKS),
+    Family.MEA: (*_grid(MEA_TILES, Layout, PLAIN_MASKS), *_grid(MEA_TILES, _DENSE, _TENSOR)),
     Family.MEA_DECODE: _grid(MEA_DECODE_TILES, _PAGED, DECODE_MASKS),
 }
 PRESETS: dict[str, Preset] = {
@@ -149,6 +150,7 @@ class Refusal:
     reason: str
 
 
+@lru_cache(maxsize=64)
 def _smem_limit(target: str) -> int:
     """The least opt-in shared memory, in bytes, of the devices that `target` code loads on."""
     loads = [c for sm in MODELS if target in (c := Capability.of_sm(sm)).targets]

@@ -7,7 +7,6 @@ transposed views) and heads first. A padding mask is told to pa_ops as such, and
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -19,11 +18,12 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from pa_ops import functions, reference, trace
+from pa_ops.bench_serving import time_of
 from pa_ops.padding import BNSH, BSNH
 
-WARM_UP, REPEATS = 10, 50
 BATCH, HEADS, TOKENS, HEAD_DIM = 8, 32, 2048, 128
 TOLERANCE = 2e-2
+REPEATS = 5, 20  # calls before the clock runs, and while it does
 CHECKED_QUERIES = 64  # the first rows of each sequence: fp32 scores of all would be 4 GiB
 PEERS = {
     "flash": SDPBackend.FLASH_ATTENTION,
@@ -73,25 +73,12 @@ def inputs_of(kind: str, layout: str, device: torch.device) -> tuple[dict[str, A
     return {**made, **({"nonpad_kv_seqlen": lengths} if "lengths" in kind else {"attn_mask": mask})}, mask
 
 
-def time_of(call: Callable[[], object]) -> float:
-    """Mean time of back-to-back calls in microseconds, by the GPU's clock."""
-    for _ in range(WARM_UP):
-        call()
-    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
-    begin.record()
-    for _ in range(REPEATS):
-        call()
-    end.record()
-    torch.cuda.synchronize()
-    return 1e3 * float(begin.elapsed_time(end)) / REPEATS
-
-
 def peer_time(backend: SDPBackend, made: dict[str, Any], mask: Tensor) -> float | None:
     """The time of one backend of SDPA; None where it refuses the mask."""
     q, k, v = (made[name] if made["layout"] == BNSH else made[name].transpose(1, 2) for name in "qkv")
     try:
         with sdpa_kernel(backend):
-            return time_of(lambda: torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=mask))
+            return time_of(lambda: torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=mask), *REPEATS)
     except RuntimeError:  # how SDPA says that a backend does not take a call
         return None
 
@@ -113,7 +100,7 @@ def measure(kind: str, layout: str, device: torch.device) -> PaddedRow:
     with trace.recording() as decisions:
         out = functions.attention(**made)[0]
     peers = {name: peer_time(backend, made, mask) for name, backend in PEERS.items()}
-    ours = time_of(lambda: functions.attention(**made))
+    ours = time_of(lambda: functions.attention(**made), *REPEATS)
     return PaddedRow(kind, layout, ours, peers, decisions[-1].instance, error_of(made, out))
 
 

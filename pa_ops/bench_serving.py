@@ -179,18 +179,18 @@ def host_copy_call(made: Prepared) -> Callable[[], int]:
     return call
 
 
-def time_of(call: Callable[[], object]) -> float:
+def time_of(call: Callable[[], object], warm_up: int = WARM_UP, repeats: int = REPEATS) -> float:
     """Mean time of back-to-back calls in microseconds, by the GPU's clock."""
-    for _ in range(WARM_UP):
+    for _ in range(warm_up):
         call()
     begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
     torch.cuda.synchronize()
     begin.record()
-    for _ in range(REPEATS):
+    for _ in range(repeats):
         call()
     end.record()
     torch.cuda.synchronize()
-    return 1e3 * float(begin.elapsed_time(end)) / REPEATS
+    return 1e3 * float(begin.elapsed_time(end)) / repeats
 
 
 def error_of(inputs: Inputs) -> float:

@@ -17,14 +17,25 @@ from pa_ops.calls import REFERENCE_DECISIONS, TENSORS, known, launched, plan_of
 from pa_ops.checked import check_values
 from pa_ops.checks import INT32_MAX, Arguments, Sizes, validate
 from pa_ops.environment import Settings, settings
-from pa_ops.errors import InvalidArgument
+from pa_ops.errors import InvalidArgument, NoInstance
 from pa_ops.overrides import REFERENCE, policy, token
-from pa_ops.padding import LAYOUTS, first_position, handed_over, mask_rows, present_of, row_results, turned
+from pa_ops.padding import LAYOUTS, first_position, handed_over, mask_rows, padding_of, present_of, row_results, turned
 from pa_ops.schema import NAMESPACE, signature
 from pa_ops.trace import record
 
 OP = "attention"
-_SHARED = ("softmax_scale", "sliding_window", "softcap", "sinks", "k_scale", "v_scale", "backend")
+_SHARED = (
+    "softmax_scale",
+    "causal",
+    "sliding_window",
+    "softcap",
+    "sinks",
+    "k_scale",
+    "v_scale",
+    "backend",
+    "out",
+    "lse",
+)
 _NUMBERS = ("softmax_scale", "causal", "sliding_window", "softcap", "backend", "position")
 
 
@@ -38,6 +49,8 @@ def attention(*tensors: Tensor, **options: Any) -> tuple[Tensor, Tensor, Tensor,
         record(now, REFERENCE_DECISIONS[OP])
         given = {name: value for name, value in arguments.items() if name != "backend"}
         return reference.attention(**given)
+    if arguments["q"].dtype is torch.float32:
+        raise NoInstance(f"{OP}: no kernel takes float32; CPU tensors, and backend='reference', do")
     if sizes["B"] * sizes["Sq"] > INT32_MAX:
         raise InvalidArgument("q", "B * Sq, the rows of the batch, must fit 32 bits", sizes["B"] * sizes["Sq"])
     order = LAYOUTS[arguments["layout"]]
@@ -64,28 +77,45 @@ def _of_no_keys(out: Tensor, lse: Tensor, sinks: Tensor | None) -> None:
 
 
 def _attend(arguments: Arguments, sizes: Sizes, out: Tensor, lse: Tensor, now: Settings) -> None:
-    """Fills out [B, Sq, Hq, Dv] and lse [Hq, B, Sq]; q, k and v have tokens before heads."""
-    q, batch, queries, total = arguments["q"], sizes["B"], sizes["Sq"], sizes["total"]
-    steps = torch.arange(batch + 1, dtype=torch.int32, device=q.device)
-    rows = {"out": out.flatten(0, 1), "lse": lse.flatten(1, 2)}
-    seen = _seen(arguments, sizes)
+    """Fills out [B, Sq, Hq, Dv] and lse [Hq, B, Sq]; q, k and v have tokens before heads.
+
+    A mask that may be a padding one has two launches, and the device decides which of them has rows to do.
+    """
+    steps = torch.arange(sizes["B"] + 1, dtype=torch.int32, device=out.device)
+    ends = steps * sizes["Sq"]
+    call = {**arguments, "out": out.flatten(0, 1), "lse": lse.flatten(1, 2)}
+    seen, mask = _seen(arguments, sizes), arguments["attn_mask"]
+    if seen is None and mask is not None and _may_be_padding(arguments, sizes):
+        lengths, is_padding = padding_of(mask, sizes["B"])
+        _launch_paged(call, sizes, steps, ends * is_padding, lengths)
+        ends = ends * ~is_padding
     if seen is None:
-        _launch_masked({**arguments, **rows, "cu_seqlens_q": steps * queries}, sizes, now)
-        return
-    lengths = steps.new_full((batch,), seen) if isinstance(seen, int) else seen
+        _launch_masked({**call, "cu_seqlens_q": ends}, sizes, now)
+    else:
+        _launch_paged(call, sizes, steps, ends, steps.new_full(ends[1:].shape, seen) if isinstance(seen, int) else seen)
+
+
+def _launch_paged(arguments: Arguments, sizes: Sizes, steps: Tensor, ends: Tensor, lengths: Tensor) -> None:
+    """Runs paged attention on pages that are sequences; `steps` counts these, `ends` are prefix sums of their rows."""
+    q = arguments["q"]
     getattr(torch.ops, NAMESPACE).paged_attention.out(
-        q.reshape(batch * queries, *q.shape[2:]),  # a copy where heads come first: several rows of several sequences
+        q.reshape(-1, *q.shape[2:]),  # a copy where heads come first: several rows of several sequences
         arguments["k"],
         arguments["v"],
-        steps * queries,
+        ends,
         lengths,
         steps[:-1, None],
-        causal=arguments["causal"],
-        max_seqlen_q=queries,
-        max_seqlen_k=total,
+        max_seqlen_q=sizes["Sq"],
+        max_seqlen_k=sizes["total"],
         **{name: arguments[name] for name in _SHARED},
-        **rows,
     )
+
+
+def _may_be_padding(arguments: Arguments, sizes: Sizes) -> bool:
+    """Whether the mask is bool and the same for all rows of a sequence, and nothing else hides keys."""
+    mask, others = arguments["attn_mask"], (arguments["causal"], arguments["nonpad_kv_seqlen"] is not None)
+    alike = all(size == 1 for size in mask.shape[-3:-1]) and mask.shape[-1] == sizes["total"]
+    return mask.dtype is torch.bool and alike and not any(others) and arguments["sliding_window"] <= 0
 
 
 def _seen(arguments: Arguments, sizes: Sizes) -> Tensor | int | None:

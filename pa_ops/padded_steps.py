@@ -14,7 +14,7 @@ from pa_ops.problem import Problem
 from pa_ops.program import Address, Grid, GridRule, Launch, Size, Source, Stride
 from pa_ops.registry import Registry
 from pa_ops.spec import InstanceSpec, TensorMask
-from pa_ops.steps import WORD, Step, attention_of, rows_aligned, selected
+from pa_ops.steps import Step, attention_of, facts_of, rows_aligned, selected
 
 _HALF = 2  # bytes of an element of fp16 or bf16
 
@@ -37,16 +37,7 @@ def masked_problem(arguments: Arguments, sizes: Sizes) -> Problem:
         kind = TensorMask.BOOL if mask.dtype is torch.uint8 else TensorMask.ADDITIVE
     return Problem(
         op="attention",
-        dtype=WORD[arguments["q"].dtype],
-        kv_dtype=WORD[arguments["k"].dtype],
-        head_dim=sizes["D"],
-        head_dim_v=sizes["Dv"],
-        num_heads=sizes["Hq"],
-        num_kv_heads=sizes["Hkv"],
-        causal=arguments["causal"],
-        window=arguments["sliding_window"] > 0,
-        softcap=arguments["softcap"] > 0,
-        sinks=arguments["sinks"] is not None,
+        **facts_of(arguments, sizes, "k"),
         aligned=all(rows_aligned(arguments[name]) for name in ("q", "k", "v", "out")),
         attn_mask=kind,
         mask_aligned=mask is None or rows_aligned(mask),

@@ -86,3 +86,12 @@ def mask_rows(mask: Tensor, batch: int, heads: int, queries: int, keys: int) -> 
     if (keys > 1 and mask.stride(-1) != 1) or mask.shape[-1] != keys:
         mask = mask.expand(*mask.shape[:-1], keys).contiguous()
     return mask.expand(batch, heads, queries, keys)
+
+
+def padding_of(mask: Tensor, batch: int) -> tuple[Tensor, Tensor]:
+    """Lengths [B] int32 of what a bool mask [.., total] shows, the same for all rows of a sequence, and whether that is
+    all that it says: in no sequence a hidden key before one that is seen. Both stay on the device."""
+    seen = mask.reshape(-1, mask.shape[-1])
+    lengths = seen.sum(-1, dtype=torch.int32)
+    keys = torch.arange(mask.shape[-1], dtype=torch.int32, device=mask.device)
+    return lengths.expand(batch).contiguous(), ((keys < lengths[:, None]) == seen).all()

@@ -19,8 +19,10 @@ WARP_THREADS = 32
 class Word(str, Enum):
     """A vocabulary word: it is equal to, hashes as and prints as its own string."""
 
-    def __str__(self) -> str:
-        return str(self.value)
+    __str__ = str.__str__  # not Enum's, which a survey of all problems would call for half of its time
+
+    def __format__(self, format_spec: str) -> str:
+        return str.__format__(self, format_spec)
 
 
 class Op(Word):
@@ -196,9 +198,14 @@ def _stages(spec: InstanceSpec) -> int:
 
 
 def _query_and_stages(spec: InstanceSpec) -> int:
-    """The Q tile, which O reuses, every stage of the K and V tiles, and a tile of the mask, fp32 at the widest."""
+    """The Q tile, which O reuses, and every stage of the K and V tiles."""
+    return spec.tile.m * max(spec.head_dim, spec.head_dim_v) * spec.dtype.itemsize + _stages(spec)
+
+
+def _query_stages_and_mask(spec: InstanceSpec) -> int:
+    """The Q tile, every stage of the K and V tiles, and a tile of the mask, fp32 at the widest."""
     mask = spec.tile.m * spec.tile.n * 4 if spec.mask is Mask.TENSOR else 0
-    return spec.tile.m * max(spec.head_dim, spec.head_dim_v) * spec.dtype.itemsize + _stages(spec) + mask
+    return _query_and_stages(spec) + mask
 
 
 def _stages_and_stats(spec: InstanceSpec) -> int:
@@ -220,6 +227,7 @@ def _query_and_tile_or_state(spec: InstanceSpec) -> int:
 
 _SMEM: dict[Family, Callable[[InstanceSpec], int]] = {
     Family.DECODE: _stages_and_stats,
+    Family.FLASH_SM80: _query_stages_and_mask,
     Family.FLASH_SM90: _query_stages_and_barriers,
     Family.MEA_DECODE: _query_and_tile_or_state,
 }

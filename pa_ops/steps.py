@@ -6,7 +6,7 @@ Paged attention is one launch, or two that share a batch's sequences out; the se
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -257,16 +257,7 @@ def problem_of(op: str, arguments: Arguments, sizes: Sizes) -> Problem:
     k, v = ("k_cache", "v_cache") if name == "paged_attention" else ("k", "v")
     return Problem(
         op=name,
-        dtype=WORD[arguments["q"].dtype],
-        kv_dtype=WORD[arguments[k].dtype],
-        head_dim=sizes["D"],
-        head_dim_v=sizes["Dv"],
-        num_heads=sizes["Hq"],
-        num_kv_heads=sizes["Hkv"],
-        causal=arguments["causal"],
-        window=arguments["sliding_window"] > 0,
-        softcap=arguments["softcap"] > 0,
-        sinks=arguments["sinks"] is not None,
+        **facts_of(arguments, sizes, k),
         page_size=sizes.get("page_size"),
         aligned=_aligned(arguments, "q", k, v, "out"),
         batch=sizes["B"],
@@ -279,6 +270,22 @@ def problem_of(op: str, arguments: Arguments, sizes: Sizes) -> Problem:
 def _aligned(arguments: Arguments, *names: str) -> bool:
     """Whether every row of the tensors starts at a multiple of 16 bytes; a tensor still to be allocated does."""
     return all(rows_aligned(tensor) for name in names if (tensor := arguments.get(name)) is not None)
+
+
+def facts_of(arguments: Arguments, sizes: Sizes, keys: str) -> dict[str, Any]:
+    """The facts that every attention problem has, by field; `keys` names the tensor of keys."""
+    return {
+        "dtype": WORD[arguments["q"].dtype],
+        "kv_dtype": WORD[arguments[keys].dtype],
+        "head_dim": sizes["D"],
+        "head_dim_v": sizes["Dv"],
+        "num_heads": sizes["Hq"],
+        "num_kv_heads": sizes["Hkv"],
+        "causal": arguments["causal"],
+        "window": arguments["sliding_window"] > 0,
+        "softcap": arguments["softcap"] > 0,
+        "sinks": arguments["sinks"] is not None,
+    }
 
 
 def rows_aligned(tensor: Tensor) -> bool:

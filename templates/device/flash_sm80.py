@@ -120,7 +120,6 @@ class FlashSm80:
             q_rows = q_rows + Int64(head) * args.q_head_stride
             k_base = k_base + Int64(sequence) * args.k_page_stride
             v_base = v_base + Int64(sequence) * args.v_page_stride
-            mask_base = self.mask_tile.base(args, sequence, row_first, head)
         elif cutlass.const_expr(not self.paged):
             k_base = k_base + Int64(k_start) * args.k_token_stride
             v_base = v_base + Int64(k_start) * args.v_token_stride
@@ -142,6 +141,7 @@ class FlashSm80:
             )
             if cutlass.const_expr(self.masked):
                 count = row_last - row_first + 1
+                mask_base = self.mask_tile.base(args, sequence, row_first, head)
                 self.mask_tile.load(args, s_mask, mask_base, (block_end - 1) * self.keys, count, k_len, tid)
             cute.arch.cp_async_commit_group()
 
@@ -185,6 +185,7 @@ class FlashSm80:
                 )
                 if cutlass.const_expr(self.masked):
                     count = row_last - row_first + 1
+                    mask_base = self.mask_tile.base(args, sequence, row_first, head)
                     self.mask_tile.load(args, s_mask, mask_base, key_first - self.keys, count, k_len, tid)
                 cute.arch.cp_async_commit_group()
             outgrown = softmax.outgrown(acc_s, row_max, args.log2_scale, self.n_tiles)

@@ -36,9 +36,10 @@ class MaskTile:
         self.copies = rows * keys // CHUNK // threads  # a thread, of a tile of bytes
 
     def base(self, args, sequence, row, head):
-        """Where the block's first row begins in memory."""
-        start = args.mask + Int64(sequence) * args.mask_sequence_stride + Int64(head) * args.mask_head_stride
-        return start + Int64(row) * args.mask_row_stride
+        """Where the block's first row begins in memory; asked for anew for every tile, an address kept is two registers
+        too many."""
+        start = args.mask + Int64(opaque(sequence)) * args.mask_sequence_stride + Int64(head) * args.mask_head_stride
+        return start + Int64(opaque(row)) * args.mask_row_stride
 
     @cute.jit
     def load(self, args, shared: Int32, base: Int64, key_first: Int32, count: Int32, k_len: Int32, tid: Int32):

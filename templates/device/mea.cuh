@@ -13,6 +13,7 @@
 #include "memory.cuh"
 #include "pages.cuh"
 #include "paths.cuh"
+#include "places.cuh"
 #include "softmax.cuh"
 #include "tiles.cuh"
 #include "worklist.cuh"
@@ -44,53 +45,6 @@ __device__ inline int warp_row(int thread)
     return thread / LANES / COLUMN_GROUPS * WARP_ROWS;
 }
 
-// Where K or V lies for one KV head: dense rows from `base` on, or rows of pages.
-struct Source {
-    Address base;
-    long long page_stride, token_stride;
-    int width; // elements of a row that are there
-};
-
-// Keys that some row of a block sees, [low, high), and those that every row sees, [safe_low, safe_high).
-struct Band {
-    int low, high, safe_low, safe_high;
-};
-
-// One block's place in the batch: rows [row_first, row_first + rows) of a sequence whose row 0 stands at key `shift`.
-struct Tile {
-    int token, rows, position, k_start, k_len, sequence;
-};
-
-__device__ inline Tile tile_of(const Arguments &args, const Work &work)
-{
-    const Span q = span_at(args.cu_seqlens_q, work.sequence, args.tokens);
-    Span k = {0, 0};
-    if constexpr (PAGED) {
-        const int stored = load_int(args.kv_lengths, work.sequence);
-        k.length = min(max(stored + args.past_lengths * q.length, 0), args.keys);
-    } else {
-        k = span_at(args.kv_lengths, work.sequence, args.keys);
-    }
-    // The last blocks of a causal sequence see most keys: start them first.
-    const int first = ((q.length + (ROWS - 1)) / ROWS - 1 - work.block) * ROWS;
-    const int rows = min(ROWS, q.length - first);
-    return {q.start + first, rows, k.length - q.length + first, k.start, k.length, work.sequence};
-}
-
-__device__ inline Band band_of(const Arguments &args, const Tile &tile)
-{
-    Band band = {0, tile.k_len, 0, tile.k_len};
-    if constexpr (CAUSAL || WINDOW) {
-        band.high = max(min(tile.k_len, tile.position + tile.rows), 0);
-        band.safe_high = min(tile.k_len, tile.position + 1);
-    }
-    if constexpr (WINDOW) {
-        band.low = max(tile.position - args.window + 1, 0);
-        band.safe_low = tile.position + tile.rows - args.window;
-    }
-    return band;
-}
-
 // Issue the loads of a part of a block of keys or values; keys outside [low, high) or on unmapped pages become zeros,
 // unread.
 __device__ inline void fetch_keys(KeyStage &stage, const Source &source, int key_first, int part, const Band &band,
@@ -111,33 +65,10 @@ __device__ inline void fetch_keys(KeyStage &stage, const Source &source, int key
     }
 }
 
-// K and V of one KV head. They are asked for anew for every block of keys, by opaque numbers: an address that is kept
-// takes two registers around the loop, of which there are none to spare, a number one.
-__device__ inline Source keys_of(const Arguments &args, const Tile &tile, int kv_head)
-{
-    Address base = args.k + opaque(kv_head) * args.k_head_stride;
-    if constexpr (!PAGED)
-        base += opaque(tile.k_start) * args.k_token_stride;
-    return {base, args.k_page_stride, args.k_token_stride, args.head_dim};
-}
-
-__device__ inline Source values_of(const Arguments &args, const Tile &tile, int kv_head)
-{
-    Address base = args.v + opaque(kv_head) * args.v_head_stride;
-    if constexpr (!PAGED)
-        base += opaque(tile.k_start) * args.v_token_stride;
-    return {base, args.v_page_stride, args.v_token_stride, args.head_dim_v};
-}
-
-__device__ inline Address table_of(const Arguments &args, const Tile &tile)
-{
-    return args.block_table + opaque(tile.sequence) * args.table_stride;
-}
-
 // Bring the block's queries in; rows that are not there become zeros.
 __device__ inline void load_queries(const Arguments &args, Shared q, const Tile &tile, int head)
 {
-    const Address base = args.q + tile.token * args.q_token_stride + head * args.q_head_stride;
+    const Address base = queries_of(args, tile, head);
     constexpr int AT_ONCE = ROWS < 64 ? ROWS : 64; // rows in flight: the registers are those of the outputs to come
 #pragma unroll 1
     for (int first = 0; first < ROWS; first += AT_ONCE) {
@@ -151,12 +82,12 @@ __device__ inline void load_queries(const Arguments &args, Shared q, const Tile 
     }
 }
 
-// -inf wherever a row must not see a key.
-__device__ inline void mask(Scores &s, const Arguments &args, const Tile &tile, int key_first, const Pages<KEYS> &pages)
+// -inf wherever a row must not see a key, after what the call's mask adds.
+__device__ inline void mask(Scores &s, const Arguments &args, const Tile &tile, int head, int key_first,
+                            const Pages<KEYS> &pages)
 {
     const int thread = opaque(threadIdx.x), lane = thread % LANES; // else what every row sees is kept for all blocks
-    const int position = tile.position + warp_row(thread) + Path::row(lane);
-    const int column = key_first + Path::column(lane), k_len = tile.k_len;
+    const int first = warp_row(thread) + Path::row(lane), column = key_first + Path::column(lane);
     unsigned holes[Pages<KEYS>::WORDS];
     if constexpr (PAGED)
         pages.holes(holes, Path::column(lane));
@@ -164,9 +95,12 @@ __device__ inline void mask(Scores &s, const Arguments &args, const Tile &tile, 
     for (int piece = 0; piece < PIECES; piece++)
 #pragma unroll
         for (int slot = 0; slot < 2; slot++) {
-            const int here = position + piece * Path::PIECE_ROWS + slot * Path::ROW_STEP;
-            const int end = CAUSAL || WINDOW ? min(k_len, here + 1) : k_len;
-            hide(s[piece], slot, here - args.window + 1 - column, end - column, holes);
+            const int row = first + piece * Path::PIECE_ROWS + slot * Path::ROW_STEP;
+            const Edges edges = edges_of(args, tile.k_len, tile.position + row + 1);
+            if constexpr (TENSOR)
+                add_mask(s[piece], slot, args, mask_of(args, tile, head, row, column),
+                         row < tile.rows ? edges.end - column : 0);
+            hide(s[piece], slot, edges.begin - column, edges.end - column, holes);
         }
 }
 
@@ -254,13 +188,13 @@ __device__ inline void run_tile(const Arguments &args, const Tile &tile, int hea
         }
         if (args.softcap_in > 0.0f)
             softmax.cap(s, args.softcap_in);
-        bool edge = key_first + KEYS > band.safe_high;
+        bool edge = has_mask(args) || key_first + KEYS > band.safe_high;
         if constexpr (WINDOW)
             edge |= key_first < band.safe_low;
         if constexpr (PAGED)
             edge |= pages.has_hole();
         if (edge)
-            mask(s, args, tile, key_first, pages);
+            mask(s, args, tile, head, key_first, pages);
         stage.store(v + (PARTS - 1) * PART_KEYS * PITCH);
         __syncthreads(); // V is there, and K has been read
         if (block > block_first) {

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 import pa_ops
 from helpers.padded import Padded, expected, problems, sdpa
 from pa_ops import InvalidArgument, padded
-from pa_ops.padding import LAYOUTS
+from pa_ops.padding import LAYOUTS, padding_of
 
 
 @settings(max_examples=150, derandomize=True)
@@ -74,6 +74,18 @@ def test_present_is_never_an_argument() -> None:
     call = Padded(2, 4).call()
     for present, name in zip(pa_ops.attention(**call)[1:3], ("k", "v"), strict=True):
         assert torch.equal(present, call[name]) and present.data_ptr() != call[name].data_ptr()
+
+
+def test_a_padding_mask_is_lengths_and_no_other_mask_is() -> None:
+    for rows, lengths, padding in (
+        ([[1, 1, 0], [0, 0, 0]], [2, 0], True),
+        ([[1, 1, 1]], [3, 3], True),
+        ([[1, 0, 1], [1, 1, 1]], [2, 3], False),
+        ([[0, 1, 1]], [2, 2], False),
+    ):
+        for shape in ((-1, 1, 1, 3), (1, 1, 3), (1, 3))[: 1 if len(rows) > 1 else 3]:
+            found, is_padding = padding_of(torch.tensor(rows, dtype=torch.bool).reshape(shape), 2)
+            assert (found.tolist(), found.dtype, bool(is_padding)) == (lengths, torch.int32, padding)
 
 
 @pytest.mark.parametrize("mask", ["bool", "additive", "fp32"])

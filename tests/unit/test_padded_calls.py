@@ -13,14 +13,14 @@ from core_rows import declared_rows
 from test_cuda_calls import Launches
 
 import pa_ops
-from helpers.padded import MASKS, Padded
+from helpers.padded import MASKS, Padded, expected
 from pa_ops import Capability, InvalidArgument, NoInstance, Problem, padded, trace
-from pa_ops.capability import MODELS
-from pa_ops.coverage import HIDING_OPTIONS
-from pa_ops.families import unsupported
+from pa_ops.capability import MODELS, Feature
 from pa_ops.padding import LAYOUTS
 from pa_ops.selection import select_entry
 from pa_ops.spec import DType, Family, InstanceSpec, Mask, Op, TensorMask
+from pa_ops.survey import HIDING_OPTIONS
+from pa_ops.unsupported import unsupported
 
 launches = test_cuda_calls.launches
 
@@ -117,6 +117,20 @@ def test_positions_that_lengths_tell_need_no_kernel_of_their_own(launches: Launc
     assert len(launches) == 2
 
 
+def test_a_padding_mask_is_served_by_lengths_and_the_device_decides(launches: Launches) -> None:
+    """CPU tensors: paged attention is the reference, so the result is right if and only if it took all rows."""
+    case = Padded(5, 48, kv_heads=2, group=2, mask="bool", mask_axes=(True, False, False, True))
+    for seen, by_lengths in ((torch.arange(48) < torch.tensor([[9], [48]]), True), (torch.arange(48) % 5 > 0, False)):
+        mask = seen.expand(2, 48)[:, None, None].contiguous()
+        call = {**case.call(), "attn_mask": mask}
+        _, (out, _, _, _) = run(case, attn_mask=mask)
+        same = torch.allclose(out.float(), expected(call)[0], atol=5e-3, rtol=5e-3)
+        assert same == by_lengths
+    assert len(launches) == 2, "the masked kernel, whose prefix sums are zeros where lengths served"
+    run(Padded(5, 48, mask="bool", mask_axes=(True, False, False, True), options={"causal": True}))
+    assert launches[-1].fields["causal"] == 1
+
+
 def test_one_program_serves_every_length_of_its_kind(launches: Launches) -> None:
     for queries, keys in ((40, 48), (50, 64), (60, 96)):
         run(Padded(queries, keys, mask="bool"))
@@ -132,12 +146,16 @@ def test_a_causal_program_is_not_used_for_other_positions(launches: Launches) ->
 
 @pytest.mark.parametrize("total", [11, 33, 35, 37])
 @pytest.mark.parametrize("sm", sorted(MODELS))
-def test_C6_unaligned_masks_are_refused_by_name_where_a_family_wants_them_aligned(total: int, sm: int) -> None:
+def test_C6_unaligned_masks_go_where_any_alignment_will_do_and_the_others_say_why(total: int, sm: int) -> None:
     capability = Capability.of_sm(sm)
     for kind in (TensorMask.BOOL, TensorMask.ADDITIVE):
         problem = Problem(op="attention", dtype="fp16", head_dim=64, attn_mask=kind, mask_aligned=False, max_k=total)
-        text = pa_ops.explain(problem, device=capability)
-        assert "mask alignment: needs mask rows in multiples of 16 bytes, got unaligned" in text
+        refusal = unsupported(problem, capability)
+        if refusal is None:
+            assert select_entry(declared_rows(), problem, capability).family is Family.MEA
+        if refusal is None and Feature.CP_ASYNC in capability.features:
+            told = "mask alignment: needs mask rows in multiples of 16 bytes, got unaligned"
+            assert told in pa_ops.explain(problem, device=capability)
 
 
 @pytest.mark.parametrize(("mask", "elements"), [("bool", 16), ("additive", 8), ("fp32", 4)])
@@ -235,5 +253,11 @@ def test_every_mask_of_the_helpers_is_a_kind_of_mask_tensor(launches: Launches) 
     assert {InstanceSpec.parse(made.symbol).mask for made in launches} == {Mask.TENSOR}
     with pytest.raises(NoInstance, match="k_scale"):
         run(Padded(3, 48, mask="bool"), k_scale=torch.ones(1))
+    for mask in MASKS:
+        case = Padded(3, 48, mask=mask, dtype=torch.float32)
+        with pytest.raises(NoInstance, match="no kernel takes float32"):
+            run(case)
+        out = run(case, backend="reference")[1][0]
+        assert torch.equal(out, expected(case.call())[0])
     with pytest.raises(InvalidArgument, match=r"^attn_mask: belongs to the operator attention"):
         Problem(op="paged_attention", dtype="fp16", head_dim=64, attn_mask="bool")

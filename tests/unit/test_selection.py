@@ -16,11 +16,12 @@ from hypothesis import strategies as st
 
 from pa_ops.capability import MODELS, Capability
 from pa_ops.errors import InvalidArgument, NoInstance
-from pa_ops.families import GATES, attention_families, rejections, unsupported
+from pa_ops.families import GATES, attention_families, rejections
 from pa_ops.manifest import Entry
 from pa_ops.problem import Problem
 from pa_ops.selection import Policy, explain_text, select_entry
 from pa_ops.spec import Family, KernelOp, Layout
+from pa_ops.unsupported import unsupported
 
 ROWS = declared_rows()
 H200 = Capability.of_sm(90)
@@ -246,7 +247,7 @@ def test_B7_batch_invariance_leaves_out_a_family_that_cuts_sequences_by_their_ne
 
 
 GATED = {"head_dim", "head_dim_v", "sm", "smem_bytes", "smem_optin_bytes", "page_size", "num_heads", "num_kv_heads"}
-TABLES = {"families.py", "capability.py"}
+TABLES = {"families.py", "unsupported.py", "capability.py"}
 
 
 def test_B7_no_numeric_gate_outside_the_table() -> None:
@@ -285,11 +286,28 @@ def test_B8_other_head_sizes_name_the_multiple(head_dim: int) -> None:
     assert f"multiple of 8 up to 256, got {head_dim}" in refusal(paged(head_dim=head_dim), 90)
 
 
-@pytest.mark.parametrize("head_dim", [264, 512, 1024])
+@pytest.mark.parametrize("head_dim", [264, 512, 520, 1024])
 def test_B8_a_head_size_beyond_the_limit_names_it(head_dim: int) -> None:
-    assert f"NO  head size: needs a multiple of 8 up to 256, got {head_dim}" in refusal(paged(head_dim=head_dim), 90)
-    text = refusal(paged(head_dim_v=head_dim), 90)
-    assert f"up to 256, got 128 (K) and {head_dim} (V)" in text
+    """Every family's own limit, of which the largest is 512."""
+    named = [Policy(family) for family in attention_families() if GATES[family].head_max < head_dim]
+    assert len(named) >= 4
+    for policy in (*named, *([Policy()] if head_dim > 512 else [])):
+        text = refusal(paged(head_dim=head_dim), 90, policy=policy)
+        assert f"NO  head size: needs a multiple of 8 up to 256, got {head_dim}" in text
+        assert f"up to 256, got 128 (K) and {head_dim} (V)" in refusal(paged(head_dim_v=head_dim), 90, policy=policy)
+
+
+@pytest.mark.parametrize("sm", MODELS)
+@pytest.mark.parametrize("head_dim", range(264, 513, 8))
+def test_B8_B9_head_sizes_up_to_512_are_mea_s_wherever_its_tiles_have_room(sm: int, head_dim: int) -> None:
+    capability = Capability.of_sm(sm)
+    if sm < 53 or sm // 10 == 11:
+        assert refusal(paged(head_dim=head_dim, dtype="fp16"), sm)
+        return
+    for tokens in (1, 512):
+        entry = select_entry(ROWS, paged(head_dim=head_dim, dtype="fp16", tokens=tokens), capability).entry
+        assert (entry.spec.family, entry.spec.head_dim) == (Family.MEA, 512)
+        assert entry.smem_bytes <= capability.smem_optin_bytes
 
 
 @pytest.mark.parametrize(
