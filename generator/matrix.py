@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
+from functools import lru_cache
 from itertools import chain, product
 
 from pa_ops.capability import MODELS, Capability, parse_target
@@ -159,6 +160,7 @@ class Refusal:
     reason: str
 
 
+@lru_cache(maxsize=64)
 def _smem_limit(target: str) -> int:
     """The least opt-in shared memory, in bytes, of the devices that `target` code loads on."""
     loads = [c for sm in MODELS if target in (c := Capability.of_sm(sm)).targets]

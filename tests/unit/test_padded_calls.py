@@ -16,12 +16,12 @@ import pa_ops
 from helpers.padded import MASKS, Padded, expected
 from pa_ops import Capability, InvalidArgument, NoInstance, Problem, padded, trace
 from pa_ops.capability import MODELS, Feature
-from pa_ops.coverage import HIDING_OPTIONS
-from pa_ops.families import unsupported
 from pa_ops.padding import LAYOUTS
 from pa_ops.scratch import tickets_at
 from pa_ops.selection import select_entry
 from pa_ops.spec import DType, Family, InstanceSpec, Mask, Op, TensorMask
+from pa_ops.survey import HIDING_OPTIONS
+from pa_ops.unsupported import unsupported
 
 launches = test_cuda_calls.launches
 
