@@ -146,12 +146,19 @@ def test_a_causal_program_is_not_used_for_other_positions(launches: Launches) ->
 
 @pytest.mark.parametrize("total", [11, 33, 35, 37])
 @pytest.mark.parametrize("sm", sorted(MODELS))
-def test_C6_unaligned_masks_are_refused_by_name_where_a_family_wants_them_aligned(total: int, sm: int) -> None:
+def test_C6_unaligned_masks_are_mea_s_and_refused_by_name_where_they_must_be_aligned(total: int, sm: int) -> None:
     capability = Capability.of_sm(sm)
     for kind in (TensorMask.BOOL, TensorMask.ADDITIVE):
         problem = Problem(op="attention", dtype="fp16", head_dim=64, attn_mask=kind, mask_aligned=False, max_k=total)
+        if unsupported(problem, capability) is not None:
+            continue
+        chosen = select_entry(declared_rows(), problem, capability)
+        assert chosen.family is Family.MEA
+        told = {verdict.entry.spec.family for verdict in chosen.reasons if "mask alignment" in str(verdict)}
+        assert told == {Family.FLASH_SM80}
         text = pa_ops.explain(problem, device=capability)
-        assert "mask alignment: needs mask rows in multiples of 16 bytes, got unaligned" in text
+        refused = "mask alignment: needs mask rows in multiples of 16 bytes, got unaligned"
+        assert (refused in text) == (sm >= 80), "older devices load no row that would say so"
 
 
 @pytest.mark.parametrize(("mask", "elements"), [("bool", 16), ("additive", 8), ("fp32", 4)])
