@@ -17,7 +17,7 @@ from pa_ops.calls import REFERENCE_DECISIONS, TENSORS, known, launched, plan_of
 from pa_ops.checked import check_values
 from pa_ops.checks import INT32_MAX, Arguments, Sizes, validate
 from pa_ops.environment import Settings, settings
-from pa_ops.errors import InvalidArgument
+from pa_ops.errors import InvalidArgument, NoInstance
 from pa_ops.overrides import REFERENCE, policy, token
 from pa_ops.padding import LAYOUTS, first_position, handed_over, mask_rows, padding_of, present_of, row_results, turned
 from pa_ops.schema import NAMESPACE, signature
@@ -49,6 +49,8 @@ def attention(*tensors: Tensor, **options: Any) -> tuple[Tensor, Tensor, Tensor,
         record(now, REFERENCE_DECISIONS[OP])
         given = {name: value for name, value in arguments.items() if name != "backend"}
         return reference.attention(**given)
+    if arguments["q"].dtype is torch.float32:
+        raise NoInstance(f"{OP}: no kernel takes float32; CPU tensors, and backend='reference', do")
     if sizes["B"] * sizes["Sq"] > INT32_MAX:
         raise InvalidArgument("q", "B * Sq, the rows of the batch, must fit 32 bits", sizes["B"] * sizes["Sq"])
     order = LAYOUTS[arguments["layout"]]

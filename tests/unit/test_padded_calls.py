@@ -15,7 +15,7 @@ from test_cuda_calls import Launches
 import pa_ops
 from helpers.padded import MASKS, Padded, expected
 from pa_ops import Capability, InvalidArgument, NoInstance, Problem, padded, trace
-from pa_ops.capability import MODELS
+from pa_ops.capability import MODELS, Feature
 from pa_ops.coverage import HIDING_OPTIONS
 from pa_ops.families import unsupported
 from pa_ops.padding import LAYOUTS
@@ -146,19 +146,16 @@ def test_a_causal_program_is_not_used_for_other_positions(launches: Launches) ->
 
 @pytest.mark.parametrize("total", [11, 33, 35, 37])
 @pytest.mark.parametrize("sm", sorted(MODELS))
-def test_C6_unaligned_masks_are_mea_s_and_refused_by_name_where_they_must_be_aligned(total: int, sm: int) -> None:
+def test_C6_unaligned_masks_go_where_any_alignment_will_do_and_the_others_say_why(total: int, sm: int) -> None:
     capability = Capability.of_sm(sm)
     for kind in (TensorMask.BOOL, TensorMask.ADDITIVE):
         problem = Problem(op="attention", dtype="fp16", head_dim=64, attn_mask=kind, mask_aligned=False, max_k=total)
-        if unsupported(problem, capability) is not None:
-            continue
-        chosen = select_entry(declared_rows(), problem, capability)
-        assert chosen.family is Family.MEA
-        told = {verdict.entry.spec.family for verdict in chosen.reasons if "mask alignment" in str(verdict)}
-        assert told == {Family.FLASH_SM80}
-        text = pa_ops.explain(problem, device=capability)
-        refused = "mask alignment: needs mask rows in multiples of 16 bytes, got unaligned"
-        assert (refused in text) == (sm >= 80), "older devices load no row that would say so"
+        refusal = unsupported(problem, capability)
+        if refusal is None:
+            assert select_entry(declared_rows(), problem, capability).family is Family.MEA
+        if refusal is None and Feature.CP_ASYNC in capability.features:
+            told = "mask alignment: needs mask rows in multiples of 16 bytes, got unaligned"
+            assert told in pa_ops.explain(problem, device=capability)
 
 
 @pytest.mark.parametrize(("mask", "elements"), [("bool", 16), ("additive", 8), ("fp32", 4)])
@@ -256,5 +253,11 @@ def test_every_mask_of_the_helpers_is_a_kind_of_mask_tensor(launches: Launches) 
     assert {InstanceSpec.parse(made.symbol).mask for made in launches} == {Mask.TENSOR}
     with pytest.raises(NoInstance, match="k_scale"):
         run(Padded(3, 48, mask="bool"), k_scale=torch.ones(1))
+    for mask in MASKS:
+        case = Padded(3, 48, mask=mask, dtype=torch.float32)
+        with pytest.raises(NoInstance, match="no kernel takes float32"):
+            run(case)
+        out = run(case, backend="reference")[1][0]
+        assert torch.equal(out, expected(case.call())[0])
     with pytest.raises(InvalidArgument, match=r"^attn_mask: belongs to the operator attention"):
         Problem(op="paged_attention", dtype="fp16", head_dim=64, attn_mask="bool")
