@@ -37,7 +37,8 @@ LOCK_SECONDS = 3600.0
 class Request:
     """What to build, and where: products go to home/<target>/.
 
-    targets: words for architectures; empty: the preset's own, or the GPUs'. pattern: a glob on names. jobs: processes
+    targets: words for architectures; empty: the preset's own, or the GPUs'. pattern: a glob on names, or several with
+    commas between. jobs: processes
     at a time (0: as many as cores and memory allow). templates: in place of the installed ones. lock_seconds: how
     long to wait for another build of the same products.
     """
@@ -165,11 +166,9 @@ class TargetBuild:
         if self.planner.inputs_changed():
             for item in self.plan.stale:
                 self.layout.facts(item.name).unlink(missing_ok=True)
-            raise BuildError(
-                self.layout.library.name, "compile", "templates changed while they were built; build again"
-            )
+            raise BuildError(self.layout.linked.name, "compile", "templates changed while they were built; build again")
         if status != 0:
-            raise BuildError(self.layout.library.name, str(self.planner.tools.ninja), self.words)
+            raise BuildError(self.layout.linked.name, str(self.planner.tools.ninja), self.words)
         self._publish()
 
     def _settled(self, item: Item) -> bool:
@@ -241,22 +240,27 @@ class TargetBuild:
         raise BuildError(first, "the compile worker died", f"{words}{self.words}{rest}")
 
     def _publish(self) -> None:
-        """Link, put the library in place, then the manifest; the next build sees the mismatch of a crash in between."""
+        """Link, put the library in place, then the manifest, then remove what the manifest names no more."""
         layout = self.layout
         names = [item.name for item in self.plan.product]
-        draft = layout.library.with_name(f"{layout.library.name}{TEMPORARY}")
+        draft = layout.root / f"{layout.linked.name}{TEMPORARY}"
         shutil.copyfile(link(self.planner.tools, layout, names), draft)
         os.chmod(draft, 0o755)
+        sha256 = sha256_of(draft)
+        library = layout.library_of(sha256)
         entries = [entry_of(layout, name) for name in names]
         manifest = Manifest(
             target=self.plan.target,
             toolchain=self.planner.toolchain(),
-            library=layout.library.name,
-            library_sha256=sha256_of(draft),
+            library=library.name,
+            library_sha256=sha256,
+            sources=self.planner.sources,
             entries=tuple(entry for entry in entries if entry is not None),
         )
-        os.replace(draft, layout.library)
+        os.replace(draft, library)
         write_atomically(layout.manifest, manifest.dumps())
+        for other in set(layout.libraries) - {library}:
+            other.unlink()
 
 
 def plans(request: Request, tools: Toolchain | None = None) -> Iterator[tuple[Planner, Plan]]:
@@ -285,11 +289,14 @@ def build(
         began = clock()
         selected = select(request.preset, target, request.pattern)
         layout = Layout(request.home / target)
-        with _locked(layout, request.lock_seconds, listener):
-            plan = planner.plan(layout, target, selected)
-            listener.planned(plan)
-            if not plan.done:
-                TargetBuild(planner, plan, request.jobs or default_jobs(), listener).run()
+        try:
+            with _locked(layout, request.lock_seconds, listener):
+                plan = planner.plan(layout, target, selected)
+                listener.planned(plan)
+                if not plan.done:
+                    TargetBuild(planner, plan, request.jobs or default_jobs(), listener).run()
+        except OSError as error:  # a full disk, most likely
+            raise BuildError(target, f"write below {layout.root}", str(error)) from error
         compiled = tuple(item.name for item in plan.stale)
         fresh = tuple(item.name for item in (*plan.fresh, *plan.kept))
         outcomes.append(Outcome(target, compiled, fresh, plan.dropped, clock() - began, layout.manifest))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -11,8 +10,8 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
+from pa_ops import homes
 from pa_ops.capability import parse_target
-from pa_ops.errors import InvalidArgument
 from pa_ops.manifest import Manifest
 
 from .build import default_jobs
@@ -63,21 +62,20 @@ def _gpus() -> Iterator[Finding]:
 
 def _product(layout: Layout) -> str:
     """What is wrong with a product, empty when nothing is."""
-    try:
-        manifest = Manifest.load(layout.manifest)
-    except InvalidArgument as error:
-        return str(error)
-    if not layout.library.is_file():
-        return f"{layout.library} is missing"
-    if sha256_of(layout.library) != manifest.library_sha256:
+    found = homes.read(layout.root)
+    if not isinstance(found, homes.Product):
+        return found.reason if found is not None else "its manifest is missing"
+    if not found.library.is_file():
+        return f"{found.library} is missing"
+    if sha256_of(found.library) != found.manifest.library_sha256:
         return "the library is not the one that the manifest was written for"
     return ""
 
 
 def _products(home: Path) -> Iterator[Finding]:
-    place = next(path for path in (home, *home.parents) if path.exists())
-    writable = os.access(place, os.W_OK)
-    yield Finding("products", writable, f"{home}" if writable else f"{place} cannot be written; set PA_OPS_HOME")
+    writable = homes.writable(home)
+    place = f"{home}" if writable else f"{home} cannot be written, so {homes.cache()} is; or set PA_OPS_HOME"
+    yield Finding("products", writable or homes.writable(homes.cache()), place)
     built = [target for target in TARGETS if Layout(home / target).manifest.is_file()]
     for target in built:
         layout = Layout(home / target)

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from pa_ops.coverage import Evidence, Inputs
+from pa_ops.coverage import Inputs
+from pa_ops.evidence import Evidence, Key
 from pa_ops.manifest import FILE_NAME, Manifest
 from pa_ops.spec import InstanceSpec
 
@@ -32,20 +33,21 @@ def _planner(templates: Path | None) -> Planner | None:
         return None
 
 
-def current(planner: Planner, tests: Mapping[str, Evidence], declared: Sequence[Declared]) -> frozenset[str]:
-    """Instances whose evidence has the digest that their sources of today get from the compilers it names."""
+def current(planner: Planner, tests: Mapping[Key, Evidence], declared: Sequence[Declared]) -> frozenset[Key]:
+    """Keys of evidence with the digest that sources of today get from the compilers it names; without a target: any."""
+    pairs = [(key, spec, target) for spec, target in declared for key in ((spec.name, target), (spec.name, ""))]
     return frozenset(
-        spec.name
-        for spec, target in declared
-        if (shown := tests.get(spec.name)) is not None and shown.tools
+        key
+        for key, spec, target in pairs
+        if (shown := tests.get(key)) is not None and shown.tools
         if planner.digest_by(spec, target, shown.tools) == shown.digest
     )
 
 
 def inputs(
     home: Path,
-    tests: Mapping[str, Evidence],
-    bench: Mapping[str, Evidence],
+    tests: Mapping[Key, Evidence],
+    bench: Mapping[Key, Evidence],
     templates: Path | None = None,
 ) -> Inputs:
     """Everything known of every declared, refused or built kernel; targets are the declared ones and those built."""

@@ -17,6 +17,18 @@ enum { DEVICES = 64, ALL_SHARED = 100 };
 
 typedef void *handle;
 
+struct attribute { /* CUlaunchAttribute */
+    uint64_t id;
+    uint64_t value[8];
+};
+
+struct config { /* CUlaunchConfig */
+    unsigned grid[3], block[3], shared;
+    handle stream;
+    const struct attribute *attributes;
+    unsigned count;
+};
+
 static struct {
     int (*cuGetErrorName)(int, const char **);
     int (*cuGetErrorString)(int, const char **);
@@ -26,8 +38,7 @@ static struct {
     int (*cuLibraryLoadData)(handle *, const void *, handle, handle, unsigned, handle, handle, unsigned);
     int (*cuLibraryGetKernel)(handle *, handle, const char *);
     int (*cuKernelSetAttribute)(int, int, handle, int);
-    int (*cuLaunchKernel)(handle, unsigned, unsigned, unsigned, unsigned, unsigned, unsigned, unsigned, handle, void **,
-                          void **);
+    int (*cuLaunchKernelEx)(const struct config *, handle, void **, void **);
     int (*cuTensorMapEncodeTiled)(void *, int, uint32_t, void *, const uint64_t *, const uint64_t *, const uint32_t *,
                                   const uint32_t *, int, int, int, int);
 } driver;
@@ -66,7 +77,7 @@ static int open_driver(void)
 {
     static const char *const names[] = {
         "cuGetErrorName",    "cuGetErrorString",   "cuDevicePrimaryCtxRetain", "cuCtxGetCurrent", "cuCtxSetCurrent",
-        "cuLibraryLoadData", "cuLibraryGetKernel", "cuKernelSetAttribute",     "cuLaunchKernel",
+        "cuLibraryLoadData", "cuLibraryGetKernel", "cuKernelSetAttribute",     "cuLaunchKernelEx",
         "cuTensorMapEncodeTiled"};
     void *library = dlopen("libcuda.so.1", RTLD_NOW);
     if (library == NULL)
@@ -123,10 +134,13 @@ int pa_encode(void *map, const struct pa_tensor *tensor)
 
 static int launch(struct pa_kernel *kernel, void *stream, const void *record, unsigned x, unsigned y)
 {
+    enum { PROGRAMMATIC_STREAM_SERIALIZATION = 6 };
+    static const struct attribute chain = {PROGRAMMATIC_STREAM_SERIALIZATION, {1}};
+    const struct config config = {
+        {x, y, 1}, {kernel->threads, 1, 1}, kernel->smem, stream, &chain, kernel->chained};
     size_t size = kernel->arguments;
     void *extra[] = {BUFFER, (void *)record, BUFFER_SIZE, &size, BUFFER_END};
-    CHECK(cuLaunchKernel(kernel->handle, x, y, 1, kernel->threads, 1, 1, kernel->smem, stream, NULL, extra),
-          kernel->entry);
+    CHECK(cuLaunchKernelEx(&config, kernel->handle, NULL, extra), kernel->entry);
     return 0;
 }
 

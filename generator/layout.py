@@ -7,7 +7,7 @@ import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
-from pa_ops.manifest import FILE_NAME
+from pa_ops.manifest import FILE_NAME, Manifest
 from pa_ops.spec import InstanceSpec
 
 from .language import language_of
@@ -33,9 +33,23 @@ class Layout:
         return self.root / "obj"
 
     @property
+    def linked(self) -> Path:
+        """The library as the linker left it."""
+        return self.link / LIBRARY
+
+    @property
     def library(self) -> Path:
-        """The linked product."""
-        return self.root / LIBRARY
+        """The library that the manifest names; raises where there is none."""
+        return self.root / Manifest.load(self.manifest).library
+
+    @property
+    def libraries(self) -> tuple[Path, ...]:
+        """Every library beside the manifest; those that it does not name belong to it no more."""
+        return tuple(self.root.glob(f"{Path(LIBRARY).stem}*.so"))
+
+    def library_of(self, sha256: str) -> Path:
+        """Where a library goes, by its content: a file of that name never changes under those who have it open."""
+        return self.root / f"{Path(LIBRARY).stem}-{sha256[:16]}.so"
 
     @property
     def manifest(self) -> Path:

@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from pa_ops.errors import BuildError
+from pa_ops.sources import LINKED
 
 from .layout import TEMPORARY, Layout, write_if_changed
 from .ninja import shell
@@ -20,9 +21,7 @@ from .toolchain import Toolchain
 
 SYMBOL_PREFIX = "__tvm_ffi_"
 EXPORTS = ("pa_attach", "pa_operator", "pa_watch", "pa_keep", "pa_lend", "pa_raise")  # what pa_ops/native.py calls
-SOURCES = tuple(
-    Path(__file__).with_name(name) for name in ("launch.c", "program.c", "kept.c", "operators.c", "raise.c")
-)
+SOURCES = tuple(Path(__file__).with_name(name) for name in LINKED)
 VERSION_SCRIPT = f"{{ global: {SYMBOL_PREFIX}*; {' '.join(f'{name};' for name in EXPORTS)} local: *; }};\n"
 FLAGS = (
     "-shared",
@@ -43,8 +42,8 @@ def _table(layout: Layout, names: Sequence[str]) -> str:
     lines = ['#include "launch.h"']
     for name in names:
         kernel = json.loads(layout.facts(name).read_text(encoding="utf-8"))["launch"]
-        sizes = ", ".join(str(kernel[key]) for key in ("threads", "smem", "arguments"))
-        lines.append(f'PA_KERNEL({name}, "{layout.object(name)}", "{kernel["entry"]}", {sizes})')
+        numbers = ", ".join(str(kernel[key]) for key in ("threads", "smem", "arguments", "chained"))
+        lines.append(f'PA_KERNEL({name}, "{layout.object(name)}", "{kernel["entry"]}", {numbers})')
     return "\n".join(lines) + "\n"
 
 
@@ -53,7 +52,7 @@ def link(tools: Toolchain, layout: Layout, names: Sequence[str]) -> Path:
     table, script = layout.link / "kernels.c", layout.link / "exports.map"
     write_if_changed(table, _table(layout, sorted(names)))
     write_if_changed(script, VERSION_SCRIPT)
-    output = layout.link / layout.library.name  # the build publishes it together with its manifest
+    output = layout.linked  # the build publishes it together with its manifest
     draft = output.with_name(f"{output.name}{TEMPORARY}")
     command: list[str | Path] = [
         tools.compiler,
@@ -71,6 +70,6 @@ def link(tools: Toolchain, layout: Layout, names: Sequence[str]) -> Path:
     for step in (command, strip):
         done = subprocess.run(step, capture_output=True, text=True)
         if done.returncode:
-            raise BuildError(layout.library.name, shell(step), done.stdout + done.stderr)
+            raise BuildError(layout.linked.name, shell(step), done.stdout + done.stderr)
     os.replace(draft, output)
     return output

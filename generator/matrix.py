@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 from itertools import chain, product
 
 from pa_ops.capability import MODELS, Capability, parse_target
@@ -252,6 +253,11 @@ def candidates(preset: str) -> tuple[InstanceSpec, ...]:
     attention = chain.from_iterable(_attention(family, cells) for family, cells in chosen.cells.items())
     specs = (*attention, *_helpers())
     return tuple(sorted(specs, key=lambda spec: spec.name))
+
+
+def matches(name: str, pattern: str) -> bool:
+    """Whether an instance's name is one that a filter means: a glob, or several with commas between."""
+    return any(fnmatchcase(name, glob) for glob in pattern.split(","))
 
 
 def refusal(spec: InstanceSpec, target: str) -> Refusal | None:

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 _PR_SET_PDEATHSIG = 1
+_PRCTL = ctypes.CDLL(None).prctl  # looked up here, because a child of many threads may not take the loader's lock
 POLL_SECONDS = 0.1
 
 
@@ -53,7 +54,7 @@ def text_of(edges: Sequence[Edge], folder: Path) -> str:
 
 
 def _die_with_parent() -> None:
-    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    _PRCTL(_PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 def clean_environment(environment: Mapping[str, str]) -> dict[str, str]:

@@ -5,11 +5,10 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from fnmatch import fnmatchcase
 from functools import cached_property
 from pathlib import Path
 
-from pa_ops import arguments
+from pa_ops import arguments, sources
 from pa_ops.errors import InvalidArgument
 from pa_ops.manifest import Entry, Manifest
 from pa_ops.spec import InstanceSpec
@@ -22,17 +21,17 @@ from .render import Renderer
 from .toolchain import Toolchain
 
 HERE = Path(__file__).parent
-COMPILE_SOURCES = (HERE / "worker.py", HERE / "cubin.py", HERE / "ptx.py", HERE / "nvrtc.py", Path(arguments.__file__))
-LINK_SOURCES = (*SOURCES, *(HERE / name for name in ("export.h", "launch.h", "program.h", "kept.h", "host.h")))
+COMPILE_SOURCES = (*(HERE / name for name in sources.COMPILING), Path(arguments.__file__))
+LINK_SOURCES = (*SOURCES, *(HERE / name for name in sources.INCLUDED))
 
 
 def select(preset: str, target: str, pattern: str | None) -> tuple[InstanceSpec, ...]:
-    """The instances of a preset for a target whose names match the glob `pattern`.
+    """The instances of a preset for a target whose names match `pattern`: a glob, or several with commas between.
 
     Raises InvalidArgument when there is none, because a build of nothing is a mistake in the pattern.
     """
     specs = matrix.declared(preset, (target,))
-    chosen = tuple(spec for spec in specs if pattern is None or fnmatchcase(spec.name, pattern))
+    chosen = tuple(spec for spec in specs if pattern is None or matrix.matches(spec.name, pattern))
     if not chosen:
         example = specs[0].name if specs else "none"
         raise InvalidArgument("filter", f"must match one of {len(specs)} instances of {preset}, {example} say", pattern)
@@ -82,12 +81,11 @@ def entry_of(layout: Layout, name: str) -> Entry | None:
     """The manifest row of a whole object on disk, None where object or facts are missing or do not fit together."""
     try:
         facts = json.loads(layout.facts(name).read_text(encoding="utf-8"))
-        size = layout.object(name).stat().st_size
-        row = facts["row"]
+        row, whole = facts["row"], sha256_of(layout.object(name)) == facts["image_sha256"]
         entry = Entry(symbol=name, **{**row, "code_targets": tuple(row["code_targets"])})
     except (OSError, ValueError, TypeError, KeyError):
         return None
-    return entry if entry.name == name and entry.object_bytes == size else None
+    return entry if entry.name == name and whole else None
 
 
 class Planner:
@@ -97,6 +95,7 @@ class Planner:
         self.tools = tools
         self.renderer = Renderer(templates)
         self.digester = self._digester()
+        self.sources = sources.fingerprint(self.renderer.folder)
         self._foreign: dict[tuple[tuple[str, str], ...], Digester] = {}
 
     def _digester(self) -> Digester:
@@ -109,8 +108,8 @@ class Planner:
 
     def toolchain(self) -> dict[str, str]:
         """What the manifest records of tools and of the link's inputs."""
-        sources = {path.name: sha256_of(path)[:16] for path in LINK_SOURCES}
-        return {**self.tools.versions, **sources, "link": " ".join(FLAGS)}
+        linked = {path.name: sha256_of(path)[:16] for path in LINK_SOURCES}
+        return {**self.tools.versions, **linked, "link": " ".join(FLAGS)}
 
     def item(self, spec: InstanceSpec, target: str) -> Item:
         """A rendered instance with its digest."""
@@ -157,9 +156,11 @@ class Planner:
     def _published(self, plan: Plan) -> bool:
         try:
             manifest = Manifest.load(plan.layout.manifest)
-            same_library = manifest.library_sha256 == sha256_of(plan.layout.library)
-        except (OSError, InvalidArgument):
+            same_library = manifest.library_sha256 == sha256_of(plan.layout.root / manifest.library)
+        except (OSError, InvalidArgument, UnicodeDecodeError):
             return False
         have = {entry.name: entry.digest for entry in manifest.entries}
         want = {item.name: item.digest for item in plan.product}
-        return same_library and have == want and dict(manifest.toolchain) == self.toolchain()
+        here = (plan.target, self.sources, self.toolchain())
+        ours = (manifest.target, manifest.sources, dict(manifest.toolchain)) == here
+        return same_library and have == want and ours

@@ -116,13 +116,14 @@ static word value_of(struct pa_call *call)
     return (source == STRIDE ? tensor->strides : tensor->shape)[place & 0xFF] * times + plus;
 }
 
-/* Nothing is copied from an empty tensor, and nothing steps over an extent of 1: any address, any stride will do. */
+/* Nothing is copied from an empty tensor, and nothing steps over an extent of 1: any stride will do, and any address
+ * of the device's memory: the first tensor's, which has rows. An address that is nobody's faults all the same. */
 static int patch_map(struct pa_call *call, void *map)
 {
     word rows = next(call), type = next(call);
     struct pa_tensor tensor = {.type = (int)type, .rows = (uint32_t)rows};
     word address = value_of(call);
-    tensor.address = (void *)(intptr_t)(address ? address : VECTOR_BYTES);
+    tensor.address = address ? (void *)(intptr_t)address : call->tensors[0]->data;
     for (int i = 0; i < PA_MAP_RANK; i++)
         tensor.sizes[i] = (uint64_t)max(value_of(call), 1);
     for (int i = 0; i < PA_MAP_RANK - 1; i++) {

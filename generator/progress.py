@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from types import TracebackType
 
 from rich.console import Console
@@ -9,6 +10,17 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextC
 
 from .build import Listener
 from .plan import Plan
+
+
+class Waiting(Listener):
+    """Says when another build is being waited for, and nothing else."""
+
+    def __init__(self, say: Callable[[str], None]) -> None:
+        self._say = say
+
+    def waiting(self, owner: str) -> None:
+        """Say who holds the products."""
+        self._say(f"waiting for the build of {owner}")
 
 
 class Display(Listener):

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import importlib.util
-from functools import lru_cache
 from pathlib import Path
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined, TemplateError, TemplateSyntaxError
 
+from pa_ops import sources
 from pa_ops.arguments import ADDRESS, FLOAT32, INT32, INT64, record_of
 from pa_ops.errors import BuildError
 from pa_ops.spec import InstanceSpec
@@ -15,15 +14,6 @@ from pa_ops.spec import InstanceSpec
 from .language import Language, language_of
 
 CUDA_TYPES = {ADDRESS: "unsigned long long", INT64: "long long", INT32: "int", FLOAT32: "float"}
-
-
-@lru_cache(maxsize=1)
-def template_folder() -> Path:
-    """Where the templates of this installation lie."""
-    spec = importlib.util.find_spec("pa_ops.templates")
-    if spec is None or spec.origin is None:
-        raise FileNotFoundError("the package pa_ops.templates is not installed")
-    return Path(spec.origin).parent
 
 
 def template_name(spec: InstanceSpec) -> str:
@@ -40,7 +30,7 @@ class Renderer:
     """The templates of one folder; statements hide in comments, and an undefined name is an error."""
 
     def __init__(self, folder: Path | None = None) -> None:
-        self.folder = folder or template_folder()
+        self.folder = folder or sources.template_folder()
         self._environments = {
             language: Environment(
                 loader=FileSystemLoader(self.folder),

@@ -9,6 +9,8 @@ beside the objects and the others still compile.
 from __future__ import annotations
 
 import ctypes
+import hashlib
+import importlib
 import importlib.util
 import json
 import os
@@ -25,7 +27,7 @@ from typing import Any
 
 _PR_SET_PDEATHSIG = 1
 
-Facts = dict[str, dict[str, Any]]
+Facts = dict[str, Any]
 
 
 def _die_with_parent() -> None:
@@ -97,6 +99,11 @@ def _facts(image: bytes, target: str, cubin: ModuleType) -> Sequence[Any]:
     return tuple(cubin.read_facts(image))
 
 
+def _chaining() -> ModuleType:
+    """The device module that tells which targets' launches overlap; known when packages are."""
+    return importlib.import_module("pa_ops.templates.device.chaining")
+
+
 def _compile(instance: Mapping[str, Any], request: Mapping[str, Any], temporary: Path, cubin: ModuleType) -> Facts:
     """Compile one instance into `temporary`; returns its manifest row, and what a launch of it has to know."""
     name, target, source = instance["name"], request["target"], Path(instance["source"])
@@ -126,8 +133,9 @@ def _compile(instance: Mapping[str, Any], request: Mapping[str, Any], temporary:
         "threads": instance["threads"],
         "smem": instance["smem_bytes"],
         "arguments": kernel.argument_bytes,
+        "chained": int(_chaining().is_chained(target)),
     }
-    return {"row": row, "launch": launch}
+    return {"row": row, "launch": launch, "image_sha256": hashlib.sha256(image).hexdigest()}
 
 
 def _publish(instance: Mapping[str, Any], temporary: Path, facts: Mapping[str, Any]) -> None:

@@ -139,14 +139,16 @@ MEA = Record(
     factors=ATTENTION.factors,
 )
 
+# Kernels of all languages agree on a record's size only if it is a multiple of 8 bytes: no count here without a use.
 DECODE = Record(
     addresses=(*ATTENTION.addresses, "partials", "counters"),
     strides=ATTENTION.strides,
     counts=(
-        *ATTENTION.counts,
+        *(name for name in ATTENTION.counts if name != "heads"),
         "kv_heads",
         "causal",
         "skip_above",  # sequences with more new tokens are another kernel's
+        "lengths_ready",  # 1 where the launch before this one writes neither lengths nor the block table
     ),
     factors=ATTENTION.factors,
 )

@@ -100,11 +100,15 @@ def parse_target(target: str) -> int:
 
 @dataclass(frozen=True)
 class Capability:
-    """A device: SM number (9.0 -> 90), shared memory that a block may opt into (bytes), number of SMs."""
+    """A device: SM number (9.0 -> 90), shared memory that a block may opt into (bytes), number of SMs, its name.
+
+    card: as its driver tells, "NVIDIA H200" say; recorded times of a card of that name rank kernels.
+    """
 
     sm: int
     smem_optin_bytes: int
     num_sms: int
+    card: str = ""
 
     def __post_init__(self) -> None:
         newest_known(self.sm)
@@ -114,10 +118,10 @@ class Capability:
                 raise InvalidArgument(field, "must be an integer >= 1", repr(value))
 
     @classmethod
-    def of_sm(cls, sm: int, *, num_sms: int | None = None) -> Capability:
-        """A device known by its SM number alone; a newer SM than the table is taken for the newest known below it."""
+    def of_sm(cls, sm: int, *, num_sms: int | None = None, card: str = "") -> Capability:
+        """A device known by its SM number; a newer SM than the table is taken for the newest known below it."""
         model = MODELS[newest_known(sm)]
-        return cls(sm, model.smem_kib * KIB, model.num_sms if num_sms is None else num_sms)
+        return cls(sm, model.smem_kib * KIB, model.num_sms if num_sms is None else num_sms, card)
 
     @cached_property
     def features(self) -> frozenset[Feature]:
@@ -147,4 +151,5 @@ class Capability:
         return f"sm_{self.sm // 10 * 10}" if self.sm // 10 == SHARED_MAJOR else f"sm_{self.sm}"
 
     def __str__(self) -> str:
-        return f"sm {self.sm} ({self.smem_optin_bytes} B shared memory a block, {self.num_sms} SMs)"
+        card = f"{self.card}, " if self.card else ""
+        return f"{card}sm {self.sm} ({self.smem_optin_bytes} B shared memory a block, {self.num_sms} SMs)"

@@ -10,24 +10,20 @@ import json
 import sys
 from collections.abc import Sequence
 from dataclasses import fields
-from fnmatch import fnmatchcase
 from pathlib import Path
 
 from rich.console import Console
 from rich.table import Table
 
-from pa_ops import report
-from pa_ops.capability import Capability
-from pa_ops.coverage import Coverage, cover, load_evidence
+from pa_ops import evidence, report, timings
+from pa_ops.coverage import Coverage, cover
 from pa_ops.errors import InvalidArgument, PaOpsError
-from pa_ops.homes import home
-from pa_ops.problem import Problem
+from pa_ops.homes import destination, home, homes
 from pa_ops.spec import Op
+from pa_ops.words import question
 
 EVIDENCE = "gpu-evidence.json"
 BENCH = "gpu-bench.json"
-SHORT = {"kv": "max_k", "heads": "num_heads", "kv_heads": "num_kv_heads", "dv": "head_dim_v", "page": "page_size"}
-YES_NO = {"true": True, "yes": True, "1": True, "on": True, "false": False, "no": False, "0": False, "off": False}
 
 
 def _archs(text: str) -> tuple[str, ...]:
@@ -57,7 +53,9 @@ def parser() -> argparse.ArgumentParser:
 
     explain = commands.add_parser("explain", help="what would be selected, and why the rest is not")
     explain.add_argument("op", metavar="OP", help="one of " + ", ".join(Op))
-    explain.add_argument("facts", nargs="*", metavar="key=value", help="a Problem's fields, sm=90, backend=NAME")
+    explain.add_argument(
+        "facts", nargs="*", metavar="key=value", help="a Problem's fields, sm=90, card=NAME, backend=NAME"
+    )
     explain.set_defaults(run=run_explain)
 
     coverage = commands.add_parser("report", help="the instance-coverage report, as Markdown on stdout")
@@ -80,6 +78,8 @@ def parser() -> argparse.ArgumentParser:
     bench.add_argument("--num-seqs", type=int, metavar="N", help="sequences")
     bench.add_argument("--dtype", default="bf16", metavar="NAME", help="fp16 or bf16")
     bench.add_argument("--json", type=Path, metavar="FILE", help="write the rows for programs")
+    table = "time each built kernel instead, into the table that selection ranks by on such a card"
+    bench.add_argument("--record", type=Path, nargs="?", const=timings.FILE, metavar="FILE", help=table)
     bench.set_defaults(run=run_bench)
     return top
 
@@ -95,7 +95,8 @@ def run_build(arguments: argparse.Namespace, console: Console) -> int:
 
     if arguments.jobs < 0:
         raise InvalidArgument("jobs", "must be an integer >= 0", arguments.jobs)
-    request = Request(home(), arguments.preset, arguments.arch, arguments.filter, arguments.jobs)
+    root = destination(homes()) or home()
+    request = Request(root, arguments.preset, arguments.arch, arguments.filter, arguments.jobs)
     if arguments.dry_run:
         rows = [
             {
@@ -149,7 +150,7 @@ def run_list(arguments: argparse.Namespace, console: Console) -> int:
 
     wanted = targets.resolve_all(arguments.arch) if arguments.arch else targets.DECLARED_TARGETS
     specs = matrix.declared(arguments.preset, wanted)
-    chosen = [spec for spec in specs if arguments.filter is None or fnmatchcase(spec.name, arguments.filter)]
+    chosen = [spec for spec in specs if arguments.filter is None or matrix.matches(spec.name, arguments.filter)]
     if not chosen:
         raise InvalidArgument("filter", f"must match one of {len(specs)} instances", repr(arguments.filter))
     if not arguments.json:
@@ -171,50 +172,12 @@ def run_list(arguments: argparse.Namespace, console: Console) -> int:
     return 0
 
 
-def problem_of(op: str, words: Sequence[str]) -> tuple[Problem, int | None, str]:
-    """The problem, SM number and backend that `key=value` words spell; raises InvalidArgument naming the word."""
-    known = {field.name: str(field.type) for field in fields(Problem)}
-    given: dict[str, object] = {}
-    sm, backend = None, "auto"
-    for word in words:
-        key, separator, value = word.partition("=")
-        key = SHORT.get(key, key)
-        if not separator or not value:
-            raise InvalidArgument("explain", "takes key=value words", repr(word))
-        if key == "sm":
-            sm = _number(key, value.removeprefix("sm_"))
-        elif key == "backend":
-            backend = value
-        elif key not in known or key == "op":
-            accepted = ", ".join([*(name for name in known if name != "op"), "sm", "backend", *SHORT])
-            raise InvalidArgument(key, f"explain knows {accepted}", repr(word))
-        elif "int" in known[key]:
-            given[key] = _number(key, value)
-        elif known[key] == "bool":
-            if value not in YES_NO:
-                raise InvalidArgument(key, "must be yes or no", repr(value))
-            given[key] = YES_NO[value]
-        else:
-            given[key] = value
-    if "dtype" not in given:
-        given["dtype"] = "bf16"
-    if "head_dim" not in given:
-        raise InvalidArgument("head_dim", "explain needs it, e.g. head_dim=128", "nothing")
-    return Problem(op=op, **given), sm, backend  # type: ignore[arg-type]
-
-
-def _number(key: str, value: str) -> int:
-    if not value.isdecimal():
-        raise InvalidArgument(key, "must be an integer", repr(value))
-    return int(value)
-
-
 def run_explain(arguments: argparse.Namespace, console: Console) -> int:
     """The decision for a problem on a device that need not be here."""
     from pa_ops.selecting import explain
 
-    problem, sm, backend = problem_of(arguments.op, arguments.facts)
-    print(explain(problem, None if sm is None else Capability.of_sm(sm), backend))
+    asked = question(arguments.op, arguments.facts)
+    print(explain(asked.problem, asked.capability, asked.backend))
     return 0
 
 
@@ -222,7 +185,7 @@ def coverage_of(docs: Path) -> Coverage:
     """The coverage of this installation: matrix, products, and the evidence files in `docs`."""
     from pa_ops.generator import inventory
 
-    tests, bench = load_evidence(docs / EVIDENCE), load_evidence(docs / BENCH)
+    tests, bench = evidence.load(docs / EVIDENCE), evidence.load(docs / BENCH)
     return cover(inventory.inputs(home(), tests, bench))
 
 
@@ -260,6 +223,10 @@ def run_doctor(arguments: argparse.Namespace, console: Console) -> int:
 
 def run_bench(arguments: argparse.Namespace, console: Console) -> int:
     """Time the built instances; needs a GPU."""
+    if arguments.record is not None:
+        from pa_ops import bench_record
+
+        return bench_record.run(console, arguments.record)
     from pa_ops.bench import run
 
     return run(

@@ -1,28 +1,25 @@
 """Turns declared kernels, manifests, and test and bench evidence into one row per kernel and target, and the holes.
 
-Everything here is a pure join: files are read by `load_evidence` alone, and nothing is compiled or launched.
+Everything here is a pure join: no file is read, and nothing is compiled or launched.
 """
 
 from __future__ import annotations
 
-import json
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import product
-from pathlib import Path
 from typing import Any, Protocol
 
 from pa_ops.capability import MODELS, Capability
 from pa_ops.errors import InvalidArgument, NoInstance
+from pa_ops.evidence import Evidence, Key
 from pa_ops.families import unsupported
-from pa_ops.heuristics import cost
+from pa_ops.heuristics import cheapest
 from pa_ops.manifest import Entry, Manifest
 from pa_ops.problem import Problem
 from pa_ops.selection import Selection, select_entry
 from pa_ops.spec import DType, Family, InstanceSpec, Op, TensorMask, Word
-
-Key = tuple[str, str]  # instance name, target
 
 # Both sides of every row's head size, and the ends.
 HEAD_DIMS = (8, 40, 64, 72, 96, 104, 128, 136, 192, 200, 256, 264, 512)
@@ -82,27 +79,12 @@ class Refused(Protocol):
 
 
 @dataclass(frozen=True)
-class Evidence:
-    """What a run on a card showed of one instance.
-
-    tests: how many passed; worst_error: largest absolute error; tools: versions of what compiled it, by name.
-    """
-
-    digest: str
-    tests: int = 0
-    worst_error: float | None = None
-    commit: str = ""
-    card: str = ""
-    tools: Mapping[str, str] = field(default_factory=dict)
-
-
-@dataclass(frozen=True)
 class Inputs:
-    """What is joined. Names are instance names.
+    """What is joined.
 
     declared: kernels that a full build makes; refused: kernels that it does not; manifests: what was built; sources:
-    rendered sources; digests: what a build made now would record; tests, bench: evidence by name; current: names whose
-    evidence is of today's sources, whatever compiled them.
+    rendered sources; digests: what a build made now would record; tests, bench: evidence; current: keys of
+    evidence that is of today's sources, whatever compiled them.
     """
 
     declared: Sequence[tuple[InstanceSpec, str]]
@@ -110,9 +92,9 @@ class Inputs:
     manifests: Sequence[Manifest] = ()
     sources: frozenset[Key] = frozenset()
     digests: Mapping[Key, str] = field(default_factory=dict)
-    tests: Mapping[str, Evidence] = field(default_factory=dict)
-    bench: Mapping[str, Evidence] = field(default_factory=dict)
-    current: frozenset[str] = frozenset()
+    tests: Mapping[Key, Evidence] = field(default_factory=dict)
+    bench: Mapping[Key, Evidence] = field(default_factory=dict)
+    current: frozenset[Key] = frozenset()
 
 
 @dataclass(frozen=True)
@@ -238,7 +220,7 @@ def _bests(selection: Selection, problem: Problem, capability: Capability) -> It
         if verdict.eligible:
             able[verdict.entry.spec.family].append(verdict.entry)
     for rows in able.values():
-        best = min(rows, key=lambda row: cost(row, problem, capability))
+        best = cheapest(rows, problem, capability)
         yield best.name, best.target
 
 
@@ -272,10 +254,10 @@ def _built_cell(
     entry: Entry, inputs: Inputs, reached: Mapping[Key, Reach], declared: Mapping[Key, Entry], digests: set[str]
 ) -> Cell:
     key = (entry.name, entry.target)
-    tests, bench = inputs.tests.get(entry.name), inputs.bench.get(entry.name)
+    (shown, tests), (_, bench) = (_evidence_of(key, rows) for rows in (inputs.tests, inputs.bench))
     state, reason = _built_state(entry, inputs.digests.get(key), tests, bench, digests)
     todays = inputs.digests.get(key, entry.digest) == entry.digest
-    if state is State.STALE and todays and tests is not None and entry.name in inputs.current:
+    if state is State.STALE and todays and tests is not None and shown in inputs.current:
         tools = ", ".join(f"{tool} {version}" for tool, version in sorted(tests.tools.items()))
         state, reason = State.COMPILED, f"tests ran on these sources as compiled by {tools}"
     if key not in declared:
@@ -299,6 +281,12 @@ def _built_cell(
     )
 
 
+def _evidence_of(key: Key, rows: Mapping[Key, Evidence]) -> tuple[Key, Evidence | None]:
+    """The evidence for a kernel and the key that it is found by, which tells no target in files of schema 1."""
+    found = key if key in rows else (key[0], "")
+    return found, rows.get(found)
+
+
 def _built_state(
     entry: Entry, expected: str | None, tests: Evidence | None, bench: Evidence | None, digests: set[str]
 ) -> tuple[State, str]:
@@ -313,33 +301,3 @@ def _built_state(
     if tests.digest in digests:
         return State.COMPILED, ""  # the evidence belongs to the same kernel built for another target
     return State.STALE, f"tests ran on {tests.digest[:12]}, built is {entry.digest[:12]}"
-
-
-def load_evidence(path: str | Path) -> dict[str, Evidence]:
-    """Evidence by instance name from a JSON file; empty where there is no file.
-
-    Raises InvalidArgument naming the file and the row whose digest, number of tests or tools are none.
-    """
-    file = Path(path)
-    if not file.exists():
-        return {}
-    try:
-        document = json.loads(file.read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error:
-        raise InvalidArgument(str(file), "must be JSON", str(error)) from None
-    if not isinstance(document, dict):
-        raise InvalidArgument(str(file), "must be a JSON object by instance name", type(document).__name__)
-    return {name: _evidence(f"{file} {name}", row) for name, row in document.items()}
-
-
-def _evidence(where: str, row: object) -> Evidence:
-    known = Evidence.__dataclass_fields__
-    if not isinstance(row, dict) or not isinstance(row.get("digest"), str):
-        raise InvalidArgument(where, "must be an object with a digest", repr(row))
-    tests = row.get("tests", 0)
-    if isinstance(tests, bool) or not isinstance(tests, int) or tests < 0:
-        raise InvalidArgument(f"{where} tests", "must be an integer >= 0", repr(tests))
-    tools = row.get("tools", {})
-    if not isinstance(tools, dict) or not all(isinstance(version, str) for version in tools.values()):
-        raise InvalidArgument(f"{where} tools", "must be versions by name", repr(tools))
-    return Evidence(**{key: value for key, value in row.items() if key in known})

@@ -1,10 +1,11 @@
-"""Turns an eligible row and the sizes of a problem into a cost; the cheapest row runs.
+"""Turns eligible rows and the sizes of a problem into the one that runs: the fastest recorded, or the cheapest.
 
-Sizes order rows here and nowhere else, and never remove one.
+Sizes and times order rows here and nowhere else, and never remove one.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 
 from pa_ops.capability import Capability
@@ -12,6 +13,7 @@ from pa_ops.manifest import Entry
 from pa_ops.plan import ceil_div
 from pa_ops.problem import Problem
 from pa_ops.spec import Family, Word
+from pa_ops.timings import ShapeClass, Timing, of_card
 
 # Query rows whose mathematics takes as long as bringing one K/V tile in: what a small tile saves in padding it pays
 # again in loads. An estimate; it ranks tiles of one head size, and today each head size has one tile.
@@ -76,6 +78,26 @@ def division(problem: Problem, rows: int) -> Division:
     if problem.tokens <= max(few, problem.batch) or (problem.max_q is not None and problem.max_q <= few):
         return Division.DECODE
     return Division.BOTH if query_rows(replace(problem, max_q=None)) <= MIXED_TOKENS else Division.PREFILL
+
+
+def timing(entry: Entry, problem: Problem, capability: Capability) -> Timing | None:
+    """What a call like `problem` took on a card of that name, None where nobody has recorded it."""
+    shape_class = ShapeClass.FEW if few_rows(problem) else ShapeClass.MANY
+    return of_card(capability.card).get((entry.name, shape_class))
+
+
+def cheapest(able: Sequence[Entry], problem: Problem, capability: Capability) -> Entry:
+    """The row that runs of those that may, at least one: the fastest by the card's times, or the first by `cost`.
+
+    Times decide only where the row that comes first by cost has one: a kernel that nobody has timed yet is not passed
+    over for those that somebody has.
+    """
+    first = min(able, key=lambda entry: cost(entry, problem, capability))
+    times = {entry.name: found for entry in able if (found := timing(entry, problem, capability)) is not None}
+    if first.name not in times:
+        return first
+    timed = (entry for entry in able if entry.name in times)
+    return min(timed, key=lambda entry: (times[entry.name].microseconds, cost(entry, problem, capability)))
 
 
 def cost(entry: Entry, problem: Problem, capability: Capability) -> Cost:

@@ -170,17 +170,24 @@ def _map_sources(spec: InstanceSpec, call: Attention) -> dict[str, Source]:
     return made
 
 
-def decode_launch(kernel: int, call: Attention, *, causal: bool, skip_above: int, num_sms: int) -> Launch:
-    """Attend with an equal share of all keys for every block; sequences of more than `skip_above` tokens are left."""
-    more: dict[str, Source] = {
+def decode_launch(
+    kernel: int, call: Attention, *, causal: bool, skip_above: int, lengths_ready: bool, num_sms: int
+) -> Launch:
+    """Attend with an equal share of all keys for every block; sequences of more than `skip_above` tokens are left.
+
+    lengths_ready: the launch before this one, on the same stream, is ours, and writes neither lengths nor block table.
+    """
+    sources: dict[str, Source] = {
+        **call.sources(),
         "partials": Address("workspace"),
         "counters": Address("workspace", counters_at(num_sms)),
         "kv_heads": call.keys.kv_heads,
         "causal": int(causal),
         "skip_up_to": 0,
         "skip_above": skip_above,
+        "lengths_ready": int(lengths_ready),
     }
-    return Launch(kernel, DECODE, {**call.sources(), **more}, Grid(GridRule.FIXED, blocks_of(num_sms), 1))
+    return Launch(kernel, DECODE, _fields(DECODE, sources), Grid(GridRule.FIXED, blocks_of(num_sms), 1))
 
 
 def _tokens(rows: Rows) -> Size:

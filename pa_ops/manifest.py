@@ -12,7 +12,7 @@ from pa_ops.capability import parse_target
 from pa_ops.errors import InvalidArgument
 from pa_ops.spec import InstanceSpec
 
-SCHEMA = 1
+SCHEMA = 2
 FILE_NAME = "manifest.json"
 
 
@@ -60,19 +60,25 @@ class Entry:
 
 @dataclass(frozen=True)
 class Manifest:
-    """One built library: target, versions of the tools, the library's file name and sha256, a row per kernel."""
+    """One built library: target, versions of the tools, the library's file name and sha256, a row per kernel.
+
+    sources: the fingerprint of the sources that it was built from (`pa_ops.sources`).
+    """
 
     target: str
     toolchain: Mapping[str, str]
     library: str
     library_sha256: str
     entries: tuple[Entry, ...]
+    sources: str = ""
     schema: int = SCHEMA
 
     def __post_init__(self) -> None:
         if self.schema != SCHEMA:
             raise InvalidArgument("manifest schema", f"this version reads schema {SCHEMA}; build again", self.schema)
         parse_target(self.target)
+        if Path(self.library).name != self.library:
+            raise InvalidArgument("manifest library", "must be a file beside the manifest", repr(self.library))
         names = [entry.name for entry in self.entries]
         twice = sorted({name for name in names if names.count(name) > 1})
         if twice:
@@ -87,6 +93,7 @@ class Manifest:
             "toolchain": dict(self.toolchain),
             "library": self.library,
             "library_sha256": self.library_sha256,
+            "sources": self.sources,
             "entries": rows,
         }
         return json.dumps(document, indent=1, sort_keys=True) + "\n"
@@ -118,6 +125,7 @@ _MANIFEST_TYPES: dict[str, type] = {
     "toolchain": dict,
     "library": str,
     "library_sha256": str,
+    "sources": str,
     "entries": list,
 }
 

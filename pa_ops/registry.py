@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import warnings
 from collections.abc import Callable
 from functools import lru_cache
 from pathlib import Path
@@ -10,10 +11,11 @@ from typing import Any
 
 import torch
 
+from pa_ops import jit
 from pa_ops.capability import Capability
 from pa_ops.environment import settings
 from pa_ops.errors import InvalidArgument, NoInstance
-from pa_ops.homes import Product, home, products
+from pa_ops.homes import Product, Unusable, homes, products, writable
 from pa_ops.manifest import Entry
 from pa_ops.overrides import policy
 from pa_ops.problem import Problem
@@ -24,21 +26,61 @@ CALLER = "pa_call"
 COMPILERS = ("cutlass_dsl", "cuda", "nvrtc")  # what a manifest calls the tools that decide a kernel's bytes
 
 
-class Registry:
-    """The built kernels of one device: the best target first, where several hold a kernel of the same name."""
+Loaded = tuple[Path, str]  # a library and its sha256
+# For the life of the process: kept programs hold addresses in these, whatever is built beside them later.
+_libraries: dict[Loaded, Any] = {}
 
-    def __init__(self, capability: Capability, root: Path) -> None:
+
+class Damaged(Exception):
+    """A library is not there, or is not the one that its manifest was written for; the text says what was found."""
+
+    def __init__(self, library: Path, what: str) -> None:
+        self.library = library
+        super().__init__(what)
+
+
+class Registry:
+    """The built kernels of one device: the best target first, where several hold a kernel of the same name.
+
+    roots: where products lie; of one target, the first has precedence.
+    """
+
+    def __init__(self, capability: Capability, *roots: Path) -> None:
         self.capability = capability
-        self.root = root
+        self.roots = roots
+        self._damaged: set[Path] = set()
+        self._told: set[str] = set()
+        self.refresh()
+
+    def refresh(self) -> None:
+        """Reads the manifests, as at first; says once which products are there and are not used."""
         self._owners: dict[str, tuple[Entry, Product]] = {}
-        for product in products(capability.targets, root=root):
-            for entry in product.manifest.entries:
-                self._owners.setdefault(entry.name, (entry, product))
+        self.unusable: list[Unusable] = []
+        for found in products(self.capability.targets, self.roots):
+            if isinstance(found, Unusable):
+                self.unusable.append(found)
+            elif found.library not in self._damaged:
+                for entry in found.manifest.entries:
+                    self._owners.setdefault(entry.name, (entry, found))
         self.entries: tuple[Entry, ...] = tuple(entry for entry, _ in self._owners.values())
         self._selections: dict[tuple[object, ...], Selection] = {}
         self._found: dict[tuple[object, ...], Selection | None] = {}
         self._kernels: dict[str, int] = {}
-        self._libraries: dict[Path, Any] = {}
+        self._loaded: dict[Path, Any] = {}
+        for text in map(str, self.unusable):
+            if text not in self._told:
+                self._told.add(text)
+                warnings.warn(f"pa_ops: {text}", RuntimeWarning, stacklevel=2)
+
+    def serve(self, problem: Problem, backend: str = AUTO) -> Selection:
+        """What `select` gives, built now where it is missing; raises NoInstance with why that cannot be."""
+        try:
+            return self.select(problem, backend)
+        except NoInstance as refusal:
+            notes = (refusal, *self.unusable)
+            jit.supply(problem, self.capability, policy(backend), self.roots, notes)
+        self.refresh()
+        return self.select(problem, backend)
 
     def select(self, problem: Problem, backend: str = AUTO) -> Selection:
         """The kernel that serves `problem` under the overrides in force; raises NoInstance with every reason."""
@@ -62,14 +104,39 @@ class Registry:
         return self._found[key]
 
     def kernel(self, entry: Entry) -> int:
-        """The address of the kernel of `entry` in its library, whose sha256 must be the manifest's."""
+        """The address of the kernel of `entry` in its library, whose sha256 must be the manifest's.
+
+        A library that is damaged is built again, with a warning; raises InvalidArgument where that cannot be.
+        """
         found = self._kernels.get(entry.name)
         if found is None:
-            _, product = self._owners[entry.name]
-            if product.library not in self._libraries:
-                self._libraries[product.library] = _load(product)
-            found = self._kernels[entry.name] = self._libraries[product.library][entry.symbol]()
+            found = self._kernels[entry.name] = self._whole_library(entry)[entry.symbol]()
         return found
+
+    def _whole_library(self, entry: Entry) -> Any:
+        for attempt in self._fetch, self._refetch:
+            try:
+                return attempt(entry)
+            except Damaged as error:
+                damage = error
+        jit.replace(damage.library, str(damage), entry, self.roots)
+        warnings.warn(f"pa_ops: {damage.library}: {damage}; it was built again", RuntimeWarning, stacklevel=2)
+        if not writable(damage.library.parent):
+            self._damaged.add(damage.library)  # what replaces it lies elsewhere
+        return self._refetch(entry)
+
+    def _refetch(self, entry: Entry) -> Any:
+        """The library of `entry` by the manifest of now: another process may have published since."""
+        self.refresh()
+        return self._fetch(entry)
+
+    def _fetch(self, entry: Entry) -> Any:
+        if entry.name not in self._owners:
+            raise Damaged(self.roots[0] / entry.target, f"has no {entry.name} any more")
+        _, product = self._owners[entry.name]
+        if product.library not in self._loaded:
+            self._loaded[product.library] = _load(product)
+        return self._loaded[product.library]
 
     def tools(self, entry: Entry) -> dict[str, str]:
         """The versions of the compilers that made `entry`, by name."""
@@ -78,13 +145,13 @@ class Registry:
 
     def caller(self) -> Callable[..., int]:
         """The function that runs a program on kernels of any library; one must be loaded."""
-        library = next(iter(self._libraries.values()))
+        library = next(iter(self._loaded.values()))
         call: Callable[..., int] = library[CALLER]
         return call
 
     def library(self) -> Path | None:
         """A library that is loaded, None where there is none."""
-        return next(iter(self._libraries), None)
+        return next(iter(self._loaded), None)
 
 
 def size_class(problem: Problem) -> tuple[int, int, int, int]:
@@ -95,13 +162,19 @@ def size_class(problem: Problem) -> tuple[int, int, int, int]:
 
 
 def _load(product: Product) -> Any:
-    digest = hashlib.sha256(product.library.read_bytes()).hexdigest()
-    if digest != product.manifest.library_sha256:
-        rule = f"must be the library that {product.manifest.target}'s manifest was written for; build again"
-        raise InvalidArgument(str(product.library), rule, f"sha256 {digest}")
-    import tvm_ffi  # at the first CUDA call, not at import
+    """The library of a product; raises Damaged unless it is the very one of the manifest."""
+    key = product.library, product.manifest.library_sha256
+    if key not in _libraries:
+        try:
+            digest = hashlib.sha256(product.library.read_bytes()).hexdigest()
+        except OSError as error:
+            raise Damaged(product.library, str(error)) from None
+        if digest != product.manifest.library_sha256:
+            raise Damaged(product.library, f"sha256 {digest}")
+        import tvm_ffi  # at the first CUDA call, not at import
 
-    return tvm_ffi.load_module(str(product.library))
+        _libraries[key] = tvm_ffi.load_module(str(product.library))
+    return _libraries[key]
 
 
 @lru_cache(maxsize=64)
@@ -112,6 +185,7 @@ def capability_of(index: int) -> Capability:
         sm=10 * properties.major + properties.minor,
         smem_optin_bytes=properties.shared_memory_per_block_optin,  # type: ignore[attr-defined]
         num_sms=properties.multi_processor_count,
+        card=properties.name,
     )
 
 
@@ -122,12 +196,12 @@ def for_device(index: int) -> Registry:
 
 def for_capability(capability: Capability) -> Registry:
     """The kernels that a device of `capability` would load; needs no GPU until a kernel is asked for."""
-    return _registry(capability, home())
+    return _registry(capability, homes())
 
 
 @lru_cache(maxsize=64)
-def _registry(capability: Capability, root: Path) -> Registry:
-    return Registry(capability, root)
+def _registry(capability: Capability, roots: tuple[Path, ...]) -> Registry:
+    return Registry(capability, *roots)
 
 
 def current_capability() -> Capability:

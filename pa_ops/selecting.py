@@ -7,7 +7,7 @@ import torch
 from pa_ops.capability import Capability
 from pa_ops.errors import InvalidArgument
 from pa_ops.families import attention_families
-from pa_ops.manifest import Entry
+from pa_ops.jit import declared_entries
 from pa_ops.overrides import policy
 from pa_ops.problem import Problem
 from pa_ops.registry import capability_of, current_capability, for_capability
@@ -43,16 +43,6 @@ def explain(problem: Problem, device: Device | None = None, backend: str = AUTO)
 def families() -> tuple[str, ...]:
     """The families that answer attention, as `backend=` takes them."""
     return tuple(str(family) for family in attention_families())
-
-
-def declared_entries(capability: Capability) -> tuple[Entry, ...]:
-    """Rows of the kernels that a full build makes for the targets that the device loads; of all targets if of none."""
-    from pa_ops.generator.matrix import DECLARED_TARGETS, declared  # a door: nothing at run time needs the generator
-
-    loaded = [target for target in DECLARED_TARGETS if target in capability.targets]
-    return tuple(
-        Entry.declared(spec, target) for target in loaded or DECLARED_TARGETS for spec in declared("full", [target])
-    )
 
 
 def capability_for(device: Device | None) -> Capability:

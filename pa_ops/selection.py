@@ -18,7 +18,7 @@ from pa_ops.families import (
     rejections,
     row_rejections,
 )
-from pa_ops.heuristics import cost
+from pa_ops.heuristics import cheapest, timing
 from pa_ops.manifest import Entry
 from pa_ops.problem import Problem
 from pa_ops.spec import Family, KernelOp
@@ -139,7 +139,7 @@ def verdicts(
 def select_entry(
     entries: Iterable[Entry], problem: Problem, capability: Capability, policy: Policy = DEFAULT_POLICY
 ) -> Selection:
-    """The cheapest eligible row; raises NoInstance, which says every reason, when no row is eligible."""
+    """The row that runs; raises NoInstance with the text of `explain_text` when no row is eligible."""
     looked_at = verdicts(entries, problem, capability, policy)
     able = [verdict.entry for verdict in looked_at if verdict.eligible]
     if not able:
@@ -148,10 +148,13 @@ def select_entry(
     return Selection(best, best.spec.family, looked_at)
 
 
+def _sized(problem: Problem, policy: Policy) -> Problem:
+    """The problem as it is ranked: without its sizes where they must not matter."""
+    return replace(problem, batch=1, tokens=1, max_q=None, max_k=None) if policy.batch_invariant else problem
+
+
 def _cheapest(able: list[Entry], problem: Problem, capability: Capability, policy: Policy) -> Entry:
-    if policy.batch_invariant:
-        problem = replace(problem, batch=1, tokens=1, max_q=None, max_k=None)
-    return min(able, key=lambda entry: cost(entry, problem, capability))
+    return cheapest(able, _sized(problem, policy), capability)
 
 
 def explain_text(
@@ -161,19 +164,23 @@ def explain_text(
     looked_at = verdicts(entries, problem, capability, policy)
     able = [verdict.entry for verdict in looked_at if verdict.eligible]
     if not able:
-        lines = [_refusal_text(looked_at, problem, capability, policy)]
-        return "\n".join([*lines, "rows:", *(f"  {verdict}" for verdict in looked_at)])
+        return _refusal_text(looked_at, problem, capability, policy)
     best = _cheapest(able, problem, capability, policy)
     lines = [str(problem), f"on {capability}", str(policy), f"selected: {best.name} [{best.target}]", "rows:"]
     for verdict in looked_at:
         note = " <- selected" if verdict.entry == best else ", ranked behind" if verdict.eligible else ""
-        lines.append(f"  {verdict}{note}")
+        known = timing(verdict.entry, _sized(problem, policy), capability) if verdict.eligible else None
+        told = f", {known.microseconds:.1f} us for {known.shape}" if known is not None else ""
+        lines.append(f"  {verdict}{told}{note}")
     return "\n".join(lines)
 
 
 def _refusal_text(looked_at: tuple[Verdict, ...], problem: Problem, capability: Capability, policy: Policy) -> str:
-    """Each family's gates beside the actual values, what its rows lack, the overrides, and the command that helps."""
-    lines = [f"no kernel can serve {problem} on {capability}"]
+    """Every row with its reasons, each family's gates beside the actual values, the overrides, the command that helps.
+
+    Rows come first, because the end is what a terminal shows of a long error.
+    """
+    lines = [f"no kernel can serve {problem} on {capability}", *(f"  {verdict}" for verdict in looked_at)]
     for family in families_of(problem.kernel_op):
         checks = tuple(family_checks(family, problem, capability))
         lines.append(f"{family}:")

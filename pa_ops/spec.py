@@ -206,10 +206,10 @@ def _query_stages_and_mask(spec: InstanceSpec) -> int:
     return _query_and_stages(spec) + mask
 
 
-def _stages_or_states(spec: InstanceSpec) -> int:
-    """Every stage of the K and V tiles with a word a warp's stage and 48 bytes of news, or each warp's final state."""
-    ring = _stages(spec) + 4 * spec.tile.warps * spec.tile.stages + 48
-    return max(ring, spec.tile.warps * spec.tile.m * (spec.head_dim_v + 2) * 4)
+def _stages_and_stats(spec: InstanceSpec) -> int:
+    """Every stage of the K and V tiles with a word a warp's stage, (maximum, sum) of each warp's rows, 56 B of news."""
+    tile = spec.tile
+    return _stages(spec) + 4 * tile.warps * tile.stages + 8 * tile.warps * tile.m + 56
 
 
 def _query_stages_and_barriers(spec: InstanceSpec) -> int:
@@ -224,7 +224,7 @@ def _query_and_tile_or_state(spec: InstanceSpec) -> int:
 
 
 _SMEM: dict[Family, Callable[[InstanceSpec], int]] = {
-    Family.DECODE: _stages_or_states,
+    Family.DECODE: _stages_and_stats,
     Family.FLASH_SM80: _query_stages_and_mask,
     Family.FLASH_SM90: _query_stages_and_barriers,
     Family.MEA_DECODE: _query_and_tile_or_state,

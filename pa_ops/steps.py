@@ -53,7 +53,7 @@ class Step(NamedTuple):
 
 def selected(op: str, problem: Problem, arguments: Arguments, registry: Registry) -> tuple[int, Entry, Decision]:
     """The kernel that serves `problem`, its row, and the record of the choice."""
-    selection = registry.select(problem, arguments.get("backend", AUTO))
+    selection = registry.serve(problem, arguments.get("backend", AUTO))
     return registry.kernel(selection.entry), selection.entry, _decision(op, selection)
 
 
@@ -81,13 +81,24 @@ def _attention_steps(op: str, arguments: Arguments, sizes: Sizes, registry: Regi
     k, v, lengths = ("k_cache", "v_cache", "seqlens_k") if paged else ("k", "v", "cu_seqlens_k")
     keys = Keys(k, v, lengths, sizes["Hkv"], sizes.get("page_size", 0))
     call = attention_of(arguments, sizes, Rows.of("q"), Rows.of("out"), keys)
-    yield from _attend(op, problem_of(op, arguments, sizes), arguments, registry, call, ("q", k, v, "out"))
+    problem = problem_of(op, arguments, sizes)
+    yield from _attend(op, problem, arguments, registry, call, ("q", k, v, "out"), stored=False)
 
 
 def _attend(
-    op: str, problem: Problem, arguments: Arguments, registry: Registry, call: Attention, aligned: tuple[str, ...]
+    op: str,
+    problem: Problem,
+    arguments: Arguments,
+    registry: Registry,
+    call: Attention,
+    aligned: tuple[str, ...],
+    *,
+    stored: bool,
 ) -> Iterator[Step]:
-    """One launch, or two that share the sequences of a paged batch out: those of few query rows, and the others."""
+    """One launch, or two that share the sequences of a paged batch out: those of few query rows, and the others.
+
+    stored: the launch before them stores this call's keys, and nothing else that they read.
+    """
     few, many = _division(problem, arguments, registry)
     limit = 0 if few is None else few.entry.spec.tile.m // problem.group
     if few is not None:
@@ -96,6 +107,7 @@ def _attend(
             call,
             causal=arguments["causal"] or problem.window,
             skip_above=INT32_MAX if many is None else limit,
+            lengths_ready=stored,
             num_sms=registry.capability.num_sms,
         )
         yield Step(launch, _decision(op, few), aligned)
@@ -110,7 +122,7 @@ def _attend(
 def _division(problem: Problem, arguments: Arguments, registry: Registry) -> tuple[Selection | None, Selection | None]:
     """The kernels for sequences of few query rows and for the others; None where all go to the one that is there."""
     backend = arguments["backend"]
-    few, many = (registry.select(extreme, backend).family for extreme in extremes(problem))
+    few, many = (registry.serve(extreme, backend).family for extreme in extremes(problem))
     if few is many:
         chosen = registry.select(problem, backend)
         return (chosen, None) if few in SPLITTING else (None, chosen)
@@ -192,7 +204,7 @@ def _serving_steps(op: str, arguments: Arguments, sizes: Sizes, registry: Regist
     keys = Keys("k_cache", "v_cache", "past_lens", kv_heads, sizes["page_size"], past=True)
     read = ("out" if rotated else "query", "k_cache", "v_cache", "out")
     call = attention_of(arguments, sizes, out if rotated else query, out, keys)
-    yield from _attend(op, problem, arguments, registry, call, read)
+    yield from _attend(op, problem, arguments, registry, call, read, stored=True)
 
 
 def _as_paged(arguments: Arguments, rotated: bool) -> Arguments:

@@ -1,16 +1,19 @@
-"""Turns a run of the GPU tests (junit XML, evidence JSON) into docs/gpu-report.md and docs/gpu-evidence.json."""
+"""Turns runs of the GPU tests (junit XML, evidence JSON) into docs/gpu-report.md and docs/gpu-evidence.json."""
 
 from __future__ import annotations
 
 import argparse
-import json
 import platform
 import subprocess
 import sys
 import xml.etree.ElementTree as ElementTree
 from collections import Counter, defaultdict
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+
+from pa_ops import evidence as files
+from pa_ops.evidence import Evidence, Key
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -38,10 +41,10 @@ class Machine:
     python: str
 
 
-def read_tests(path: Path) -> Tests:
-    """The outcomes in a junit XML file as pytest writes it."""
+def read_tests(paths: Iterable[Path]) -> Tests:
+    """The outcomes in junit XML files as pytest writes them."""
     tests = Tests()
-    for case in ElementTree.parse(path).iter("testcase"):
+    for case in (case for path in paths for case in ElementTree.parse(path).iter("testcase")):
         file = case.get("classname", "").replace(".", "/") + ".py"
         bad = [child for tag in ("failure", "error") for child in case.findall(tag)]
         outcome = "failed" if bad else "skipped" if case.find("skipped") is not None else "passed"
@@ -78,15 +81,15 @@ def table(head: tuple[str, ...], rows: list[tuple[object, ...]]) -> list[str]:
     return [*lines, *(f"| {' | '.join(map(str, row))} |" for row in rows), ""]
 
 
-def markdown(tests: Tests, evidence: dict[str, dict[str, object]], machine: Machine, commit: str) -> str:
+def markdown(tests: Tests, evidence: Mapping[Key, Evidence], machine: Machine, commit: str) -> str:
     """The report as a page."""
     by_file = [
         (f"`{file}`", counts["passed"], counts["failed"], counts["skipped"], f"{tests.seconds[file]:.1f}")
         for file, counts in sorted(tests.outcomes.items())
     ]
     parity = [
-        (f"`{name}`", row["tests"], f"{row['worst_error']:.2e}", f"`{str(row['digest'])[:12]}`")
-        for name, row in sorted(evidence.items())
+        (f"`{name}`", target, row.tests, f"{row.worst_error or 0:.2e}", len(row.by), f"`{row.digest[:12]}`")
+        for (name, target), row in sorted(evidence.items())
     ]
     lines = [
         "# GPU report",
@@ -102,8 +105,8 @@ def markdown(tests: Tests, evidence: dict[str, dict[str, object]], machine: Mach
                 ("torch", machine.torch),
                 ("Python", machine.python),
                 ("tests", f"{tests.total('passed')} passed, {tests.total('failed')} failed, "
-                          f"{tests.total('skipped')} skipped in {sum(tests.seconds.values()):.0f} s"),
-                ("instances that ran", len(evidence)),
+                          f"{tests.total('skipped')} skipped in {sum(tests.seconds.values()):.0f} s of all workers"),
+                ("kernels that ran", len(evidence)),
             ],
         ),
         "## Tests",
@@ -119,7 +122,7 @@ def markdown(tests: Tests, evidence: dict[str, dict[str, object]], machine: Mach
         "against the fp32 reference. It holds when |got - want| <= atol + rtol * |want| everywhere, with atol = rtol =",
         "5e-3 in fp16, and atol = 1e-2, rtol = 5e-2 in bf16; the error shown is the largest |got - want| of an output.",
         "",
-        *table(("instance", "comparisons", "largest error", "digest"), parity),
+        *table(("instance", "target", "comparisons", "largest error", "tests", "digest"), parity),
     ]
     return "\n".join(lines).rstrip() + "\n"
 
@@ -127,18 +130,18 @@ def markdown(tests: Tests, evidence: dict[str, dict[str, object]], machine: Mach
 def main() -> int:
     """Reads a run, writes both files."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--junit", type=Path, required=True)
-    parser.add_argument("--evidence", type=Path, required=True)
+    parser.add_argument("--junit", type=Path, required=True, nargs="+", help="one a run")
+    parser.add_argument("--evidence", type=Path, required=True, nargs="+", help="one a run, of one build")
     parser.add_argument("--docs", type=Path, default=ROOT / "docs")
     parser.add_argument("--commit", help="the commit that was tested; default: git's")
     arguments = parser.parse_args()
     commit = arguments.commit or commit_here()
     tests, machine = read_tests(arguments.junit), this_machine()
-    evidence = json.loads(arguments.evidence.read_text(encoding="utf-8"))
-    rows = {name: {**row, "commit": commit, "card": machine.card} for name, row in evidence.items()}
-    arguments.docs.mkdir(parents=True, exist_ok=True)
-    text = json.dumps(rows, indent=1, sort_keys=True) + "\n"
-    (arguments.docs / "gpu-evidence.json").write_text(text, encoding="utf-8")
+    if not tests.outcomes:
+        raise SystemExit("gpu_report: no test ran, so there is nothing to report")
+    seen = files.joined(files.load(path) for path in arguments.evidence)
+    rows = {key: replace(row, commit=commit, card=machine.card) for key, row in seen.items()}
+    files.write(arguments.docs / "gpu-evidence.json", rows)
     page = markdown(tests, rows, machine, commit)
     (arguments.docs / "gpu-report.md").write_text(page, encoding="utf-8")
     print(f"{tests.total('passed')} passed, {tests.total('failed')} failed -> {arguments.docs / 'gpu-report.md'}")

@@ -165,6 +165,8 @@ template <int N> __device__ inline void store_token(const Arguments &args, int t
 
 __device__ inline void append(const Arguments &args)
 {
+    pa::wait_for_grid();
+    pa::start_next_grid();
     for (int token = blockIdx.x; token < args.tokens; token += gridDim.x) {
         int sequence = 0, position = 0;
         if (args.cu_seqlens_q != 0) {

@@ -18,6 +18,8 @@ from pa_ops.templates.device.ptx import (
     st_global_128,
     st_global_f32,
     st_shared_32,
+    start_next_grid,
+    wait_for_grid,
 )
 from pa_ops.templates.device.tiles import Fragments, TileShape
 from pa_ops.templates.device.worklist import find_tile, length_at, paged_keys
@@ -29,8 +31,8 @@ LN_2 = 0.6931471805599453
 class FlashSm80:
     """One instance: the compile-time choices and the code that they specialise."""
 
-    def __init__(self, dtype, head_dim, paged, causal, window, masked, rows, keys, warps):
-        self.dtype, self.head_dim, self.paged = dtype, head_dim, paged
+    def __init__(self, dtype, head_dim, paged, causal, window, masked, rows, keys, warps, chained):
+        self.dtype, self.head_dim, self.paged, self.chained = dtype, head_dim, paged, chained
         self.causal, self.window, self.masked = causal, window, masked
         self.rows, self.keys, self.warps = rows, keys, warps
         self.threads = warps * 32
@@ -59,6 +61,8 @@ class FlashSm80:
 
     @cute.kernel
     def kernel(self, args):
+        wait_for_grid(self.chained)
+        start_next_grid(self.chained)
         rank, head, _ = cute.arch.block_idx()
         sequence, block = find_tile(args, self.rows, rank)
         if sequence >= 0:

@@ -16,7 +16,14 @@ from cutlass.cute.nvgpu import warpgroup
 from pa_ops.templates.device import softmax, tma
 from pa_ops.templates.device.copier import Copier
 from pa_ops.templates.device.lister import Lister
-from pa_ops.templates.device.ptx import ld_shared_32, opaque, st_global_128, st_global_f32
+from pa_ops.templates.device.ptx import (
+    ld_shared_32,
+    opaque,
+    st_global_128,
+    st_global_f32,
+    start_next_grid,
+    wait_for_grid,
+)
 from pa_ops.templates.device.shared_sm90 import (
     BARRIER,
     EDGES,
@@ -44,8 +51,8 @@ REGISTERS = {2: (232, 40), 3: (160, 32)}  # of a computing and of a copying thre
 class FlashSm90:
     """One instance: the compile-time choices and the code that they specialise."""
 
-    def __init__(self, dtype, head_dim, paged, causal, window, rows, keys, stages):
-        self.dtype, self.head_dim, self.paged = dtype, head_dim, paged
+    def __init__(self, dtype, head_dim, paged, causal, window, rows, keys, stages, chained):
+        self.dtype, self.head_dim, self.paged, self.chained = dtype, head_dim, paged, chained
         self.causal, self.window = causal, window
         self.rows, self.keys, self.stages = rows, keys, stages
         self.groups = rows // GROUP_ROWS
@@ -82,6 +89,8 @@ class FlashSm90:
             for barrier, arrivals in self.shared.barriers():
                 tma.init_barrier(smem + barrier, arrivals)
             tma.publish_barriers()
+        wait_for_grid(self.chained)
+        start_next_grid(self.chained)
         cute.arch.barrier()
         computing, copying = REGISTERS[self.groups]
         if warp < 4:

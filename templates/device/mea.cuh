@@ -226,6 +226,8 @@ __device__ inline void attend(const Arguments &args)
     __trap();
 #else
     extern __shared__ __align__(1024) unsigned char room[];
+    pa::wait_for_grid();
+    pa::start_next_grid();
     const pa::Work work = pa::find_tile(args, ROWS, blockIdx.x);
     if (work.sequence >= 0)
         pa::run_tile(args, pa::tile_of(args, work), blockIdx.y, pa::shared_address(room));

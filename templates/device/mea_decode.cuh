@@ -237,6 +237,8 @@ __device__ inline void attend(const Arguments &args)
     __trap();
 #else
     extern __shared__ __align__(1024) unsigned char room[];
+    pa::wait_for_grid();
+    pa::start_next_grid();
     pa::Share share = pa::find_share<ROWS, pa::STEP_KEYS, WINDOW>(args);
     for (int unit = share.begin; unit < share.end;) {
         const pa::Sequence sequence = pa::sequence_at<ROWS, pa::STEP_KEYS, WINDOW>(args, share.sequence);

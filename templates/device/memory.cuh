@@ -20,6 +20,22 @@ __device__ inline int opaque(int value)
     return value;
 }
 
+// Nothing after this happens before the grid launched before this one has ended (chaining.py).
+__device__ inline void wait_for_grid()
+{
+#if __CUDA_ARCH__ >= 900
+    asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
+
+// Blocks of the next grid may start, and wait there, once all of this one's have come here or ended.
+__device__ inline void start_next_grid()
+{
+#if __CUDA_ARCH__ >= 900
+    asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+#endif
+}
+
 __device__ inline int load_int(Address base, long long index)
 {
     return reinterpret_cast<const int *>(base)[index];

@@ -7,7 +7,16 @@ import cutlass
 import cutlass.cute as cute
 from cutlass import Float32, Int32, Int64
 
-from pa_ops.templates.device.ptx import ex2, ld_global_f32, ld_global_half, lg2, st_global_f32, st_global_half
+from pa_ops.templates.device.ptx import (
+    ex2,
+    ld_global_f32,
+    ld_global_half,
+    lg2,
+    st_global_f32,
+    st_global_half,
+    start_next_grid,
+    wait_for_grid,
+)
 
 LOG2_E = 1.4426950408889634
 LN_2 = 0.6931471805599453
@@ -38,8 +47,8 @@ def weighted(value, weight, lse):
 class Merge:
     """One instance for elements of `dtype`; `warps` rows a block, grid-stride."""
 
-    def __init__(self, dtype, warps):
-        self.dtype, self.warps = dtype, warps
+    def __init__(self, dtype, warps, chained):
+        self.dtype, self.warps, self.chained = dtype, warps, chained
         self.smem_bytes = 0
 
     @cute.jit
@@ -48,6 +57,8 @@ class Merge:
 
     @cute.kernel
     def kernel(self, args):
+        wait_for_grid(self.chained)
+        start_next_grid(self.chained)
         block, _, _ = cute.arch.block_idx()
         lane, warp = cute.arch.lane_idx(), cute.arch.warp_idx()
         rows = Int64(args.tokens) * Int64(args.heads)

@@ -161,35 +161,43 @@ def _load_f32(instruction, kind, letter):
 
 
 ld_shared_f32 = _load_f32("ld.shared", Int32, "r")
-ld_global_f32_cg = _load_f32("ld.global.cg", Int64, "l")
 
 
-def _load_f32x4(instruction, kind, letter):
+def _load_floats(count, instruction, kind, letter, otherwise=None):
+    """An op that loads `count` neighbouring fp32; with `otherwise`, where its second argument holds, else that."""
+    results = ", ".join(f"${i}" for i in range(count))
+    width = f".v{count}" if count > 1 else ""
+    load = f"{instruction}{width}.f32 {{{results}}}, [${count}];"
+    constraints = [*["=f"] * count, letter]
+    if otherwise is not None:
+        fill = " ".join(f"mov.b32 ${i}, {otherwise};" for i in range(count))
+        load = f"{{ .reg .pred p; setp.ne.b32 p, ${count + 1}, 0; {fill} @p {load} }}"
+        constraints = [*["=f"] * count, letter, "r"]
+
     @dsl_user_op
-    def op(address, *, loc=None, ip=None):
-        quad = _asm(
-            llvm.StructType.get_literal([T.f32()] * 4),
-            [kind(address).ir_value(loc=loc, ip=ip)],
-            f"{instruction}.v4.f32 {{$0, $1, $2, $3}}, [$4];",
-            f"=f,=f,=f,=f,{letter}",
-            True,
-            loc,
-            ip,
-        )
-        return [Float32(llvm.extractvalue(T.f32(), quad, [i], loc=loc, ip=ip)) for i in range(4)]
+    def op(address, *where, loc=None, ip=None):
+        operands = [kind(address).ir_value(loc=loc, ip=ip), *(Int32(w).ir_value(loc=loc, ip=ip) for w in where)]
+        kinds = llvm.StructType.get_literal([T.f32()] * count)
+        found = _asm(kinds, operands, load, ",".join(constraints), True, loc, ip)
+        return [Float32(llvm.extractvalue(T.f32(), found, [i], loc=loc, ip=ip)) for i in range(count)]
 
     return op
 
 
-ld_shared_f32x4 = _load_f32x4("ld.shared", Int32, "r")
-ld_global_f32x4 = _load_f32x4("ld.global.cg", Int64, "l")  # past L1, where another block's results never show
+ld_shared_f32x2 = _load_floats(2, "ld.shared", Int32, "r")
+ld_shared_f32x4 = _load_floats(4, "ld.shared", Int32, "r")
+# Past L1, where another block's results never show.
+ld_global_f32x2 = _load_floats(2, "ld.global.cg", Int64, "l", "0f00000000")
+ld_global_f32x4 = _load_floats(4, "ld.global.cg", Int64, "l", "0f00000000")
 
 
 @dsl_user_op
-def st_global_f32x4(address, values, *, loc=None, ip=None):
-    """Store four neighbouring fp32 to global memory."""
+def st_global_f32x4(address, values, where, *, loc=None, ip=None):
+    """Store four neighbouring fp32 to global memory, where `where` holds."""
     operands = [Int64(address).ir_value(loc=loc, ip=ip), *(Float32(x).ir_value(loc=loc, ip=ip) for x in values)]
-    _asm(None, operands, "st.global.v4.f32 [$0], {$1, $2, $3, $4};", "l,f,f,f,f", True, loc, ip)
+    operands.append(Int32(where).ir_value(loc=loc, ip=ip))
+    text = "{ .reg .pred p; setp.ne.b32 p, $5, 0; @p st.global.v4.f32 [$0], {$1, $2, $3, $4}; }"
+    _asm(None, operands, text, "l,f,f,f,f,r", True, loc, ip)
 
 
 @dsl_user_op
@@ -207,9 +215,20 @@ def st_global_i32(address, value, *, loc=None, ip=None):
 
 
 @dsl_user_op
-def fence(*, loc=None, ip=None):
-    """What this thread wrote is seen by the device before what it writes next."""
-    _asm(None, [], "fence.acq_rel.gpu;", "", True, loc, ip)
+def wait_for_grid(chained, *, loc=None, ip=None):
+    """Nothing after this happens before the grid that was launched before this one has ended.
+
+    Where `chained`: a launch then lets the blocks of a grid start while those before it still run.
+    """
+    if chained:
+        _asm(None, [], "griddepcontrol.wait;", "~{memory}", True, loc, ip)
+
+
+@dsl_user_op
+def start_next_grid(chained, *, loc=None, ip=None):
+    """Blocks of the next grid may start, and wait there, once all of this one's have come here or ended."""
+    if chained:
+        _asm(None, [], "griddepcontrol.launch_dependents;", "~{memory}", True, loc, ip)
 
 
 @dsl_user_op

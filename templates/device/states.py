@@ -2,7 +2,7 @@
 
 A state is rows of fp32 outputs relative to a maximum, then (maximum, sum) a row, in base 2. Warps leave theirs in
 shared memory; a block whose share was cut leaves the sum of its warps in the workspace, and the last to arrive adds
-up all parts in their order, so that results depend on no timing.
+up all parts in their order, so that results depend on no timing. Rows that do not exist are neither moved nor added.
 """
 
 import cutlass
@@ -13,14 +13,12 @@ from pa_ops.templates.device import softmax
 from pa_ops.templates.device.ptx import (
     arrive,
     ex2,
-    fence,
-    ld_global_f32_cg,
+    ld_global_f32x2,
     ld_global_f32x4,
     ld_shared_32,
-    ld_shared_f32,
+    ld_shared_f32x2,
     ld_shared_f32x4,
     lg2,
-    pack_pair,
     rcp,
     st_global_64,
     st_global_f32,
@@ -29,97 +27,117 @@ from pa_ops.templates.device.ptx import (
     st_shared_32,
     st_shared_f32x2,
 )
-from pa_ops.templates.device.shares import owner_of
 
 LOG2_E = 1.4426950408889634
 LN_2 = 0.6931471805599453
 WARPS = 4
 THREADS = WARPS * 32
+ROWS = 16  # of mma.m16n8k16
+STATS_BYTES = WARPS * ROWS * 8
 
 
 class States:
-    """States of `rows` rows of `head_dim` outputs, and the code that merges them."""
+    """States of ROWS rows of `head_dim` outputs, and the code that merges them.
 
-    def __init__(self, dtype, head_dim, rows, news_at):
-        self.dtype, self.head_dim, self.rows = dtype, head_dim, rows
-        self.floats = rows * (head_dim + 2)
-        self.news_at = news_at  # of a word of shared memory that tells the block how many parts have arrived
+    The block's threads share rows out so that the few that exist occupy all warps: `lanes` neighbours have a row, and
+    each of them every `lanes`-th run of four outputs. Shared memory: outputs of warps, `warp_bytes` apart, wherever the
+    caller has room at the time; all maxima and sums at `stats_at`, then a word of news for the block.
+    """
 
-    def publish(self, smem, acc_o, row_max, row_sum, log2_scale, warp, lane):
-        """This warp's state into shared memory, from accumulators of mma.m16n8k16."""
-        d_tiles = self.head_dim // 8
-        state = smem + warp * (self.floats * 4)
-        for mt in range(self.rows // 16):
-            for r in range(2):
-                row = mt * 16 + r * 8 + (lane >> 2)
-                for dt in range(d_tiles):
-                    at = (mt * d_tiles + dt) * 4 + r * 2
-                    column = dt * 8 + (lane & 3) * 2
-                    st_shared_f32x2(state + (row * self.head_dim + column) * 4, acc_o[at], acc_o[at + 1])
-                total = softmax.quad(row_sum[mt * 2 + r], lambda a, b: a + b)
-                top = row_max[mt * 2 + r] * log2_scale
-                st_shared_f32x2(state + (self.rows * self.head_dim + row * 2) * 4, top, total)
+    def __init__(self, dtype, head_dim, warp_bytes, stats_at):
+        runs = head_dim // 4
+        self.dtype, self.head_dim, self.warp_bytes, self.stats_at = dtype, head_dim, warp_bytes, stats_at
+        self.news_at = stats_at + STATS_BYTES
+        self.floats = ROWS * (head_dim + 2)
+        self.lanes = min(32, runs & -runs)
+        self.rows_a_pass = THREADS // self.lanes
+        self.passes = range(ROWS // self.rows_a_pass)
+        self.runs = range(runs // self.lanes)
+
+    def row_of(self, step, tid):
+        """The row that a thread works on in a pass."""
+        return step * self.rows_a_pass + tid // self.lanes
+
+    def column_of(self, run, tid):
+        """The first of the four outputs that make a thread's run."""
+        return (tid % self.lanes + run * self.lanes) * 4
+
+    @cute.jit
+    def publish(
+        self, smem: Int32, outputs: Int32, acc_o, row_max, row_sum, log2_scale: Float32, live_rows: Int32, warp: Int32
+    ):
+        """This warp's state into shared memory, from accumulators of mma.m16n8k16.
+
+        Runs of four outputs are xor-ed by the row: eight rows of a store then fall into different banks.
+        """
+        lane = cute.arch.lane_idx()
+        for r in cutlass.range_constexpr(2):
+            row = r * 8 + (lane >> 2)
+            st_shared_f32x2(self.stats(smem, warp, row), row_max[r] * log2_scale, softmax.quad_sum(row_sum[r]))
+            if row < live_rows:
+                for dt in cutlass.range_constexpr(self.head_dim // 8):
+                    target = self.outputs(outputs, warp, row, dt * 2 + ((lane & 3) >> 1)) + (lane & 1) * 8
+                    st_shared_f32x2(target, acc_o[dt * 4 + r * 2], acc_o[dt * 4 + r * 2 + 1])
+
+    def outputs(self, first, warp, row, run):
+        """Shared address of the `run`-th four outputs of a warp's row, `first` being that of warp 0's."""
+        return first + warp * self.warp_bytes + (row * (self.head_dim // 4) + (run ^ ((row & 3) * 2))) * 16
+
+    def stats(self, smem, warp, row):
+        """Shared address of (maximum, sum) of a warp's row."""
+        return smem + self.stats_at + (warp * ROWS + row) * 8
 
     @cute.jit
     def settle(
         self,
         args,
         smem: Int32,
-        total: Int32,
-        start: Int32,
-        stop: Int32,
+        outputs: Int32,
+        opener: Int32,
+        parts: Int32,
         q_start: Int32,
         kv_head: Int32,
         row_first: Int32,
         live_rows: Int32,
         tid: Int32,
     ):
-        """Leave this part's state in the workspace; the last part of tiles [start, stop) to arrive merges them all."""
+        """Leave this part in the workspace; of the `parts` blocks from `opener` on, the last to arrive merges them."""
         block, _, _ = cute.arch.block_idx()
-        opener = owner_of(start, total)
-        parts = owner_of(stop - 1, total) - opener + 1
         slot = Int32(cutlass.select_(block == opener, Int32(1), Int32(0)))
-        self.leave(args, smem, Int64(block * 2 + slot), tid)
-        fence()
+        self.leave(args, smem, outputs, Int64(block * 2 + slot), live_rows, tid)
         cute.arch.barrier()
         counter = args.counters + Int64(opener) * 4
-        if tid == 0:
+        if tid == 0:  # releases what the whole block has left, and acquires what the others did
             st_shared_32(smem + self.news_at, arrive(counter))
         cute.arch.barrier()
         if ld_shared_32(smem + self.news_at) == parts - 1:
-            fence()
             if tid == 0:
                 st_global_i32(counter, Int32(0))
-            self.finish(args, smem, Int64(opener), parts, q_start, kv_head, row_first, live_rows, tid)
-
-    def row_of(self, tid):
-        """(row, first column, columns) of a thread, when the block's threads share out rows of outputs."""
-        per_row = THREADS // self.rows
-        return tid // per_row, tid % per_row * 4, per_row * 4
+            self.finish(args, smem, outputs, Int64(opener), parts, q_start, kv_head, row_first, live_rows, tid)
 
     def slot(self, args, slot):
         """The address of a state in the workspace."""
         return args.partials + slot * (self.floats * 4)
 
-    def leave(self, args, smem, slot, tid):
+    def leave(self, args, smem, outputs, slot, live_rows, tid):
         """Merge the warps' states and write the result to the workspace: outputs, then (maximum, sum) a row."""
-        row, column, step = self.row_of(tid)
-        weights, top, total = self.warp_weights(smem, row)
         target = self.slot(args, slot)
-        for at in range(0, self.head_dim, step):
-            values = self.mix_warps(smem, row, column + at, weights)
-            st_global_f32x4(target + Int64((row * self.head_dim + column + at) * 4), values)
-        stats = target + Int64((self.rows * self.head_dim + row * 2) * 4)
-        st_global_f32(stats, top, column == 0)
-        st_global_f32(stats + 4, total, column == 0)
+        for step in self.passes:
+            row = self.row_of(step, tid)
+            live = row < live_rows
+            weights, top, total = self.warp_weights(smem, row)
+            for run in self.runs:
+                column = self.column_of(run, tid)
+                values = self.mix_warps(outputs, row, column, weights)
+                st_global_f32x4(target + Int64((row * self.head_dim + column) * 4), values, live)
+            stats = target + Int64((ROWS * self.head_dim + row * 2) * 4)
+            first = live & (tid % self.lanes == 0)
+            st_global_f32(stats, top, first)
+            st_global_f32(stats + 4, total, first)
 
     def warp_weights(self, smem, row):
         """(factor of each warp's outputs, common maximum, sum) of a row; base 2."""
-        tops, sums = [], []
-        for w in range(WARPS):
-            stats = smem + w * (self.floats * 4) + (self.rows * self.head_dim + row * 2) * 4
-            tops.append(ld_shared_f32(stats))
-            sums.append(ld_shared_f32(stats + 4))
+        tops, sums = zip(*(ld_shared_f32x2(self.stats(smem, w, row)) for w in range(WARPS)), strict=True)
         top = tops[0]
         for other in tops[1:]:
             top = cute.arch.fmax(top, other)
@@ -130,11 +148,11 @@ class States:
             total = total + weight * part
         return weights, top, total
 
-    def mix_warps(self, smem, row, column, weights):
+    def mix_warps(self, outputs, row, column, weights):
         """Four neighbouring outputs of a row, summed over the warps in order."""
         values = [Float32(0.0)] * 4
         for w, weight in enumerate(weights):
-            part = ld_shared_f32x4(smem + w * (self.floats * 4) + (row * self.head_dim + column) * 4)
+            part = ld_shared_f32x4(self.outputs(outputs, w, row, column // 4))
             values = [value + weight * x for value, x in zip(values, part, strict=True)]
         return values
 
@@ -143,6 +161,7 @@ class States:
         self,
         args,
         smem: Int32,
+        outputs: Int32,
         opener: Int64,
         parts: Int32,
         q_start: Int32,
@@ -152,20 +171,95 @@ class States:
         tid: Int32,
     ):
         """Write output rows and LSE, from the warps' states (no parts) or from the parts in the workspace."""
-        row, column, step = self.row_of(tid)
-        line = row_first + row
+        rows = (q_start, kv_head, row_first, live_rows, tid)
+        if live_rows <= self.rows_a_pass:
+            self.finish_rows(args, smem, outputs, opener, parts, *rows, 1)
+        else:
+            self.finish_rows(args, smem, outputs, opener, parts, *rows, len(self.passes))
+
+    @cute.jit
+    def finish_rows(
+        self,
+        args,
+        smem: Int32,
+        outputs: Int32,
+        opener: Int64,
+        parts: Int32,
+        q_start: Int32,
+        kv_head: Int32,
+        row_first: Int32,
+        live_rows: Int32,
+        tid: Int32,
+        passes: cutlass.Constexpr,
+    ):
+        """The same for the rows of so many passes: where one will do, four times as many parts are on their way."""
+        runs = len(self.runs)
+        values = cute.make_rmem_tensor((passes * runs * 4,), Float32)
+        tops = cute.make_rmem_tensor((passes,), Float32)
+        sums = cute.make_rmem_tensor((passes,), Float32)
+        values.fill(0.0)
+        tops.fill(-Float32.inf)
+        sums.fill(0.0)
+        if parts == 0:
+            for step in cutlass.range_constexpr(passes):
+                self.take_warps(smem, outputs, values, tops, sums, step, tid)
+        batch = max(64 // (passes * runs * 4), 1)
+        for first in cutlass.range(0, parts, batch, unroll=1):
+            self.take_parts(args, opener, first, parts, values, tops, sums, live_rows, tid, range(batch), range(passes))
+        for step in cutlass.range_constexpr(passes):
+            row = self.row_of(step, tid)
+            if row < live_rows:
+                mine = [values[step * runs * 4 + i] for i in range(runs * 4)]
+                self.write_row(args, mine, tops[step], sums[step], q_start, kv_head, row_first + row, tid)
+
+    def take_warps(self, smem, outputs, values, tops, sums, step, tid):
+        """Put the sums of the warps' outputs into `values`, the rows' maxima and sums beside them."""
+        row = self.row_of(step, tid)
+        weights, tops[step], sums[step] = self.warp_weights(smem, row)
+        for run in self.runs:
+            mixed = self.mix_warps(outputs, row, self.column_of(run, tid), weights)
+            for k in range(4):
+                values[(step * len(self.runs) + run) * 4 + k] = mixed[k]
+
+    def take_parts(self, args, opener, first, parts, values, tops, sums, live_rows, tid, batch, passes):
+        """Add parts from number `first` on to `values`; all loads of the batch are on their way before one is used."""
+        loaded = [
+            [self.load_part(args, opener, first + i, parts, self.row_of(step, tid), live_rows, tid) for step in passes]
+            for i in batch
+        ]
+        for part in loaded:
+            for step, (top, total, outputs) in zip(passes, part, strict=True):
+                peak = cute.arch.fmax(tops[step], top)
+                base = Float32(cutlass.select_(peak == -Float32.inf, Float32(0.0), peak))
+                keep, gain = ex2(tops[step] - base), ex2(top - base)
+                tops[step] = peak
+                sums[step] = sums[step] * keep + total * gain
+                for i, output in enumerate(outputs):
+                    at = step * len(outputs) + i
+                    values[at] = values[at] * keep + output * gain
+
+    def load_part(self, args, opener, part, parts, row, live_rows, tid):
+        """(maximum, sum, outputs) of a thread in a row of a part: those of no keys where there is no such part."""
+        there = part < parts
+        wanted = there & (row < live_rows)
+        slot = opener * 2 + Int64(part) * 2 + Int64(cutlass.select_(part == 0, Int32(1), Int32(0)))
+        source = self.slot(args, slot)
+        top, total = ld_global_f32x2(source + Int64((ROWS * self.head_dim + row * 2) * 4), wanted)
+        outputs = []
+        for run in self.runs:
+            at = row * self.head_dim + self.column_of(run, tid)
+            outputs += ld_global_f32x4(source + Int64(at * 4), wanted)
+        return Float32(cutlass.select_(there, top, Float32(-Float32.inf))), total, outputs
+
+    @cute.jit
+    def write_row(
+        self, args, values, top: Float32, total: Float32, q_start: Int32, kv_head: Int32, line: Int32, tid: Int32
+    ):
+        """A thread's outputs of one row, normalised and rounded, and the row's LSE."""
         token = q_start + line // args.group
         head = kv_head * args.group + line % args.group
-        values = cute.make_rmem_tensor((self.head_dim // step * 4,), Float32)
-        values.fill(0.0)
-        top, total = Float32(-Float32.inf), Float32(0.0)
-        if parts == 0:
-            top, total = self.take_warps(smem, row, column, step, values)
-        for part in cutlass.range(parts, unroll=4):  # several parts on their way at once
-            slot = opener * 2 + Int64(part) * 2 + Int64(cutlass.select_(part == 0, Int32(1), Int32(0)))
-            top, total = self.take_part(self.slot(args, slot), row, column, step, values, top, total)
         sink = Float32(-Float32.inf)
-        if (args.sinks != 0) & (row < live_rows):
+        if args.sinks != 0:
             sink = softmax.sink_of(self.dtype, args, head) * LOG2_E
         peak = cute.arch.fmax(top, sink)
         base = Float32(cutlass.select_(peak == -Float32.inf, Float32(0.0), peak))
@@ -174,37 +268,10 @@ class States:
         scale = Float32(cutlass.select_(total == 0.0, Float32(0.0), ex2(top - base) * rcp(denominator)))
         lse = Float32(cutlass.select_(denominator > 0.0, (lg2(denominator) + base) * LN_2, Float32(-Float32.inf)))
         lse_at = args.lse + Int64(head) * args.lse_head_stride + Int64(token) * 4
-        st_global_f32(lse_at, lse, (column == 0) & (row < live_rows) & (args.lse != 0))
+        st_global_f32(lse_at, lse, (tid % self.lanes == 0) & (args.lse != 0))
         target = args.out + Int64(token) * args.out_token_stride + Int64(head) * args.out_head_stride
-        self.write_row(args, target, column, step, values, scale, row < live_rows)
-
-    def take_warps(self, smem, row, column, step, values):
-        """Put the sum of the warps' outputs into `values`; the row's maximum and sum."""
-        weights, top, total = self.warp_weights(smem, row)
-        for i in range(self.head_dim // step):
-            mixed = self.mix_warps(smem, row, column + i * step, weights)
-            for k in range(4):
-                values[i * 4 + k] = mixed[k]
-        return top, total
-
-    def take_part(self, source, row, column, step, values, top, total):
-        """Add a part of the workspace to `values`; the new maximum and sum."""
-        stats = source + Int64((self.rows * self.head_dim + row * 2) * 4)
-        part_top, part_sum = ld_global_f32_cg(stats), ld_global_f32_cg(stats + 4)
-        peak = cute.arch.fmax(top, part_top)
-        base = Float32(cutlass.select_(peak == -Float32.inf, Float32(0.0), peak))
-        keep, gain = ex2(top - base), ex2(part_top - base)
-        for i in range(self.head_dim // step):
-            loaded = ld_global_f32x4(source + Int64((row * self.head_dim + column + i * step) * 4))
-            for k in range(4):
-                values[i * 4 + k] = values[i * 4 + k] * keep + loaded[k] * gain
-        return peak, total * keep + part_sum * gain
-
-    def write_row(self, args, target, column, step, values, scale, wanted):
-        """A thread's outputs of one row, normalised and rounded; exactly zero where the factor is."""
-        zero = Float32(0.0)
-        for i in range(self.head_dim // step):
-            scaled = [Float32(cutlass.select_(scale == 0.0, zero, values[i * 4 + k] * scale)) for k in range(4)]
-            words = [pack_pair(self.dtype, scaled[0], scaled[1]), pack_pair(self.dtype, scaled[2], scaled[3])]
-            at = column + i * step
-            st_global_64(target + Int64(at) * 2, words, wanted & (at < args.head_dim))
+        for run in cutlass.range_constexpr(len(self.runs)):
+            four = values[run * 4 : run * 4 + 4]
+            words = [softmax.scaled_pair(self.dtype, *four[i : i + 2], scale) for i in (0, 2)]
+            column = self.column_of(run, tid)
+            st_global_64(target + Int64(column) * 2, words, column < args.head_dim)

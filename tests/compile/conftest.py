@@ -11,7 +11,7 @@ import pytest
 
 from pa_ops.generator.build import Request, build
 from pa_ops.generator.layout import Layout
-from pa_ops.generator.render import template_folder
+from pa_ops.sources import template_folder
 
 TOY = Path(__file__).parent / "toy"
 DRIVER = Path(__file__).parent / "fake_driver.c"

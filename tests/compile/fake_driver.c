@@ -42,13 +42,19 @@ int cuTensorMapEncodeTiled(void *map, int type, uint32_t rank, void *address, co
     memcpy(map, words, sizeof words);
     return code("cuTensorMapEncodeTiled");
 }
-int cuLaunchKernel(void *kernel, unsigned x, unsigned y, unsigned z, unsigned threads, unsigned b, unsigned c,
-                   unsigned smem, void *stream, void **parameters, void **extra)
+struct config {
+    unsigned grid[3], block[3], shared;
+    void *stream;
+    const uint64_t *attributes;
+    unsigned count;
+};
+int cuLaunchKernelEx(const struct config *config, void *kernel, void **parameters, void **extra)
 {
     size_t size = *(size_t *)extra[3];
-    printf("launch %u %u %u x %u, %u B shared, stream %d, %zu B:", x, y, z, threads, smem, (int)(intptr_t)stream, size);
+    printf("launch %u %u %u x %u, %u B shared, stream %d, %zu B:", config->grid[0], config->grid[1], config->grid[2],
+           config->block[0], config->shared, (int)(intptr_t)config->stream, size);
     for (size_t i = 0; i < size; i += 8)
         printf(" %d", *(const int *)((const char *)extra[1] + i));
-    printf("\n");
-    return code("cuLaunchKernel");
+    printf(config->count ? ", attribute %d = %d\n" : "\n", (int)config->attributes[0], (int)config->attributes[1]);
+    return code("cuLaunchKernelEx");
 }

@@ -134,7 +134,7 @@ def main(scene: str, library: str, name: str) -> None:
             attempt(call, *arguments)
     elif scene == "driver errors":
         encoding = ("cuTensorMapEncodeTiled",) if record.maps else ()
-        for name in (*encoding, "cuLibraryLoadData", "cuLibraryGetKernel", "cuLaunchKernel"):
+        for name in (*encoding, "cuLibraryLoadData", "cuLibraryGetKernel", "cuLaunchKernelEx"):
             os.environ["FAKE_CUDA_ERROR"] = name
             attempt(call, program.address, *tensors)
     else:

@@ -343,11 +343,11 @@ def G6_a_driver_error_is_raised_with_its_name() -> None:
     tensors = paged(3)
     call("paged_attention", *tensors)
     steady("paged_attention", *tensors)
-    with environment(FAKE_CUDA_ERROR="cuLaunchKernel"):
+    with environment(FAKE_CUDA_ERROR="cuLaunchKernelEx"):
         try:
             call("paged_attention", *tensors)
         except RuntimeError as error:
-            assert "cuLaunchKernel" in str(error) and "700, CUDA_ERROR_FAKE" in str(error), str(error)
+            assert "cuLaunchKernelEx" in str(error) and "700, CUDA_ERROR_FAKE" in str(error), str(error)
         else:
             raise AssertionError("no error")
     steady("paged_attention", *tensors)

@@ -8,9 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from pa_ops import bench, cli
+from pa_ops import bench, cli, evidence
 from pa_ops.bench import Case
-from pa_ops.coverage import load_evidence
 from pa_ops.errors import InvalidArgument
 
 SMALL = Case("small", num_seqs=2, new=5, ctx=40, window=7, heads=4, kv_heads=2, head_dim=64, dtype="fp16")
@@ -53,7 +52,7 @@ def test_bad_options_are_named(options: dict[str, object], words: str) -> None:
 def test_rows_are_evidence_that_the_coverage_report_reads(tmp_path: Path) -> None:
     row = bench.measure(SMALL, CPU, lambda call: 100.0)
     (tmp_path / "bench.json").write_text(json.dumps(bench.evidence([row])))
-    assert load_evidence(tmp_path / "bench.json")[row.instance].worst_error == row.worst_error
+    assert evidence.load(tmp_path / "bench.json")[row.instance, ""].worst_error == row.worst_error
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="says so only where there is no GPU")

@@ -9,10 +9,12 @@ import pytest
 
 from pa_ops import cli, report
 from pa_ops.capability import Capability
-from pa_ops.coverage import Coverage, Evidence, State, cover
+from pa_ops.coverage import Coverage, State, cover
+from pa_ops.evidence import Evidence
 from pa_ops.generator import inventory, matrix
 from pa_ops.manifest import Entry, Manifest
 from pa_ops.spec import InstanceSpec, Mask
+from pa_ops.words import question
 
 Capture = pytest.CaptureFixture[str]
 
@@ -70,9 +72,10 @@ def test_G8_explain_prints_every_row_with_its_reasons(tokens: int, family: str, 
 
 def test_explain_reads_every_kind_of_word() -> None:
     words = ["head_dim=64", "heads=32", "kv_heads=8", "window=yes", "kv=100", "sm=sm_86", "backend=flash"]
-    problem, sm, backend = cli.problem_of("paged_attention", words)
+    asked = question("paged_attention", [*words, "card=NVIDIA A40"])
+    problem = asked.problem
     assert (problem.num_heads, problem.num_kv_heads, problem.window, problem.max_k) == (32, 8, True, 100)
-    assert (sm, backend) == (86, "flash") and Capability.of_sm(86)
+    assert (asked.capability, asked.backend) == (Capability.of_sm(86, card="NVIDIA A40"), "flash")
 
 
 @pytest.fixture(scope="module")
@@ -81,7 +84,7 @@ def coverage() -> Coverage:
     spec = matrix.declared("smoke")[4]
     entry = Entry(spec.name, spec.name, "a" * 64, "sm_90a", ("sm_90a",), 32768, 255, 24, 24, 70000, 3.5)
     manifest = Manifest("sm_90a", {"cc": "x"}, "libpa_ops.so", "0" * 64, (entry,))
-    inputs = inventory.inputs(Path("/nonexistent"), {spec.name: Evidence("a" * 64, 7, 1e-3)}, {})
+    inputs = inventory.inputs(Path("/nonexistent"), {(spec.name, "sm_90a"): Evidence("a" * 64, 7, 1e-3)}, {})
     targets = {key: value for key, value in inputs.digests.items() if key[0] != spec.name}
     return cover(type(inputs)(**{**vars(inputs), "manifests": (manifest,), "digests": targets}))
 

@@ -13,8 +13,8 @@ from core_rows import declared_rows
 
 from pa_ops.arguments import record_of
 from pa_ops.capability import MODELS, Capability, parse_target
-from pa_ops.coverage import Evidence
 from pa_ops.errors import BuildError, InvalidArgument
+from pa_ops.evidence import Evidence
 from pa_ops.generator import doctor, inventory, matrix, ninja, targets
 from pa_ops.generator.cubin import read_facts
 from pa_ops.generator.digest import Digester
@@ -31,10 +31,11 @@ from pa_ops.generator.matrix import (
     refusals,
 )
 from pa_ops.generator.plan import Planner
-from pa_ops.generator.render import CUDA_TYPES, Renderer, template_folder
+from pa_ops.generator.render import CUDA_TYPES, Renderer
 from pa_ops.generator.toolchain import Toolchain
 from pa_ops.problem import Problem
 from pa_ops.selection import select_entry
+from pa_ops.sources import template_folder
 from pa_ops.spec import PLAIN_MASKS, DType, Family, InstanceSpec, KernelOp, Layout, Mask
 
 TOY = Path(__file__).parent / "toy"
@@ -234,14 +235,16 @@ def test_evidence_is_of_todays_sources_whatever_compiled_them() -> None:
     theirs = planner.digest_by(spec, "sm_90a", tools)
     assert theirs != planner.item(spec, "sm_90a").digest
     shown = {
-        spec.name: Evidence(theirs, tests=1, tools=tools),
-        "pa_gone": Evidence(theirs, tests=1, tools=tools),
+        (spec.name, "sm_90a"): Evidence(theirs, tests=1, tools=tools),
+        (spec.name, "sm_80"): Evidence(theirs, tests=1, tools=tools),
+        (spec.name, ""): Evidence(theirs, tests=1, tools=tools),
+        ("pa_gone", ""): Evidence(theirs, tests=1, tools=tools),
     }
     pairs = [(each, target) for target in ("sm_80", "sm_90a") for each in declared("smoke", (target,))]
-    assert inventory.current(planner, shown, pairs) == {spec.name}
+    assert inventory.current(planner, shown, pairs) == {(spec.name, "sm_90a"), (spec.name, "")}
     older = [pair for pair in pairs if pair[1] == "sm_80"]
     assert inventory.current(planner, shown, older) == frozenset(), "another target's code has another digest"
-    untold = {spec.name: Evidence(theirs, tests=1)}
+    untold = {(spec.name, "sm_90a"): Evidence(theirs, tests=1)}
     assert inventory.current(planner, untold, pairs) == frozenset()
 
 

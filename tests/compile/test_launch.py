@@ -14,6 +14,7 @@ from pa_ops.arguments import RECORDS
 from pa_ops.generator.layout import Layout
 from pa_ops.manifest import Entry, Manifest
 from pa_ops.spec import Family
+from pa_ops.templates.device.chaining import is_chained
 
 pytestmark = pytest.mark.compile
 HERE = Path(__file__).parent
@@ -34,9 +35,12 @@ def said(product: Layout, driver: Path | None, scene: str, family: Family = Fami
     return run.stdout.splitlines()
 
 
+CHAINED = ", attribute 6 = 1"  # CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
+
+
 def numbers(line: str) -> list[int]:
     """The record's words in a line of the driver's, or of the script's."""
-    return [int(word) for word in line.split(":")[1].split()]
+    return [int(word) for word in line.split(":")[1].split(",")[0].split()]
 
 
 @pytest.mark.parametrize("family", [Family.MERGE, Family.FLASH_SM90])
@@ -52,6 +56,7 @@ def test_programs_launch_what_their_python_twin_says(family: Family, product: La
         blocks = f"{extent[0]} {extent[1]} 1 x {entry.spec.threads}, {entry.spec.smem_bytes} B shared"
         assert got.startswith(f"launch {blocks}, stream 0, {size} B:")
         assert numbers(got) == words
+        assert got.endswith(CHAINED) == is_chained(product.root.name)
     assert lines.count("load ELF") == 1, "an image is loaded once"
     refused = [line for line in lines if line.startswith("refused")]
     assert refused == ["refused 0"] * len(refused) and len(refused) > 30
@@ -72,7 +77,7 @@ def test_G6_a_driver_error_is_raised_with_its_name(
 ) -> None:
     lines = said(product, driver, "driver errors", family)
     errors = [line for line in lines if line.startswith("RuntimeError")]
-    calls = (*first, "cuLibraryLoadData", "cuLibraryGetKernel", "cuLaunchKernel")
+    calls = (*first, "cuLibraryLoadData", "cuLibraryGetKernel", "cuLaunchKernelEx")
     assert len(errors) == len(calls), errors
     assert sum(line.startswith("launch") for line in lines) == 1, "the one that fails"
     for line, call in zip(errors, calls, strict=True):

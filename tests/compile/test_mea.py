@@ -12,9 +12,9 @@ from pa_ops.capability import Capability, parse_target
 from pa_ops.generator import nvrtc
 from pa_ops.generator.build import Request, build
 from pa_ops.generator.layout import Layout
-from pa_ops.generator.render import template_folder
 from pa_ops.generator.toolchain import Toolchain
 from pa_ops.manifest import Manifest
+from pa_ops.sources import template_folder
 from pa_ops.spec import Family
 
 pytestmark = pytest.mark.compile

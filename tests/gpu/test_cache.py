@@ -62,6 +62,7 @@ def test_B28_schema_marks_the_mutation_and_opcheck_passes(device: torch.device) 
         torch.ops.pa_ops.append_kv(key, value, caches[0][:1].expand(4, -1, -1, -1), caches[1], slots)
 
 
+@pytest.mark.alone
 def test_B19_page_offsets_beyond_32_bits(device: torch.device, evidence: Evidence) -> None:
     shape = Shape(128, kv_heads=8, group=1, page_size=256)
     pages = 8200
@@ -88,6 +89,7 @@ def test_B19_page_offsets_beyond_32_bits(device: torch.device, evidence: Evidenc
     evidence.add(calls, error_of(out, want, shape.dtype, "pages past 8192"))
 
 
+@pytest.mark.alone
 def test_B18_two_to_the_31_elements_of_keys(device: torch.device, evidence: Evidence) -> None:
     shape = Shape(128, kv_heads=64, group=1, dtype=torch.bfloat16)
     sequences, length = 256, 1024
@@ -105,6 +107,7 @@ def test_B18_two_to_the_31_elements_of_keys(device: torch.device, evidence: Evid
     evidence.add(calls, error_of(out[-1:], want, shape.dtype, "the last sequence"))
 
 
+@pytest.mark.alone
 def test_B20_helper_grids_are_capped_and_complete(device: torch.device, tmp_path: Path) -> None:
     generator = torch.Generator(device).manual_seed(6)
     key, value = (randn(generator, torch.float16, MANY, 8, 128) for _ in "kv")

@@ -153,6 +153,7 @@ def milliseconds(work: Callable[[], object]) -> float:
     return best
 
 
+@pytest.mark.alone
 def test_E13_time_follows_live_work() -> None:
     call = uniform(8, 65536, 0, (32, 8), 128, 16, torch.bfloat16)
     whole = milliseconds(call.run)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections import Counter
+from itertools import product
 from typing import Any
 
 import pytest
@@ -60,3 +61,18 @@ def test_D5_every_family_has_its_share_of_the_problems(device: torch.device) -> 
     assert {"flash_sm80", "decode", "mea", "mea_decode"} <= counts.keys()
     assert all(count > PROBLEMS // 5 for count in counts.values()), counts
     assert sum(len(families) > 2 for families in found) > PROBLEMS // 2
+
+
+@pytest.mark.parametrize("softcap", (0.0, 20.0))
+@pytest.mark.parametrize("window", (0, 50))
+def test_X7_sinks_on_every_family(
+    window: int, softcap: float, dtype: torch.dtype, device: torch.device, evidence: Evidence
+) -> None:
+    for make, head_dim in product((paged, varlen), (64, 128, 256)):
+        shape = Shape(head_dim, kv_heads=2, group=4, dtype=dtype)
+        values = torch.linspace(-2, 6, shape.heads, device=device)
+        call = make([(1, 130), (70, 200), (0, 9), (3, 2)], shape, device, sinks=values, sliding_window=window)
+        call = call.with_options(softcap=softcap)
+        families = able(problem_of(call))
+        assert len(families) > 1
+        check_each(call, families, evidence, f"head size {head_dim}, window {window}, softcap {softcap}")

@@ -130,6 +130,7 @@ def test_C22_two_runs_are_bit_equal(code: str, device: torch.device) -> None:
                                want[: call.rows] if want.dim() == 3 else want[:, : call.rows])  # fmt: skip
 
 
+@pytest.mark.alone
 def test_B18_B19_offsets_beyond_32_bits(device: torch.device, evidence: Evidence) -> None:
     shape = Shape(128, kv_heads=8, group=1, page_size=256)
     far = moved_far(paged([(3, 300), (70, 513)], shape, device), 8300)
@@ -190,3 +191,12 @@ def test_sanitizer_sample_of_mea(device: torch.device, evidence: Evidence) -> No
             on_mea(paged(pairs, shape, device, **options), evidence, f"{head_dim} {options}")
             on_mea(varlen(pairs, shape, device, **options), evidence, f"{head_dim} {options}")
             on_decode(paged([(1, 900), *pairs], shape, device, **options), evidence, f"{head_dim} {options}")
+
+
+@pytest.mark.parametrize("window", (0, 50))
+def test_X7_sinks_by_every_path(code: str, window: int, device: torch.device, evidence: Evidence) -> None:
+    for operator, softcap in product(OPERATORS, (0.0, 20.0)):
+        shape = Shape(128, kv_heads=2, group=4)
+        values = torch.linspace(-2, 6, shape.heads, device=device)
+        options = {"sinks": values, "sliding_window": window, "softcap": softcap}
+        on_mea(OPERATORS[operator](SHORT, shape, device, **options), evidence, f"{code}, {operator}, {window}")

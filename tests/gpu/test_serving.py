@@ -50,6 +50,7 @@ def test_A4_row_tiles_beside_sequences_without_tokens(
             check(call, evidence, f"{new}, head size {head_dim}")
 
 
+@pytest.mark.alone
 @pytest.mark.parametrize("batch", [16, 64])
 def test_A11_prefill_costs_its_work(batch: int, device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
     """Beside the design that guesses the longest sequence from the number of tokens."""
@@ -100,6 +101,7 @@ def test_A12_X5_bounds_change_no_bit(device: torch.device) -> None:
         serve({**call, "max_seqlen_q": -1})
 
 
+@pytest.mark.alone
 def test_A12_decode_makes_two_launches_and_never_waits(device: torch.device, tmp_path: Path) -> None:
     call = serving([1] * 16, [300] * 16, Shape(128, kv_heads=8, group=4), device, packed=True, rotary_dim=128)
     serve(call)

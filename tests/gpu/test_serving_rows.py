@@ -58,6 +58,7 @@ def test_B15_nothing_is_padded(device: torch.device) -> None:
     assert torch.cuda.max_memory_allocated() - before <= out.numel() * out.element_size() + 512
 
 
+@pytest.mark.alone
 def test_B19_pages_beyond_32_bit_offsets(device: torch.device, evidence: Evidence) -> None:
     shape = Shape(128, kv_heads=8, group=1, page_size=256)
     call = serving([3, 2], [300, 0], shape, device, rotary_dim=128)

@@ -67,6 +67,7 @@ def test_X9_queries_and_keys_are_slices_of_wider_rows(device: torch.device, evid
         on_sm90(call, evidence, f"slices of packed rows, head size {head_dim}")
 
 
+@pytest.mark.alone
 def test_B18_B19_offsets_beyond_32_bits(device: torch.device, evidence: Evidence) -> None:
     call = paged([(3, 300), (70, 513)], Shape(128, kv_heads=8, group=1, page_size=256), device)
     on_sm90(moved_far(call, 8300), evidence, "pages beyond 2^31 elements")

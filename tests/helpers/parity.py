@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
-from pathlib import Path
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -14,42 +12,30 @@ from torch import Tensor
 import pa_ops
 from helpers.problems import Call
 from pa_ops import reference, registry
+from pa_ops.evidence import Evidence as Row
+from pa_ops.evidence import Key
 
 TOLERANCE = {torch.float16: (5e-3, 5e-3), torch.bfloat16: (1e-2, 5e-2)}
 """dtype -> (absolute, relative): |got - want| <= absolute + relative * |want|."""
 
 
-@dataclass
-class Row:
-    """What was seen of one instance: comparisons that held, the largest absolute error of an output."""
-
-    digest: str
-    tests: int = 0
-    worst_error: float = 0.0
-    tools: dict[str, str] = field(default_factory=dict)
-
-
-@dataclass
+@dataclass(frozen=True)
 class Evidence:
-    """Rows by instance name, for the coverage report."""
+    """What one test sees of kernels goes into `rows`, which all tests of a process share."""
 
-    rows: dict[str, Row] = field(default_factory=dict)
+    test: str  # its node id
+    rows: dict[Key, Row] = field(default_factory=dict)
 
     def add(self, calls: Sequence[Any], error: float) -> None:
         """Counts one comparison that held for every kernel among the recorded `calls`."""
         here = registry.for_device(0)
         entries = {entry.name: entry for entry in here.entries}
         for name in {call.instance for call in calls}:
-            row = self.rows.setdefault(name, Row(entries[name].digest, tools=here.tools(entries[name])))
-            if row.digest == entries[name].digest:  # else code of the same name for another target
-                row.tests += 1
-                row.worst_error = max(row.worst_error, error)
-
-    def write(self, path: Path) -> None:
-        """JSON by instance name."""
-        rows = {name: asdict(row) for name, row in sorted(self.rows.items())}
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
+            entry = entries[name]
+            function = self.test.partition("[")[0]
+            seen = Row(entry.digest, 1, error, tools=here.tools(entry), by=(function,), worst_test=self.test)
+            key = name, entry.target
+            self.rows[key] = self.rows[key].joined(seen) if key in self.rows else seen
 
 
 def error_of(got: Tensor, want: Tensor, dtype: torch.dtype, what: str) -> float:

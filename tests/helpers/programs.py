@@ -126,7 +126,8 @@ def _map(words: Words, tensors: tuple[Tensor | None, ...]) -> Map:
     address, *sizes = (_value(words, tensors) for _ in range(5))
     strides = [_value(words, tensors) for _ in range(3)]
     steps = tuple(stride if size > 1 else 16 for size, stride in zip(sizes[1:], strides, strict=True))
-    return Map(address or 16, tuple(max(size, 1) for size in sizes), steps, rows, dtype)
+    assert tensors[0] is not None
+    return Map(address or tensors[0].data_ptr(), tuple(max(size, 1) for size in sizes), steps, rows, dtype)
 
 
 def _patch(words: Words, record: bytearray, tensors: tuple[Tensor | None, ...]) -> None:

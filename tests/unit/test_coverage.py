@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 import pytest
 from core_rows import declared_pairs, declared_rows
 
-from pa_ops.coverage import Coverage, Evidence, Inputs, Reach, State, cover, domain, load_evidence, survey
+from pa_ops.coverage import Coverage, Inputs, Reach, State, cover, domain, survey
 from pa_ops.errors import InvalidArgument
+from pa_ops.evidence import Evidence
 from pa_ops.families import attention_families
 from pa_ops.generator import matrix
 from pa_ops.manifest import Entry, Manifest
@@ -120,7 +119,7 @@ def test_a_kernel_rises_through_its_states() -> None:
     assert state_of(cover(base), row) == (State.GENERATED, "")
     base = replace(base, manifests=(built(row),))
     assert state_of(cover(base), row) == (State.COMPILED, "")
-    base = replace(base, tests={row.name: shown})
+    base = replace(base, tests={(row.name, row.target): shown})
     assert state_of(cover(base), row) == (State.TESTED, "")
     cell = next(cell for cell in cover(base).cells if cell.name == row.name)
     assert (cell.registers, cell.object_bytes, cell.tests, cell.worst_error, cell.card) == (
@@ -130,30 +129,35 @@ def test_a_kernel_rises_through_its_states() -> None:
         1e-3,
         "H200",
     )
-    base = replace(base, bench={row.name: Evidence(digest)})
+    base = replace(base, bench={key: Evidence(digest)})
     assert state_of(cover(base), row) == (State.BENCHMARKED, "")
 
 
 @pytest.mark.usefixtures("states_alone")
 def test_evidence_counts_for_the_digest_that_it_was_gathered_on() -> None:
     row = SMALL[0]
+    key = row.name, row.target
     base = Inputs(PAIRS, manifests=(built(row),))
     old = Evidence("f" * 64, tests=7)
-    state, reason = state_of(cover(replace(base, tests={row.name: old})), row)
+    state, reason = state_of(cover(replace(base, tests={key: old})), row)
     assert state is State.STALE
     assert "ffff" in reason
-    state, reason = state_of(cover(replace(base, digests={(row.name, row.target): "e" * 64})), row)
+    state, reason = state_of(cover(replace(base, digests={key: "e" * 64})), row)
     assert state is State.STALE
     assert "eeee" in reason
-    elsewhere = replace(base, tests={row.name: replace(old, tools={"dsl": "5"})}, current=frozenset({row.name}))
+    elsewhere = replace(
+        base,
+        tests={key: replace(old, tools={"dsl": "5"})},
+        current=frozenset({key}),
+    )
     assert state_of(cover(elsewhere), row) == (State.COMPILED, "tests ran on these sources as compiled by dsl 5")
-    edited = replace(elsewhere, digests={(row.name, row.target): "e" * 64})
+    edited = replace(elsewhere, digests={key: "e" * 64})
     assert state_of(cover(edited), row)[0] is State.STALE
     failed = Evidence(DIGESTS[row.name], tests=0)
-    assert state_of(cover(replace(base, tests={row.name: failed})), row) == (State.COMPILED, "")
+    assert state_of(cover(replace(base, tests={key: failed})), row) == (State.COMPILED, "")
     timed = Evidence("f" * 64)
     passed = Evidence(DIGESTS[row.name], tests=1)
-    inputs = replace(base, tests={row.name: passed}, bench={row.name: timed})
+    inputs = replace(base, tests={key: passed}, bench={key: timed})
     assert state_of(cover(inputs), row) == (State.TESTED, "")
 
 
@@ -162,9 +166,11 @@ def test_evidence_of_another_target_leaves_a_kernel_compiled() -> None:
     here = SMALL[0]
     other = replace(here, target="sm_80", code_targets=("sm_80",), digest="d" * 64)
     manifests = (built(here), Manifest("sm_80", {}, "libpa_ops.so", "0" * 64, (other,)))
-    inputs = Inputs([*PAIRS, (here.spec, "sm_80")], manifests=manifests, tests={here.name: Evidence("d" * 64, 3)})
-    states = {cell.target: cell.state for cell in cover(inputs).cells if cell.name == here.name}
-    assert states == {"sm_80": State.TESTED, "sm_90a": State.COMPILED}
+    for target in ("sm_80", ""):  # schema 1 told no target
+        seen = {(here.name, target): Evidence("d" * 64, 3)}
+        inputs = Inputs([*PAIRS, (here.spec, "sm_80")], manifests=manifests, tests=seen)
+        states = {cell.target: cell.state for cell in cover(inputs).cells if cell.name == here.name}
+        assert states == {"sm_80": State.TESTED, "sm_90a": State.COMPILED}
 
 
 @pytest.mark.usefixtures("states_alone")
@@ -176,21 +182,3 @@ def test_refused_and_dropped_kernels_say_why() -> None:
     assert state_of(cover(inputs), second) == (State.STALE, "built, and no longer declared")
     with pytest.raises(InvalidArgument, match="declared or refused"):
         cover(Inputs(PAIRS, refused=(refused,)))
-
-
-def test_evidence_is_read_from_a_file(tmp_path: Path) -> None:
-    path = tmp_path / "evidence.json"
-    assert load_evidence(path) == {}
-    row = {"digest": "ab", "tests": 3, "worst_error": 0.5, "commit": "c", "card": "H200", "more": [1]}
-    path.write_text(json.dumps({"name": row}), encoding="utf-8")
-    assert load_evidence(path) == {"name": Evidence("ab", 3, 0.5, "c", "H200")}
-
-
-@pytest.mark.parametrize(
-    "text", ["[", "[]", '{"name": 1}', '{"name": {"tests": 1}}', '{"name": {"digest": "a", "tests": -1}}']
-)
-def test_broken_evidence_names_the_file(tmp_path: Path, text: str) -> None:
-    path = tmp_path / "evidence.json"
-    path.write_text(text, encoding="utf-8")
-    with pytest.raises(InvalidArgument, match=r"evidence\.json"):
-        load_evidence(path)

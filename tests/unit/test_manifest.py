@@ -18,7 +18,7 @@ from pa_ops.manifest import Entry, Manifest
 def manifest() -> Manifest:
     rows = [row for row in declared_rows() if row.target == "sm_90a"][:3]
     built = tuple(replace(row, digest=f"{i:064x}", registers=128, compile_seconds=1.5) for i, row in enumerate(rows))
-    return Manifest("sm_90a", {"dsl": "4.8.1"}, "libpa_ops.so", "ab" * 32, built)
+    return Manifest("sm_90a", {"dsl": "4.8.1"}, "libpa_ops.so", "ab" * 32, built, "cd" * 32)
 
 
 def test_text_round_trips_through_a_file(tmp_path: Path) -> None:
@@ -58,8 +58,9 @@ def _put(value: object, *path: str | int) -> Callable[[dict[str, Any]], object]:
     [
         (_drop("library"), "missing library"),
         (_put(1, "extra"), "unknown extra"),
-        (_put(2, "schema"), "reads schema 1"),
+        (_put(1, "schema"), "reads schema 2"),
         (_put(None, "toolchain", "dsl"), "toolchain.dsl"),
+        (_put("../other.so", "library"), "beside the manifest"),
         (_put("90a", "target"), "must be sm_"),
         (_put("12", "entries", 1, "registers"), r"entries[1] registers"),
         (_put(True, "entries", 0, "spill_bytes"), r"entries[0] spill_bytes"),

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 from pa_ops.capability import MODELS, Capability
 from pa_ops.errors import InvalidArgument, NoInstance
-from pa_ops.families import GATES, attention_families, rejections
+from pa_ops.families import GATES, attention_families, rejections, unsupported
 from pa_ops.manifest import Entry
 from pa_ops.problem import Problem
 from pa_ops.selection import Policy, explain_text, select_entry
@@ -71,7 +71,8 @@ def test_B5_rows_without_a_family_still_answer_or_say_what_to_build() -> None:
     text = refusal(paged(), 90, helpers)
     assert "rows: none is built" in text
     assert "pa-ops build --arch sm_90a --filter 'pa_attn_flash_sm80_bf16_kvbf16_*_gather_causal_*'" in text
-    assert refusal(paged(), 90, ()) == text
+    _, _, families = text.partition("flash_sm80:\n")
+    assert families and refusal(paged(), 90, ()).partition("flash_sm80:\n")[2] == families
 
 
 @pytest.mark.parametrize("mask", ["full", "causal", "window"])
@@ -444,3 +445,41 @@ def test_G8_the_selection_keeps_the_same_reasons() -> None:
     assert len(chosen.reasons) == len(ROWS)
     for verdict in chosen.reasons:
         assert list(verdict.reasons) == list(rejections(verdict.entry, paged(), H200))
+
+
+@pytest.mark.parametrize("mask", ["full", "causal", "window"])
+def test_C18_a_family_without_rows_of_a_mask_does_not_serve_it_and_says_why(mask: str) -> None:
+    problem = prefill(causal=mask != "full", window=mask == "window")
+    rows = [row for row in ROWS if row.target == "sm_90a"]
+    flash = [row for row in rows if row.spec.family.startswith("flash") and row.spec.layout is Layout.GATHER]
+    left = [row for row in rows if row not in flash or problem.mask not in GATES[row.spec.family].masks[row.spec.mask]]
+    assert select_entry(rows, problem, H200).family.startswith("flash") and len(left) < len(rows)
+    chosen = select_entry(left, problem, H200)
+    assert chosen.family in (Family.DECODE, Family.MEA, Family.MEA_DECODE)
+    refused = [verdict for verdict in chosen.reasons if verdict.entry in flash]
+    assert refused and all("row mask" in {reason.gate for reason in verdict.reasons} for verdict in refused)
+
+
+CELLS = list(product(("fp16", "bf16", "fp32"), (1, 4), ("full", "causal", "window"), (False, True), (False, True)))
+
+
+@pytest.mark.parametrize("sm", MODELS)
+def test_C19_every_cell_has_a_row_or_is_declared_unsupported(sm: int) -> None:
+    capability = Capability.of_sm(sm)
+    rows = [row for row in ROWS if not set(row.code_targets).isdisjoint(capability.targets)]
+    for op, (dtype, group, mask, split, extras) in product(("paged_attention", "varlen_attention"), CELLS):
+        problem = Problem(
+            op=op, dtype=dtype, head_dim=128, head_dim_v=64 if split else 128, num_heads=2 * group, num_kv_heads=2,
+            causal=mask != "full", window=mask == "window", softcap=extras, sinks=extras,
+            page_size=16 if op == "paged_attention" else None, tokens=500, max_k=1000,
+        )  # fmt: skip
+        served = any(not list(rejections(row, problem, capability)) for row in rows)
+        assert served == (unsupported(problem, capability) is None), f"{problem} on sm {sm}"
+
+
+@pytest.mark.parametrize("option", ["softcap", "sinks"])
+def test_X7_an_option_that_no_family_honours_raises(option: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    for family in attention_families():
+        monkeypatch.setitem(GATES, family, replace(GATES[family], **{option: False}))
+    assert f"NO  {option}: needs off, got on" in refusal(paged(**{option: True}), 90)
+    assert select_entry(ROWS, paged(), H200).entry

@@ -147,7 +147,9 @@ def test_what_has_an_extent_of_one_or_none_has_a_map_all_the_same() -> None:
     q, k = torch.zeros(1, 1, 64).half(), torch.zeros(0, 16, 1, 64).half()
     maps, _ = maps_of(Layout.GATHER, q, k, k)
     assert maps["q_map"][1:3] == ((64, 1, 1, 1), (16, 16, 16))
-    assert maps["k_map"][:3] == (16, (64, 16, 1, 1), (128, 16, 16)), "no pages: no address, a size of 1"
+    assert maps["k_map"][:3] == (q.data_ptr(), (64, 16, 1, 1), (128, 16, 16)), (
+        "no pages: the queries' address, a size of 1"
+    )
 
 
 def test_X9_heads_that_are_one_in_memory_keep_their_stride_of_0() -> None:
