@@ -271,7 +271,7 @@ def test_a_digest_covers_the_tools_and_device_files_of_its_own_language(
 
 
 REACHED = {
-    Family.MERGE: {"compiling.py", "merge.py", "ptx.py"},
+    Family.MERGE: {"chaining.py", "compiling.py", "merge.py", "ptx.py"},
     Family.APPEND: {"append.cuh", "half.cuh", "memory.cuh", "search.cuh"},
     Family.GATHER: {"gather.cuh", "half.cuh", "memory.cuh", "search.cuh"},
 }
