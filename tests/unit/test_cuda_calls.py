@@ -447,7 +447,7 @@ def test_what_no_kernel_serves_is_refused_and_never_dropped(launches: Launches) 
         ((q, k_cache, v_cache, *where), {"k_scale": torch.ones(1)}, "k_scale"),
         ((q, *(c.to(torch.float8_e4m3fn) for c in (k_cache, v_cache)), *where), {}, "e4m3fn"),
         ((q[:, :, :20], k_cache[..., :20], v_cache[..., :20], *where), {}, "multiple of 8"),
-        (paged(dim=264), {}, "up to 256, got 264"),
+        (paged(dim=520), {}, "up to 512, got 520"),
         ((q, k_cache, v_cache[..., :32], *where), {"backend": "flash"}, "64 (K) and 32 (V)"),
         ((torch.zeros(3 * 8 * 64 + 1).half()[1:].view(3, 8, 64), k_cache, v_cache, *where), {}, "16 bytes"),
         ((q, torch.zeros(4, 16, 2, 65).half()[..., :64], v_cache, *where), {}, "16 bytes"),
