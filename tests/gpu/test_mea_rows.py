@@ -1,4 +1,4 @@
-"""What the mea families cost beside their answer, and how far they reach: scratch, waits, sizes, masks, by each path."""
+"""What mea costs beside its answer, and how far it reaches: scratch, waits, sizes, masks by each path."""
 
 from __future__ import annotations
 
