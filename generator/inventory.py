@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from pa_ops.capability import parse_target
 from pa_ops.coverage import Inputs
-from pa_ops.evidence import Evidence, Key
+from pa_ops.evidence import Evidence, Key, Timed
 from pa_ops.manifest import FILE_NAME, Manifest
 from pa_ops.spec import InstanceSpec
 
@@ -47,7 +49,8 @@ def current(planner: Planner, tests: Mapping[Key, Evidence], declared: Sequence[
 def inputs(
     home: Path,
     tests: Mapping[Key, Evidence],
-    bench: Mapping[Key, Evidence],
+    bench: Mapping[Key, Sequence[Timed]],
+    uses: Mapping[str, tuple[str, ...]],
     templates: Path | None = None,
 ) -> Inputs:
     """Everything known of every declared, refused or built kernel; targets are the declared ones and those built."""
@@ -66,4 +69,36 @@ def inputs(
         tests=tests,
         bench=bench,
         current=current(planner, tests, declared) if planner else frozenset(),
+        presets=presets(),
+        uses=uses,
+        lacking=lacking(targets, planner),
     )
+
+
+def presets() -> dict[str, tuple[str, ...]]:
+    """Which presets ask for an instance, by its name."""
+    asked: dict[str, tuple[str, ...]] = {}
+    for preset in matrix.PRESETS:
+        for spec in matrix.candidates(preset):
+            asked[spec.name] = (*asked.get(spec.name, ()), preset)
+    return asked
+
+
+def uses(path: Path, bench: Mapping[Key, Sequence[Timed]]) -> dict[str, tuple[str, ...]]:
+    """Which programs ran an instance, by its name: those that wrote so to `path`, and the benchmarks."""
+    told = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    ran = {"bench": sorted({name for name, _ in bench}), **told}
+    names = {name for each in ran.values() for name in each}
+    return {name: tuple(program for program, each in sorted(ran.items()) if name in each) for name in sorted(names)}
+
+
+def lacking(targets: Sequence[str], planner: Planner | None) -> dict[str, str]:
+    """Why the compilers that are here make no code for a target; nothing for those that they know."""
+    if planner is None:
+        return dict.fromkeys(targets, "the compilers are not installed here")
+    known, version = planner.tools.nvrtc_sms, planner.tools.nvrtc_version
+    return {
+        target: f"NVRTC {version}, which is installed here, does not know it"
+        for target in targets
+        if parse_target(target) not in known
+    }

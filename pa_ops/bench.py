@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from statistics import median
 
@@ -12,9 +11,12 @@ import torch
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
+from torch.nn.attention.bias import causal_lower_right
+from torch.nn.functional import scaled_dot_product_attention
 
-from pa_ops import bench_padded, bench_serving, functions, reference, registry, trace
+from pa_ops import bench_padded, bench_serving, evidence, functions, reference, registry, trace
 from pa_ops.errors import InvalidArgument
+from pa_ops.evidence import Key, Timed
 
 WARM_UP = 10
 REPEATS = 50
@@ -82,7 +84,7 @@ TABLES: dict[str, Callable[[Console, torch.device, Path | None], int]] = {
 
 @dataclass(frozen=True)
 class Row:
-    """One timed call: median time in microseconds, what that means, largest error, the kernel that ran."""
+    """One timed call: median time in microseconds, what that means, largest error, the kernel that ran, peers."""
 
     case: str
     shape: str
@@ -93,6 +95,8 @@ class Row:
     gigabytes_per_second: float
     worst_error: float
     right: bool
+    target: str = ""
+    peers: Mapping[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -141,6 +145,25 @@ def call_of(case: Case, inputs: Inputs) -> Call:
     return call
 
 
+def peers_of(case: Case, inputs: Inputs) -> dict[str, Callable[[], Tensor]]:
+    """Peers' calls by name, [B, H, new, D]: PyTorch's own attention, on dense copies of the same keys and values."""
+    if case.window:
+        return {}
+
+    def dense(cache: Tensor) -> Tensor:
+        rows = cache[inputs.block_table.long()].flatten(1, 2)[:, : case.ctx]
+        return rows.transpose(1, 2).contiguous()
+
+    q = inputs.q.view(case.num_seqs, case.new, case.heads, case.head_dim).transpose(1, 2).contiguous()
+    k, v = dense(inputs.k_cache), dense(inputs.v_cache)
+    if case.new in (1, case.ctx):  # no mask, or the square one: what its fused kernels take as a flag
+        return {"SDPA": lambda: scaled_dot_product_attention(q, k, v, is_causal=case.new > 1, enable_gqa=True)}
+    group = case.heads // case.kv_heads
+    k, v = (tensor.repeat_interleave(group, 1) for tensor in (k, v))
+    bias = causal_lower_right(case.new, case.ctx)
+    return {"SDPA": lambda: scaled_dot_product_attention(q, k, v, attn_mask=bias)}
+
+
 def error_of(case: Case, inputs: Inputs, out: Tensor) -> float:
     """The largest error of `out` against the reference, over the last query rows of every sequence."""
     rows = min(case.new, CHECKED_QUERIES)
@@ -161,7 +184,7 @@ def error_of(case: Case, inputs: Inputs, out: Tensor) -> float:
     return worst
 
 
-def time_of(call: Call) -> float:
+def time_of(call: Callable[[], object]) -> float:
     """Median time of a call on the GPU in microseconds, its launch included."""
     for _ in range(WARM_UP):
         call()
@@ -174,7 +197,7 @@ def time_of(call: Call) -> float:
     return 1e3 * float(median(b.elapsed_time(e) for b, e in zip(marks[::2], marks[1::2], strict=True)))
 
 
-def measure(case: Case, device: torch.device, timer: Callable[[Call], float] = time_of) -> Row:
+def measure(case: Case, device: torch.device, timer: Callable[[Callable[[], object]], float] = time_of) -> Row:
     """Run, check and time one case on whatever kernel selection gives it."""
     inputs = inputs_of(case, device)
     call = call_of(case, inputs)
@@ -183,18 +206,21 @@ def measure(case: Case, device: torch.device, timer: Callable[[Call], float] = t
     worst = error_of(case, inputs, out)
     microseconds = timer(call)
     seconds = microseconds * 1e-6
-    digests = {entry.name: entry.digest for entry in registry.for_device(0).entries} if out.is_cuda else {}
+    built = {entry.name: entry for entry in registry.for_device(0).entries} if out.is_cuda else {}
     instance = decisions[-1].instance
+    entry = built.get(instance)
     return Row(
         case=case.name,
         shape=str(case),
         instance=instance,
-        digest=digests.get(instance, ""),
+        digest=entry.digest if entry is not None else "",
         microseconds=microseconds,
         tflops=case.flops / seconds * 1e-12,
         gigabytes_per_second=case.kv_bytes / seconds * 1e-9,
         worst_error=worst,
         right=worst <= TOLERANCE[case.dtype],
+        target=entry.target if entry is not None else "",
+        peers={name: timer(peer) for name, peer in peers_of(case, inputs).items()},
     )
 
 
@@ -237,28 +263,21 @@ def run(
     if case in TABLES:
         return TABLES[case](console, device, output)
     rows = [measure(chosen, device) for chosen in cases]
-    table = Table("case", "shape", "us", "TFLOP/s", "KV GB/s", "worst error", "instance")
+    table = Table("case", "shape", "us", "TFLOP/s", "KV GB/s", "worst error", "best peer / ours", "instance")
     for row in rows:
         error = f"{row.worst_error:.1e}" + ("" if row.right else " WRONG")
         rates = (f"{row.microseconds:.1f}", f"{row.tflops:.1f}", f"{row.gigabytes_per_second:.0f}")
-        table.add_row(row.case, row.shape, *rates, error, row.instance)
+        peer = f"{min(row.peers.values()) / row.microseconds:.2f}" if row.peers else ""
+        table.add_row(row.case, row.shape, *rates, error, peer, row.instance)
     console.print(table)
     if output is not None:
-        output.parent.mkdir(parents=True, exist_ok=True)
-        output.write_text(json.dumps(evidence(rows), indent=1, sort_keys=True) + "\n", encoding="utf-8")
+        evidence.write_timed(output, timed(rows))
     return 0 if all(row.right for row in rows) else 1
 
 
-def evidence(rows: list[Row]) -> dict[str, object]:
-    """The rows by instance, as the coverage report reads them."""
+def timed(rows: list[Row]) -> Iterator[tuple[Key, Timed]]:
+    """The rows as the coverage report reads them."""
     card = torch.cuda.get_device_name() if torch.cuda.is_available() else ""
-    names = sorted({row.instance for row in rows})
-    return {
-        name: {
-            "digest": next(row.digest for row in rows if row.instance == name),
-            "card": card,
-            "worst_error": max(row.worst_error for row in rows if row.instance == name),
-            "cases": [asdict(row) for row in rows if row.instance == name],
-        }
-        for name in names
-    }
+    for row in rows:
+        rates = row.microseconds, row.tflops, row.gigabytes_per_second
+        yield (row.instance, row.target), Timed(row.digest, row.case, row.shape, *rates, card=card, peers=row.peers)

@@ -9,21 +9,26 @@ import argparse
 import json
 import sys
 from collections.abc import Sequence
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from rich.console import Console
 from rich.table import Table
 
-from pa_ops import evidence, report, timings
+from pa_ops import evidence, report, report_diff, timings
 from pa_ops.coverage import Coverage, cover
 from pa_ops.errors import InvalidArgument, PaOpsError
 from pa_ops.homes import destination, home, homes
 from pa_ops.spec import Op
 from pa_ops.words import question
 
+if TYPE_CHECKING:
+    from pa_ops.generator.build import Request
+
 EVIDENCE = "gpu-evidence.json"
 BENCH = "gpu-bench.json"
+USES = "gpu-uses.json"
 
 
 def _archs(text: str) -> tuple[str, ...]:
@@ -39,6 +44,7 @@ def parser() -> argparse.ArgumentParser:
     build.add_argument("--preset", default="serving", metavar="NAME", help="smoke, serving (the default) or full")
     build.add_argument("--arch", type=_archs, default=(), metavar="A,B", help="sm_80,sm_90a,...; default: the GPU here")
     build.add_argument("--filter", metavar="GLOB", help="only instances whose name matches")
+    build.add_argument("--model", type=_archs, metavar="A=B,C=D", help="what a model needs: head_dim=128,dtype=bf16")
     build.add_argument("--jobs", type=int, default=0, metavar="N", help="processes at a time; default: one a core")
     build.add_argument("--dry-run", action="store_true", help="say what would be done, and do nothing")
     build.add_argument("--json", action="store_true", help="the outcome as JSON on stdout")
@@ -62,6 +68,7 @@ def parser() -> argparse.ArgumentParser:
     coverage.add_argument("--html", type=Path, metavar="FILE", help="write one self-contained page")
     coverage.add_argument("--json", type=Path, metavar="FILE", help="write it for programs")
     coverage.add_argument("--markdown", type=Path, metavar="FILE", help="write the Markdown to a file")
+    coverage.add_argument("--diff", type=Path, metavar="OLD", help="fail on what is worse than in an older --json FILE")
     coverage.add_argument("--docs", type=Path, default=_docs(), metavar="DIR", help=f"holds {EVIDENCE} and {BENCH}")
     coverage.add_argument("--check", action="store_true", help="fail on a hole or an unreachable kernel")
     coverage.set_defaults(run=run_report)
@@ -88,6 +95,14 @@ def _docs() -> Path:
     return Path(__file__).resolve().parent.parent / "docs"
 
 
+def for_model(request: Request, words: Sequence[str]) -> list[Request]:
+    """The request for each of its targets, of what a model with such attention needs there."""
+    from pa_ops.jit import model_needs
+
+    targets = request.resolved_targets()
+    return [replace(request, targets=(each,), pattern=",".join(model_needs(words, each))) for each in targets]
+
+
 def run_build(arguments: argparse.Namespace, console: Console) -> int:
     """Build, or say what a build would do."""
     from pa_ops.generator.build import Request, build, plans
@@ -97,6 +112,7 @@ def run_build(arguments: argparse.Namespace, console: Console) -> int:
         raise InvalidArgument("jobs", "must be an integer >= 0", arguments.jobs)
     root = destination(homes()) or home()
     request = Request(root, arguments.preset, arguments.arch, arguments.filter, arguments.jobs)
+    requests = [request] if arguments.model is None else for_model(request, arguments.model)
     if arguments.dry_run:
         rows = [
             {
@@ -105,12 +121,13 @@ def run_build(arguments: argparse.Namespace, console: Console) -> int:
                 "up_to_date": [item.name for item in (*plan.fresh, *plan.kept)],
                 "drop": list(plan.dropped),
             }
+            for request in requests
             for _, plan in plans(request)
         ]
         _say_plans(rows, as_json=arguments.json, console=console)
         return 0
     with Display(Console(stderr=True) if arguments.json else console) as display:
-        outcomes = build(request, display)
+        outcomes = [outcome for request in requests for outcome in build(request, display)]
     if arguments.json:
         done = [
             {
@@ -185,13 +202,14 @@ def coverage_of(docs: Path) -> Coverage:
     """The coverage of this installation: matrix, products, and the evidence files in `docs`."""
     from pa_ops.generator import inventory
 
-    tests, bench = evidence.load(docs / EVIDENCE), evidence.load(docs / BENCH)
-    return cover(inventory.inputs(home(), tests, bench))
+    tests, bench = evidence.load(docs / EVIDENCE), evidence.load_timed(docs / BENCH)
+    return cover(inventory.inputs(home(), tests, bench, inventory.uses(docs / USES, bench)))
 
 
 def run_report(arguments: argparse.Namespace, console: Console) -> int:
-    """Write the forms that were asked for; with none, Markdown on stdout."""
+    """Write the forms that were asked for; with none, Markdown on stdout. 1 for a hole, or for what a diff found."""
     coverage = coverage_of(arguments.docs)
+    lost = report_diff.found(report_diff.read(arguments.diff), coverage) if arguments.diff is not None else ()
     forms = (
         (arguments.html, report.to_html),
         (arguments.json, report.to_json),
@@ -208,9 +226,12 @@ def run_report(arguments: argparse.Namespace, console: Console) -> int:
             table.add_row(*map(str, row))
         console.print(table)
         console.print(f"{len(coverage.holes)} holes, {len(coverage.unreachable)} unreachable kernels")
-    else:
+    elif arguments.diff is None:
         print(report.to_markdown(coverage), end="")
-    return 1 if arguments.check and (coverage.holes or coverage.unreachable) else 0
+    if arguments.diff is not None:
+        print(report_diff.text(lost, arguments.diff), end="")
+    bad = arguments.check and (coverage.holes or coverage.unreachable)
+    return 1 if bad or lost else 0
 
 
 def run_doctor(arguments: argparse.Namespace, console: Console) -> int:

@@ -5,44 +5,15 @@ Everything here is a pure join: no file is read, and nothing is compiled or laun
 
 from __future__ import annotations
 
-from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
-from itertools import product
-from typing import Any, Protocol
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Protocol
 
-from pa_ops.capability import MODELS, Capability
-from pa_ops.errors import InvalidArgument, NoInstance
-from pa_ops.evidence import Evidence, Key
-from pa_ops.families import unsupported
-from pa_ops.heuristics import cheapest
+from pa_ops.errors import InvalidArgument
+from pa_ops.evidence import Evidence, Key, Timed
 from pa_ops.manifest import Entry, Manifest
-from pa_ops.problem import Problem
-from pa_ops.selection import Selection, select_entry
-from pa_ops.spec import DType, Family, InstanceSpec, Op, TensorMask, Word
-
-# Both sides of every row's head size, and the ends.
-HEAD_DIMS = (8, 40, 64, 72, 96, 104, 128, 136, 192, 200, 256, 264, 512)
-DTYPES = (DType.FP16, DType.BF16, DType.FP32)
-CACHE_DTYPES = (None, DType.E4M3FN, DType.INT8)  # None: the query's
-# Tokens of the sequence and of a page: few query rows and many, which have a family each, and a page that not every
-# family takes. Sizes rank and never refuse, so that page need not be met with both.
-SIZES = {Op.PAGED_ATTENTION: ((1, 16), (512, 16), (512, 1))}
-ANY_SIZE = ((1, None),)
-# The options by which keys are hidden, of each operator.
-_PLAIN_OPTIONS: tuple[Mapping[str, Any], ...] = ({"causal": False}, {"causal": True}, {"window": True})
-_TENSOR_OPTIONS: tuple[Mapping[str, Any], ...] = (
-    {"attn_mask": TensorMask.BOOL},
-    {"attn_mask": TensorMask.ADDITIVE},
-    {"attn_mask": TensorMask.BOOL, "mask_aligned": False},
-    {"attn_mask": TensorMask.ADDITIVE, "mask_aligned": False},
-    {"anchored": True},
-)
-HIDING_OPTIONS = {
-    Op.PAGED_ATTENTION: _PLAIN_OPTIONS,
-    Op.VARLEN_ATTENTION: _PLAIN_OPTIONS,
-    Op.ATTENTION: (*_PLAIN_OPTIONS, *_TENSOR_OPTIONS),
-}
+from pa_ops.spec import InstanceSpec, Word
+from pa_ops.survey import Hole, Reach, survey
 
 
 class State(Word):
@@ -57,12 +28,23 @@ class State(Word):
     BENCHMARKED = "benchmarked"
 
 
-class Reach(Word):
-    """How selection comes to a kernel."""
+class Fit(Word):
+    """What evidence is of."""
 
-    AUTO = "auto"  # it is the best for some problem
-    NAMED = "named"  # some problem gets it when its family is asked for by name; no other one
-    NONE = "none"
+    NONE = "none"  # there is none
+    HERE = "this build"
+    SOURCES = "these sources"  # built elsewhere from what lies here, perhaps by other compilers
+    STALE = "stale"  # other sources
+
+
+class Why(Word):
+    """Why a kernel is not there for a target."""
+
+    NOTHING = ""  # it is there
+    TOOLCHAIN = "toolchain"  # no compiler makes code for that architecture
+    SHARED_MEMORY = "shared memory"
+    RULE = "rule"
+    NOT_REQUESTED = "not requested"  # no build has been asked for it
 
 
 class Refused(Protocol):
@@ -75,6 +57,9 @@ class Refused(Protocol):
     def target(self) -> str: ...
 
     @property
+    def rule(self) -> str: ...
+
+    @property
     def reason(self) -> str: ...
 
 
@@ -84,7 +69,8 @@ class Inputs:
 
     declared: kernels that a full build makes; refused: kernels that it does not; manifests: what was built; sources:
     rendered sources; digests: what a build made now would record; tests, bench: evidence; current: keys of
-    evidence that is of today's sources, whatever compiled them.
+    evidence that is of today's sources, whatever compiled them; presets, uses: by instance name, which presets ask for
+    it, and which programs ran it; lacking: by target, why the compilers that are here cannot make its code.
     """
 
     declared: Sequence[tuple[InstanceSpec, str]]
@@ -93,13 +79,20 @@ class Inputs:
     sources: frozenset[Key] = frozenset()
     digests: Mapping[Key, str] = field(default_factory=dict)
     tests: Mapping[Key, Evidence] = field(default_factory=dict)
-    bench: Mapping[Key, Evidence] = field(default_factory=dict)
+    bench: Mapping[Key, Sequence[Timed]] = field(default_factory=dict)
     current: frozenset[Key] = frozenset()
+    presets: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    uses: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    lacking: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
 class Cell:
-    """One kernel for one target: its state, why, and what the compiler and the tests said (bytes, seconds)."""
+    """One kernel for one target: its state, why, and what the compiler and the tests said (bytes, seconds).
+
+    requested: presets that ask for it; why: why it is not there; fit: what its evidence is of, `tests` to `worst_test`;
+    times: of this very code; stale_times: how many are of other code; used: programs that ran it.
+    """
 
     name: str
     target: str
@@ -115,15 +108,14 @@ class Cell:
     worst_error: float | None = None
     commit: str = ""
     card: str = ""
-
-
-@dataclass(frozen=True)
-class Hole:
-    """A problem of the declared domain that no row serves on an SM and that is not declared unsupported."""
-
-    problem: Problem
-    sm: int
-    reason: str
+    by: tuple[str, ...] = ()
+    worst_test: str = ""
+    fit: Fit = Fit.NONE
+    why: Why = Why.NOTHING
+    requested: tuple[str, ...] = ()
+    times: tuple[Timed, ...] = ()
+    stale_times: int = 0
+    used: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -147,83 +139,6 @@ class Coverage:
         return sum(cell.state is state for cell in self.cells)
 
 
-def domain() -> Iterator[Problem]:
-    """The declared problem domain: every operator, type, mask and option, at the sizes where rows change."""
-    for op, dtype, kv_dtype, head_dim in product(Op, DTYPES, CACHE_DTYPES, HEAD_DIMS):
-        if op is Op.MERGE_STATES and kv_dtype is not None:
-            continue
-        flags = (False, True) if op in HIDING_OPTIONS else (False,)
-        hiding = HIDING_OPTIONS.get(op, ({"causal": False},))
-        for hidden, extras, split, (tokens, page_size) in product(hiding, flags, flags, SIZES.get(op, ANY_SIZE)):
-            yield Problem(
-                op=op,
-                dtype=dtype,
-                kv_dtype=kv_dtype or dtype,
-                head_dim=head_dim,
-                head_dim_v=head_dim + 8 if split else head_dim,
-                **hidden,
-                softcap=extras,
-                sinks=extras,
-                page_size=page_size,
-                tokens=tokens,
-            )
-
-
-def survey(entries: Iterable[Entry], sms: Iterable[int] = tuple(MODELS)) -> tuple[dict[Key, Reach], tuple[Hole, ...]]:
-    """The rows that selection picks for some problem of the domain on some SM, and the problems that it cannot serve.
-
-    A hole is told once, whatever its sizes, for the oldest SM that shows it; problems that are declared unsupported are
-    no holes.
-    """
-    rows, problems = tuple(entries), tuple(domain())
-    reached: dict[Key, Reach] = {}
-    holes: dict[tuple[object, ...], Hole] = {}
-    for sm in sorted(sms):
-        capability = Capability.of_sm(sm)
-        loadable = [row for row in rows if not set(row.code_targets).isdisjoint(capability.targets)]
-        alike: dict[tuple[object, ...], list[Entry]] = defaultdict(list)
-        for row in loadable:
-            alike[_kind(row.spec)].append(row)
-        for problem in problems:
-            if unsupported(problem, capability) is not None:
-                continue
-            try:
-                selection = select_entry(alike[_kind(problem)], problem, capability)
-            except NoInstance:
-                if problem.facts not in holes:
-                    holes[problem.facts] = Hole(problem, sm, _refusal(loadable, problem, capability))
-                continue
-            reached |= {key: Reach.NAMED for key in _bests(selection, problem, capability) if key not in reached}
-            reached[selection.entry.name, selection.entry.target] = Reach.AUTO
-    return reached, tuple(holes.values())
-
-
-def _refusal(rows: Iterable[Entry], problem: Problem, capability: Capability) -> str:
-    """What selection says of all rows, none of which can serve the problem."""
-    try:
-        entry = select_entry(rows, problem, capability).entry
-    except NoInstance as error:
-        return str(error)
-    raise AssertionError(f"{entry.name} serves {problem}, and is of another kind")
-
-
-def _kind(asked: InstanceSpec | Problem) -> tuple[object, ...]:
-    """What a row and a problem that it serves always share: a tenth of the rows is left to be looked at."""
-    op = asked.op if isinstance(asked, InstanceSpec) else asked.kernel_op
-    return op, asked.dtype, asked.kv_dtype, asked.layout
-
-
-def _bests(selection: Selection, problem: Problem, capability: Capability) -> Iterator[Key]:
-    """The row that each family which may serve the problem would serve it with, if it were asked for."""
-    able: dict[Family, list[Entry]] = defaultdict(list)
-    for verdict in selection.reasons:
-        if verdict.eligible:
-            able[verdict.entry.spec.family].append(verdict.entry)
-    for rows in able.values():
-        best = cheapest(rows, problem, capability)
-        yield best.name, best.target
-
-
 def cover(inputs: Inputs) -> Coverage:
     """Join everything: a cell for each declared, refused or built kernel and target, and the holes of what is declared.
 
@@ -240,44 +155,80 @@ def cover(inputs: Inputs) -> Coverage:
     cells = []
     for key in sorted({*declared, *refused, *built}):
         if key in built:
-            cells.append(_built_cell(built[key], inputs, reached, declared, digests))
+            cell = _built_cell(built[key], inputs, digests)
+            cell = cell if key in declared else replace(cell, state=State.STALE, reason="built, and no longer declared")
         elif key in declared:
-            state = State.GENERATED if key in inputs.sources else State.DECLARED
-            smem_bytes = declared[key].smem_bytes
-            cells.append(Cell(*key, state, reach=reached.get(key, Reach.NONE), smem_bytes=smem_bytes))
+            cell = _declared_cell(declared[key], inputs)
         else:
-            cells.append(Cell(*key, State.REFUSED, refused[key].reason))
+            cell = Cell(*key, State.REFUSED, refused[key].reason, why=_why(refused[key].rule))
+        asked, used = inputs.presets.get(key[0], ()), inputs.uses.get(key[0], ())
+        cells.append(replace(cell, reach=reached.get(key, Reach.NONE), requested=asked, used=used))
     return Coverage(tuple(cells), holes)
 
 
-def _built_cell(
-    entry: Entry, inputs: Inputs, reached: Mapping[Key, Reach], declared: Mapping[Key, Entry], digests: set[str]
-) -> Cell:
+def _why(rule: str) -> Why:
+    return {"shared-memory": Why.SHARED_MEMORY, "before-sm80": Why.TOOLCHAIN}.get(rule, Why.RULE)
+
+
+def _declared_cell(entry: Entry, inputs: Inputs) -> Cell:
+    """A kernel that no product here has; its evidence is from another machine, if there is any."""
     key = (entry.name, entry.target)
-    (shown, tests), (_, bench) = (_evidence_of(key, rows) for rows in (inputs.tests, inputs.bench))
-    state, reason = _built_state(entry, inputs.digests.get(key), tests, bench, digests)
+    lacking = inputs.lacking.get(entry.target, "")
+    cell = Cell(
+        *key,
+        State.GENERATED if key in inputs.sources else State.DECLARED,
+        lacking,
+        smem_bytes=entry.smem_bytes,
+        why=Why.TOOLCHAIN if lacking else Why.NOT_REQUESTED,
+    )
+    return _with_evidence(cell, inputs, "")
+
+
+def _built_cell(entry: Entry, inputs: Inputs, digests: set[str]) -> Cell:
+    key = (entry.name, entry.target)
+    shown, tests = _evidence_of(key, inputs.tests)
+    state, reason = _built_state(entry, inputs.digests.get(key), tests, digests)
+    if state is State.TESTED and any(timed.digest == entry.digest for timed in inputs.bench.get(key, ())):
+        state = State.BENCHMARKED
     todays = inputs.digests.get(key, entry.digest) == entry.digest
     if state is State.STALE and todays and tests is not None and shown in inputs.current:
         tools = ", ".join(f"{tool} {version}" for tool, version in sorted(tests.tools.items()))
         state, reason = State.COMPILED, f"tests ran on these sources as compiled by {tools}"
-    if key not in declared:
-        state, reason = State.STALE, "built, and no longer declared"
-    mine = tests if tests is not None and tests.digest == entry.digest else Evidence("")
-    return Cell(
-        entry.name,
-        entry.target,
+    cell = Cell(
+        *key,
         state,
         reason,
-        reached.get(key, Reach.NONE),
-        entry.registers,
-        entry.spill_bytes,
-        entry.smem_bytes,
-        entry.object_bytes,
-        entry.compile_seconds,
-        mine.tests,
-        mine.worst_error,
-        mine.commit,
-        mine.card,
+        registers=entry.registers,
+        spill_bytes=entry.spill_bytes,
+        smem_bytes=entry.smem_bytes,
+        object_bytes=entry.object_bytes,
+        compile_seconds=entry.compile_seconds,
+    )
+    return _with_evidence(cell, inputs, entry.digest)
+
+
+def _with_evidence(cell: Cell, inputs: Inputs, digest: str) -> Cell:
+    """The cell with what tests and benchmarks showed, and what that is of; `digest` of its code, empty without."""
+    key = (cell.name, cell.target)
+    shown, tests = _evidence_of(key, inputs.tests)
+    times = inputs.bench.get(key, ())
+    mine = tuple(timed for timed in times if timed.digest in (digest, inputs.digests.get(key)))
+    cell = replace(cell, times=mine, stale_times=len(times) - len(mine))
+    if tests is None or not tests.tests:
+        return cell
+    here = tests.digest == digest
+    if shown != key and not here and shown not in inputs.current:
+        return cell  # of some target that the file does not tell
+    fit = Fit.HERE if here else Fit.SOURCES if shown in inputs.current else Fit.STALE
+    return replace(
+        cell,
+        fit=fit,
+        tests=tests.tests,
+        worst_error=tests.worst_error,
+        commit=tests.commit,
+        card=tests.card,
+        by=tests.by,
+        worst_test=tests.worst_test,
     )
 
 
@@ -287,17 +238,14 @@ def _evidence_of(key: Key, rows: Mapping[Key, Evidence]) -> tuple[Key, Evidence 
     return found, rows.get(found)
 
 
-def _built_state(
-    entry: Entry, expected: str | None, tests: Evidence | None, bench: Evidence | None, digests: set[str]
-) -> tuple[State, str]:
+def _built_state(entry: Entry, expected: str | None, tests: Evidence | None, digests: set[str]) -> tuple[State, str]:
     """The state of a built kernel: evidence counts for the very digest that it was gathered on."""
     if expected is not None and expected != entry.digest:
         return State.STALE, f"built from {entry.digest[:12]}, its sources are now {expected[:12]}"
     if tests is None or not tests.tests:
         return State.COMPILED, ""
     if tests.digest == entry.digest:
-        timed = bench is not None and bench.digest == entry.digest
-        return (State.BENCHMARKED if timed else State.TESTED), ""
+        return State.TESTED, ""
     if tests.digest in digests:
         return State.COMPILED, ""  # the evidence belongs to the same kernel built for another target
     return State.STALE, f"tests ran on {tests.digest[:12]}, built is {entry.digest[:12]}"

@@ -41,6 +41,26 @@ class Evidence:
         return replace(worst, tests=self.tests + other.tests, by=by)
 
 
+@dataclass(frozen=True)
+class Timed:
+    """One shape that a kernel was timed on: microseconds a call, what that means, and peers' times of the same run."""
+
+    digest: str
+    case: str
+    shape: str
+    microseconds: float
+    tflops: float = 0.0
+    gigabytes_per_second: float = 0.0
+    card: str = ""
+    commit: str = ""
+    peers: Mapping[str, float] = field(default_factory=dict)
+
+    @property
+    def ratio(self) -> float | None:
+        """The best peer's time over ours; None where there was no peer."""
+        return min(self.peers.values()) / self.microseconds if self.peers else None
+
+
 def joined(parts: Iterable[Mapping[Key, Evidence]]) -> dict[Key, Evidence]:
     """The evidence of several processes or runs on one build as that of one; their order has no meaning."""
     rows: dict[Key, Evidence] = {}
@@ -60,6 +80,29 @@ def write(path: Path, rows: Mapping[Key, Evidence]) -> None:
     """Writes the file; its folder is made."""
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(document(rows), indent=1, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def write_timed(path: Path, rows: Iterable[tuple[Key, Timed]]) -> None:
+    """Writes the file of times; its folder is made."""
+    listed = [{"name": name, "target": target, **asdict(row)} for (name, target), row in rows]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps({"schema": SCHEMA, "rows": listed}, indent=1, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def load_timed(path: Path) -> dict[Key, tuple[Timed, ...]]:
+    """The times of a file that `write_timed` wrote; empty where there is none. Raises InvalidArgument naming it."""
+    if not path.exists():
+        return {}
+    found: dict[Key, tuple[Timed, ...]] = {}
+    try:
+        rows = json.loads(path.read_text(encoding="utf-8"))["rows"]
+        for row in rows:
+            timed = Timed(**{name: row[name] for name in Timed.__dataclass_fields__})
+            key = row["name"], row["target"]
+            found[key] = (*found.get(key, ()), timed)
+    except (json.JSONDecodeError, KeyError, TypeError) as error:
+        raise InvalidArgument(str(path), "must be what pa-ops bench --json writes", repr(error)) from None
+    return found
 
 
 def load(path: str | Path) -> dict[Key, Evidence]:

@@ -8,11 +8,12 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import islice
+from typing import NamedTuple
 
 from pa_ops.capability import Capability, Feature, min_sm
 from pa_ops.manifest import Entry
 from pa_ops.problem import Problem
-from pa_ops.spec import PLAIN_MASKS, DType, Family, InstanceSpec, KernelOp, Layout, Mask, TensorMask
+from pa_ops.spec import DType, Family, InstanceSpec, KernelOp, Layout, Mask, TensorMask
 
 
 @dataclass(frozen=True)
@@ -23,7 +24,7 @@ class Gates:
     head_max bind both head sizes. split_heads: K and V may differ in head size. aligned: pointers and strides must be
     multiples of 16 bytes. quantised: the cache may have another type than the query. invariant: what a row makes of a
     sequence depends on nothing else in the batch. page_multiple: of which the tokens of a page must be a multiple.
-    mask_aligned: the rows of a mask tensor must start at multiples of 16 bytes.
+    mask_aligned: the rows of a mask tensor must start and end at multiples of 16 bytes. tensor_masks: what it may hold.
     """
 
     op: KernelOp
@@ -40,9 +41,9 @@ class Gates:
     invariant: bool = True
     page_multiple: int = 1
     mask_aligned: bool = False
+    tensor_masks: frozenset[TensorMask] = frozenset(TensorMask)
 
 
-_PLAIN_MASK = {mask: frozenset({mask}) for mask in PLAIN_MASKS}
 _OWN_MASK = {mask: frozenset({mask}) for mask in Mask}
 _FULL_BY_FLAG = {
     Mask.FULL: frozenset(),
@@ -52,6 +53,7 @@ _FULL_BY_FLAG = {
 _ANY_MASK = {mask: frozenset(Mask) for mask in Mask}
 _ANY_LAYOUT = frozenset(Layout)
 _PAGED = frozenset({Layout.GATHER})
+_NOTHING: frozenset[Feature] = frozenset()
 
 
 def _both(*features: Feature) -> dict[DType, frozenset[Feature]]:
@@ -68,7 +70,13 @@ _MEA = {DType.FP16: frozenset({Feature.HALF2}), DType.BF16: frozenset({Feature.M
 GATES: dict[Family, Gates] = {
     Family.FLASH_SM80: Gates(KernelOp.ATTN, _MMA_SYNC, _ANY_LAYOUT, _OWN_MASK, mask_aligned=True),
     Family.FLASH_SM90: Gates(
-        KernelOp.ATTN, _both(Feature.TMA, Feature.WGMMA), _ANY_LAYOUT, _PLAIN_MASK, page_multiple=8
+        KernelOp.ATTN,
+        _both(Feature.TMA, Feature.WGMMA),
+        _ANY_LAYOUT,
+        _OWN_MASK,
+        page_multiple=8,
+        mask_aligned=True,
+        tensor_masks=frozenset({TensorMask.NONE, TensorMask.BOOL, TensorMask.ADDITIVE}),
     ),
     Family.DECODE: Gates(KernelOp.ATTN, _MMA_SYNC, _PAGED, _FULL_BY_FLAG, invariant=False),
     Family.MEA: Gates(KernelOp.ATTN, _MEA, _ANY_LAYOUT, _OWN_MASK, head_max=512, split_heads=True),
@@ -148,7 +156,7 @@ def _words(values: Iterable[str]) -> str:
     return " or ".join(sorted(str(value) for value in values))
 
 
-def _device_need(gates: Gates, dtype: DType) -> tuple[str, bool, frozenset[Feature]]:
+def _device_need(gates: Gates, dtype: DType) -> str:
     """The text of the device gate for `dtype`; for a dtype that is not served, of every dtype that is."""
     served = {dtype: gates.needs[dtype]} if dtype in gates.needs else dict(gates.needs)
     texts = []
@@ -156,41 +164,139 @@ def _device_need(gates: Gates, dtype: DType) -> tuple[str, bool, frozenset[Featu
         oldest = min_sm(features)
         labels = ", ".join(sorted(feature.label for feature in features)) or "no special feature"
         texts.append(f"sm >= {oldest} for {name} ({labels})")
-    return "; ".join(texts), dtype in gates.needs, gates.needs.get(dtype, frozenset())
+    return "; ".join(texts)
+
+
+class _Gate(NamedTuple):
+    """One thing that all rows of a family ask for: whether it is passed, and in words what is needed and what is there.
+
+    The words cost far more than the verdict, so that a survey of all problems asks for the verdict alone.
+    """
+
+    name: str
+    passed: Callable[[Gates, Problem, Capability], bool]
+    need: Callable[[Gates, Problem], str]
+    got: Callable[[Problem, Capability], str]
+    asked: Callable[[Gates, Problem], bool] = lambda gates, problem: True
+
+
+def _option(name: str) -> _Gate:
+    return _Gate(
+        name,
+        lambda gates, problem, _: getattr(gates, name) or not getattr(problem, name),
+        lambda gates, _: "on or off" if getattr(gates, name) else "off",
+        lambda problem, _: "on" if getattr(problem, name) else "off",
+    )
+
+
+def _served(gates: Gates) -> set[Mask]:
+    return {mask for masks in gates.masks.values() for mask in masks}
+
+
+def _head_sizes(problem: Problem, _: Capability) -> str:
+    return _heads(problem.head_dim, problem.head_dim_v)
+
+
+_FAMILY_GATES = (
+    _Gate(
+        "operator",
+        lambda gates, problem, _: problem.kernel_op is gates.op,
+        lambda gates, _: str(gates.op),
+        lambda problem, _: f"{problem.kernel_op} ({problem.op})",
+    ),
+    _Gate(
+        "dtype",
+        lambda gates, problem, _: problem.dtype in gates.needs,
+        lambda gates, _: _words(gates.needs),
+        lambda problem, _: str(problem.dtype),
+    ),
+    _Gate(
+        "device",
+        lambda gates, problem, capability: gates.needs.get(DType(problem.dtype), _NOTHING) <= capability.features,
+        lambda gates, problem: _device_need(gates, DType(problem.dtype)),
+        lambda _, capability: f"sm {capability.sm}",
+    ),
+    _Gate(
+        "cache dtype",
+        lambda gates, problem, _: gates.quantised or problem.kv_dtype == problem.dtype,
+        lambda gates, problem: "any stored type" if gates.quantised else f"the query's type {problem.dtype}",
+        lambda problem, _: str(problem.kv_dtype),
+    ),
+    _Gate(
+        "head size",
+        lambda gates, problem, _: all(
+            head % gates.head_multiple == 0 and head <= gates.head_max
+            for head in (problem.head_dim, problem.head_dim_v)
+        ),
+        lambda gates, _: f"a multiple of {gates.head_multiple} up to {gates.head_max}",
+        _head_sizes,
+    ),
+    _Gate(
+        "equal head sizes",
+        lambda gates, problem, _: gates.split_heads or problem.head_dim == problem.head_dim_v,
+        lambda gates, _: "one head size for K and V",
+        _head_sizes,
+        lambda gates, _: not gates.split_heads,
+    ),
+    _Gate(
+        "layout",
+        lambda gates, problem, _: problem.layout in gates.layouts,
+        lambda gates, _: _words(gates.layouts),
+        lambda problem, _: str(problem.layout),
+    ),
+    _Gate(
+        "mask",
+        lambda gates, problem, _: any(problem.mask in masks for masks in gates.masks.values()),
+        lambda gates, _: _words(_served(gates)),
+        lambda problem, _: str(problem.mask),
+    ),
+    _option("softcap"),
+    _option("sinks"),
+    _Gate(
+        "page size",
+        lambda gates, problem, _: problem.page_size is None or problem.page_size % gates.page_multiple == 0,
+        lambda gates, _: f"a multiple of {gates.page_multiple}",
+        lambda problem, _: str(problem.page_size),
+        lambda gates, problem: problem.page_size is not None,
+    ),
+    _Gate(
+        "mask tensor",
+        lambda gates, problem, _: problem.attn_mask in gates.tensor_masks,
+        lambda gates, _: _words(gates.tensor_masks - {TensorMask.NONE}),
+        lambda problem, _: str(problem.attn_mask),
+        lambda gates, problem: problem.attn_mask is not TensorMask.NONE,
+    ),
+    _Gate(
+        "mask alignment",
+        lambda gates, problem, _: (
+            problem.attn_mask is TensorMask.NONE or problem.mask_aligned or not gates.mask_aligned
+        ),
+        lambda gates, _: "mask rows in multiples of 16 bytes" if gates.mask_aligned else "mask rows of any alignment",
+        lambda problem, _: "16-byte aligned" if problem.mask_aligned else "unaligned",
+        lambda gates, problem: problem.attn_mask is not TensorMask.NONE,
+    ),
+    _Gate(
+        "alignment",
+        lambda gates, problem, _: problem.aligned or not gates.aligned,
+        lambda gates, _: "pointers and strides in multiples of 16 bytes" if gates.aligned else "any alignment",
+        lambda problem, _: "16-byte aligned" if problem.aligned else "unaligned",
+    ),
+)
 
 
 def family_checks(family: Family, problem: Problem, capability: Capability) -> Iterator[Check]:
     """Every gate that all rows of `family` share, beside the actual value."""
     gates = GATES[family]
-    dtype, kv_dtype = DType(problem.dtype), DType(problem.kv_dtype)
-    yield Check("operator", f"{gates.op}", f"{problem.kernel_op} ({problem.op})", problem.kernel_op is gates.op)
-    yield Check("dtype", _words(gates.needs), str(dtype), dtype in gates.needs)
-    need, known, features = _device_need(gates, dtype)
-    yield Check("device", need, f"sm {capability.sm}", not known or features <= capability.features)
-    need = "any stored type" if gates.quantised else f"the query's type {dtype}"
-    yield Check("cache dtype", need, str(kv_dtype), gates.quantised or kv_dtype == dtype)
-    heads = (problem.head_dim, problem.head_dim_v)
-    fits = all(head % gates.head_multiple == 0 and head <= gates.head_max for head in heads)
-    need = f"a multiple of {gates.head_multiple} up to {gates.head_max}"
-    yield Check("head size", need, _heads(*heads), fits)
-    if not gates.split_heads:
-        yield Check("equal head sizes", "one head size for K and V", _heads(*heads), len(set(heads)) == 1)
-    yield Check("layout", _words(gates.layouts), str(problem.layout), problem.layout in gates.layouts)
-    served = {mask for masks in gates.masks.values() for mask in masks}
-    yield Check("mask", _words(served), str(problem.mask), problem.mask in served)
-    for option, supported in (("softcap", gates.softcap), ("sinks", gates.sinks)):
-        asked = bool(getattr(problem, option))
-        yield Check(option, "on or off" if supported else "off", "on" if asked else "off", supported or not asked)
-    if problem.page_size is not None:
-        need = f"a multiple of {gates.page_multiple}"
-        yield Check("page size", need, str(problem.page_size), problem.page_size % gates.page_multiple == 0)
-    if problem.attn_mask is not TensorMask.NONE:
-        need = "mask rows in multiples of 16 bytes" if gates.mask_aligned else "mask rows of any alignment"
-        got = "16-byte aligned" if problem.mask_aligned else "unaligned"
-        yield Check("mask alignment", need, got, problem.mask_aligned or not gates.mask_aligned)
-    need = "pointers and strides in multiples of 16 bytes" if gates.aligned else "any alignment"
-    got = "16-byte aligned" if problem.aligned else "unaligned"
-    yield Check("alignment", need, got, problem.aligned or not gates.aligned)
+    for gate in _FAMILY_GATES:
+        if gate.asked(gates, problem):
+            passed = gate.passed(gates, problem, capability)
+            yield Check(gate.name, gate.need(gates, problem), gate.got(problem, capability), passed)
+
+
+def family_passes(family: Family, problem: Problem, capability: Capability) -> bool:
+    """Whether no gate that all rows of `family` share rejects the problem."""
+    gates = GATES[family]
+    return all(gate.passed(gates, problem, capability) for gate in _FAMILY_GATES)
 
 
 def _heads(head_dim: int, head_dim_v: int) -> str:
@@ -199,6 +305,8 @@ def _heads(head_dim: int, head_dim_v: int) -> str:
 
 def family_rejections(family: Family, problem: Problem, capability: Capability) -> tuple[Rejection, ...]:
     """The gates that all rows of `family` share and that are not passed; the operator alone when that is another."""
+    if family_passes(family, problem, capability):
+        return ()
     failed = (check.rejection() for check in family_checks(family, problem, capability) if not check.passed)
     return tuple(failed if GATES[family].op is problem.kernel_op else islice(failed, 1))
 
@@ -232,71 +340,3 @@ def rejections(entry: Entry, problem: Problem, capability: Capability) -> Iterat
     """Why `entry` cannot serve `problem` on `capability`; nothing when it can. Sizes never appear."""
     yield from family_rejections(entry.spec.family, problem, capability)
     yield from row_rejections(entry, problem, capability)
-
-
-@dataclass(frozen=True)
-class Unsupported:
-    """A part of the problem domain that is declared to have no kernel, and why; anything else unserved is a hole."""
-
-    name: str
-    covers: Callable[[Problem, Capability], bool]
-    reason: str
-
-
-UNSUPPORTED: tuple[Unsupported, ...] = (
-    Unsupported(
-        "dtype",
-        lambda problem, _: problem.dtype not in (DType.FP16, DType.BF16),
-        "kernels compute in fp16 or bf16; the reference serves the other types on the CPU",
-    ),
-    Unsupported(
-        "quantised-cache",
-        lambda problem, _: problem.kv_dtype is not problem.dtype,
-        "kernels read K and V in the query's type; the reference serves quantised caches on the CPU",
-    ),
-    Unsupported(
-        "before-sm53",
-        lambda _, capability: Feature.HALF2 not in capability.features,
-        "kernels begin at SM 5.3, where half-precision arithmetic does",
-    ),
-    Unsupported(
-        "bf16-before-sm80",
-        lambda problem, capability: (
-            problem.kernel_op is KernelOp.ATTN
-            and problem.dtype is DType.BF16
-            and Feature.MMA_BF16 not in capability.features
-        ),
-        "attention in bf16 begins at SM 8.0, where the tensor cores' bf16 does",
-    ),
-    Unsupported(
-        "merge-before-sm80",
-        lambda problem, capability: (
-            problem.kernel_op is KernelOp.MERGE_STATES and Feature.CP_ASYNC not in capability.features
-        ),
-        "merging states begins at SM 8.0, as the compiler of its template does",
-    ),
-    Unsupported(
-        "sm-110",
-        lambda _, capability: capability.sm // 10 == 11,
-        "the kernel compiler still emits this part's former number, sm_101, which the build refuses",
-    ),
-    Unsupported(
-        "large-heads",
-        lambda problem, _: (
-            problem.kernel_op is KernelOp.ATTN
-            and max(problem.head_dim, problem.head_dim_v)
-            > max(GATES[family].head_max for family in attention_families())
-        ),
-        "attention kernels take head sizes up to 512: of larger ones not 16 rows and 16 keys fit into 48 KiB",
-    ),
-    Unsupported(
-        "unaligned",
-        lambda problem, _: problem.kernel_op is KernelOp.ATTN and not problem.aligned,
-        "attention kernels load 16 bytes at a time",
-    ),
-)
-
-
-def unsupported(problem: Problem, capability: Capability) -> Unsupported | None:
-    """The declared reason that no kernel serves `problem` on `capability`; None where one must."""
-    return next((item for item in UNSUPPORTED if item.covers(problem, capability)), None)

@@ -6,11 +6,10 @@ import sys
 import time
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
-import torch
-
-from pa_ops.capability import Capability
+from pa_ops.capability import Capability, parse_target
 from pa_ops.environment import settings
 from pa_ops.errors import InvalidArgument, NoInstance
 from pa_ops.heuristics import extremes
@@ -18,7 +17,8 @@ from pa_ops.homes import destination
 from pa_ops.manifest import Entry
 from pa_ops.problem import Problem
 from pa_ops.selection import Policy, select_entry
-from pa_ops.spec import KernelOp
+from pa_ops.spec import KernelOp, Op
+from pa_ops.words import question
 
 PRESET = "full"
 LOCK_SECONDS = 600.0  # how long a call waits for another process that builds
@@ -50,6 +50,21 @@ def wanted(problem: Problem, capability: Capability, policy: Policy) -> Wanted:
     return names
 
 
+def model_needs(words: Sequence[str], target: str) -> list[str]:
+    """The instances for a model with such attention, e.g. head_dim=128 dtype=bf16, in a serving engine on `target`.
+
+    Raises InvalidArgument for a word that means nothing, NoInstance where the target has no kernel for it.
+    """
+    from pa_ops.generator.matrix import declared
+
+    rows = [Entry.declared(spec, target) for spec in declared(PRESET, [target])]
+    capability = Capability.of_sm(parse_target(target))
+    problem = question(Op.PAGED_ATTENTION, words).problem
+    problems = (*extremes(problem), replace(problem, op=Op.APPEND_KV))
+    chosen = [select_entry(rows, each, capability, Policy()).instance for each in problems]
+    return list(dict.fromkeys(chosen))
+
+
 def command(what: Wanted) -> str:
     """The command lines that build `what`."""
     lines = (f"pa-ops build --arch {target} --filter '{','.join(names)}'" for target, names in what.items())
@@ -58,6 +73,8 @@ def command(what: Wanted) -> str:
 
 def obstacles(roots: Sequence[Path]) -> Iterator[str]:
     """Why nothing can be built now; nothing where it can."""
+    import torch
+
     if settings().no_jit:
         yield "PA_OPS_NO_JIT=1 forbids building on first use"
     elif torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
@@ -85,7 +102,7 @@ def supply(
     make(what, roots)
 
 
-def replace(library: Path, damage: str, entry: Entry, roots: Sequence[Path]) -> None:
+def renew(library: Path, damage: str, entry: Entry, roots: Sequence[Path]) -> None:
     """Builds `entry` again, whose library must not be loaded; of what else was in it, what has a whole object stays.
 
     Raises InvalidArgument, with the damage and the command, where nothing may be built now.

@@ -9,8 +9,6 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from pa_ops import jit
 from pa_ops.capability import Capability
 from pa_ops.environment import settings
@@ -119,7 +117,7 @@ class Registry:
                 return attempt(entry)
             except Damaged as error:
                 damage = error
-        jit.replace(damage.library, str(damage), entry, self.roots)
+        jit.renew(damage.library, str(damage), entry, self.roots)
         warnings.warn(f"pa_ops: {damage.library}: {damage}; it was built again", RuntimeWarning, stacklevel=2)
         if not writable(damage.library.parent):
             self._damaged.add(damage.library)  # what replaces it lies elsewhere
@@ -180,6 +178,8 @@ def _load(product: Product) -> Any:
 @lru_cache(maxsize=64)
 def capability_of(index: int) -> Capability:
     """What the CUDA device `index` can do, as its driver tells."""
+    import torch  # here and below, because what needs no device needs no torch, which takes seconds to import
+
     properties = torch.cuda.get_device_properties(index)
     return Capability(
         sm=10 * properties.major + properties.minor,
@@ -209,6 +209,8 @@ def current_capability() -> Capability:
     sm = settings().sm
     if sm is not None:
         return Capability.of_sm(sm)
+    import torch
+
     if torch.cuda.is_available():
         return capability_of(torch.cuda.current_device())
     rule = "no GPU is here, so name one: a pa_ops.Capability, an SM number, or PA_OPS_SM"

@@ -8,11 +8,12 @@ from collections.abc import Iterable, Sequence
 from dataclasses import asdict
 
 from pa_ops.capability import parse_target
-from pa_ops.coverage import Cell, Coverage, Reach, State
+from pa_ops.coverage import Cell, Coverage, Fit, State, Why
 from pa_ops.report_page import PAGE
-from pa_ops.spec import InstanceSpec, KernelOp
+from pa_ops.spec import InstanceSpec, KernelOp, Word
+from pa_ops.survey import Reach
 
-SCHEMA = 1
+SCHEMA = 2
 SYMBOLS = {
     State.REFUSED: "-",
     State.DECLARED: "d",
@@ -46,20 +47,26 @@ def _row(cell: Cell) -> dict[str, object]:
         "mask": str(spec.mask),
         "tile": str(spec.tile),
     }
-    return {**asdict(cell), "state": str(cell.state), "reach": str(cell.reach), **axes}
+    words = {key: str(value) if isinstance(value, Word) else value for key, value in vars(cell).items()}
+    times = [{**asdict(timed), "ratio": timed.ratio} for timed in cell.times]
+    return {**words, "times": times, **axes}
 
 
 def to_json(coverage: Coverage) -> str:
-    """Every cell with its axes, every hole, the unreachable kernels; equal coverages give equal text."""
-    holes = [{"problem": str(hole.problem), "sm": hole.sm, "reason": hole.reason} for hole in coverage.holes]
-    document = {
-        "schema": SCHEMA,
+    """Every cell with its axes, one a line, every hole, the unreachable kernels; equal coverages give equal text."""
+    lists = {
         "states": [[str(state), MEANINGS[state]] for state in State],
         "cells": [_row(cell) for cell in coverage.cells],
-        "holes": holes,
+        "holes": [{"problem": str(hole.problem), "sm": hole.sm, "reason": hole.reason} for hole in coverage.holes],
         "unreachable": [{"name": cell.name, "target": cell.target} for cell in coverage.unreachable],
     }
-    return json.dumps(document, indent=1, sort_keys=True) + "\n"
+    encode = json.JSONEncoder(sort_keys=True).encode
+    texts = (f'"{name}": [\n{_lines(map(encode, rows))}]' for name, rows in lists.items())  # type: ignore[call-overload]
+    return f'{{"schema": {SCHEMA},\n' + ",\n".join(texts) + "}\n"
+
+
+def _lines(texts: Iterable[str]) -> str:
+    return ",\n".join(texts)
 
 
 def to_html(coverage: Coverage) -> str:
@@ -129,12 +136,31 @@ def _compiled(coverage: Coverage) -> list[tuple[object, ...]]:
             cell.smem_bytes,
             cell.object_bytes,
             f"{cell.compile_seconds:.1f}",
-            cell.tests,
+            cell.tests or "",
             "" if cell.worst_error is None else f"{cell.worst_error:.1e}",
+            cell.fit if cell.tests else "",
+            ", ".join(f"{timed.microseconds:.1f}" for timed in cell.times),
+            ", ".join(f"{timed.ratio:.2f}" for timed in cell.times if timed.ratio is not None),
+            " ".join(cell.used),
         )
         for cell in coverage.cells
         if cell.state not in unbuilt
     ]
+
+
+BUILT = ("kernel", "target", "state", "registers", "spill B", "smem B", "object B", "s",
+         "tests", "worst error", "evidence of", "us", "best peer / ours", "run by")  # fmt: skip
+
+
+def _evidence(coverage: Coverage) -> list[tuple[object, ...]]:
+    """How many kernels of a target have evidence, by what it is of; stale evidence is none of today's code."""
+    counts = Counter((cell.target, cell.fit) for cell in coverage.cells if cell.state is not State.REFUSED)
+    return [(target, *(counts[target, fit] for fit in Fit)) for target in targets_of(coverage)]
+
+
+def _missing(coverage: Coverage) -> str:
+    counts = Counter(str(cell.why) for cell in coverage.cells if cell.why)
+    return ", ".join(f"{counts[why]} {why}" for why in map(str, Why) if counts[why])
 
 
 def to_markdown(coverage: Coverage) -> str:
@@ -154,9 +180,11 @@ def to_markdown(coverage: Coverage) -> str:
         "",
         *_table(*heat_map(coverage)),
     ]
+    lines += ["## What tests showed", "", "Kernels by what the evidence of GPU tests is of.", ""]
+    lines += _table(("target", *map(str, Fit)), _evidence(coverage))
     if built := _compiled(coverage):
-        head = ("kernel", "target", "state", "registers", "spill B", "smem B", "object B", "s", "tests", "worst error")
-        lines += ["## Built", "", *_table(head, built)]
+        lines += ["## Built", "", *_table(BUILT, built)]
+    lines += [f"Not there: {_missing(coverage)}.", ""]
     lines += ["## Kernels that do not exist", "", *_table(("how many", "reason", "one of them"), _refusals(coverage))]
     if coverage.holes:
         lines += ["## Holes", ""]

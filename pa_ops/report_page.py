@@ -43,7 +43,7 @@ td.name { font-family: ui-monospace, monospace; font-size: 12px; }
 <form id="filters"></form>
 <div id="legend"></div>
 <h2>Kernels by target</h2>
-<p>A box for each dtype. Point at one for what is known of it.</p>
+<p>A box for each dtype: &#10003; a GPU test compared it, ! that was other code. Point at one for all that is known.</p>
 <div class="scroll"><table id="map"></table></div>
 <section id="problems"></section>
 <h2>Instances</h2>
@@ -64,14 +64,22 @@ const make = (tag, text, name) => {
 const number = target => parseInt(target.slice(3), 10);
 const distinct = (list, key) => [...new Set(list.map(c => c[key]))].sort((a, b) =>
   key === "target" ? number(a) - number(b) : typeof a === "number" ? a - b : a < b ? -1 : 1);
-const AXES = ["target", "state", "family", "dtype", "kv_dtype", "head_dim", "layout", "mask"];
+const AXES = ["target", "state", "fit", "why", "reach", "family", "dtype", "kv_dtype", "head_dim", "layout", "mask"];
+const TITLES = {fit: "evidence of", why: "why not"};
+for (const c of cells) {
+  const best = c.times.filter(t => t.ratio !== null).sort((a, b) => b.ratio - a.ratio)[0];
+  c.us = c.times.length ? c.times[0].microseconds : 0;
+  c.ratio = best ? best.ratio : 0;
+  c.asked = c.requested.join(" ");
+  c.ran = c.used.join(" ");
+}
 const chosen = {};
 for (const axis of AXES) {
-  const label = make("label", axis.replace("_", " "));
+  const label = make("label", TITLES[axis] || axis.replace("_", " "));
   const select = make("select");
   select.append(new Option("all", ""));
   const values = axis === "state" ? data.states.map(s => s[0]) : distinct(cells, axis);
-  for (const value of values) select.append(new Option(value === 0 ? "any" : value, value));
+  for (const value of values.filter(v => v !== "")) select.append(new Option(value === 0 ? "any" : value, value));
   select.onchange = () => { chosen[axis] = select.value; draw(); };
   label.append(select);
   byId("filters").append(label);
@@ -93,7 +101,12 @@ byId("counts").textContent = `${cells.length} cells: ` +
   `. ${data.holes.length} undeclared holes, ${data.unreachable.length} unreachable kernels.`;
 const known = c => [c.name, c.target, c.state + (c.reason ? ": " + c.reason : ""),
   c.registers ? `${c.registers} registers, ${c.spill_bytes} B spilled, ${c.smem_bytes} B shared` : "",
-  c.tests ? `${c.tests} tests, worst error ${c.worst_error}, ${c.card} ${c.commit}` : ""].filter(Boolean).join("\\n");
+  c.tests ? `${c.tests} comparisons, worst error ${c.worst_error}, on ${c.card}, commit ${c.commit}: ${c.fit}` : "",
+  c.worst_test ? `worst in ${c.worst_test}` : "", ...c.by,
+  ...c.times.map(t => `${t.case}: ${t.microseconds.toFixed(1)} us, ${t.tflops.toFixed(0)} TFLOP/s` +
+    (t.ratio === null ? "" : `, best peer takes ${t.ratio.toFixed(2)} times as long`)),
+  c.stale_times ? `${c.stale_times} times of other code` : "",
+  c.asked ? `presets: ${c.asked}` : "", c.ran ? `run by ${c.ran}` : ""].filter(Boolean).join("\\n");
 function drawMap(list) {
   const targets = distinct(list, "target");
   const rows = new Map();
@@ -119,7 +132,7 @@ function drawMap(list) {
     for (const target of targets) {
       const box = make("td", undefined, "s");
       for (const c of members.filter(c => c.target === target)) {
-        const mark = make("b", c.dtype, c.state);
+        const mark = make("b", c.dtype + (c.tests ? (c.fit === "stale" ? " !" : " \\u2713") : ""), c.state);
         mark.title = known(c);
         box.append(mark);
       }
@@ -129,7 +142,7 @@ function drawMap(list) {
 }
 const COLUMNS = [["name", "name"], ["target", ""], ["state", ""], ["registers", "n"], ["spill_bytes", "n"],
   ["smem_bytes", "n"], ["object_bytes", "n"], ["compile_seconds", "n"], ["tests", "n"], ["worst_error", "n"],
-  ["reach", ""], ["reason", ""]];
+  ["fit", ""], ["us", "n"], ["ratio", "n"], ["reach", ""], ["ran", ""], ["asked", ""], ["why", ""], ["reason", ""]];
 let order = ["name", 1];
 function drawRows(list) {
   const [key, way] = order;
@@ -148,6 +161,7 @@ function drawRows(list) {
     for (const [column, kind] of COLUMNS) {
       const box = make("td", undefined, kind);
       if (column === "state") box.append(make("span", c.state, "pill " + c.state));
+      else if (column === "ratio") box.textContent = c.ratio ? c.ratio.toFixed(2) : "";
       else box.textContent = c[column] === null || c[column] === 0 ? "" : c[column];
       line.append(box);
     }

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import torch
+from typing import TYPE_CHECKING, TypeAlias
 
 from pa_ops.capability import Capability
 from pa_ops.errors import InvalidArgument
@@ -13,7 +13,10 @@ from pa_ops.problem import Problem
 from pa_ops.registry import capability_of, current_capability, for_capability
 from pa_ops.selection import AUTO, Selection, explain_text, select_entry
 
-Device = Capability | torch.device | str | int
+if TYPE_CHECKING:
+    import torch
+
+Device: TypeAlias = "Capability | torch.device | str | int"
 
 
 def select(problem: Problem, device: Device | None = None, backend: str = AUTO) -> Selection:
@@ -53,6 +56,8 @@ def capability_for(device: Device | None) -> Capability:
         return device
     if isinstance(device, int):
         return Capability.of_sm(device)
+    import torch  # where a device is named by torch's words; an SM number answers without it
+
     named = torch.device(device)
     if named.type != "cuda":
         raise InvalidArgument("device", "must be a CUDA device, a Capability or an SM number", repr(str(named)))

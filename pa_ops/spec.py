@@ -19,8 +19,10 @@ WARP_THREADS = 32
 class Word(str, Enum):
     """A vocabulary word: it is equal to, hashes as and prints as its own string."""
 
-    def __str__(self) -> str:
-        return str(self.value)
+    __str__ = str.__str__  # not Enum's, which a survey of all problems would call for half of its time
+
+    def __format__(self, format_spec: str) -> str:
+        return str.__format__(self, format_spec)
 
 
 class Op(Word):
@@ -100,7 +102,8 @@ class TensorMask(Word):
 
     NONE = "none"
     BOOL = "bool"
-    ADDITIVE = "additive"
+    ADDITIVE = "additive"  # in the query's type
+    ADDITIVE_FP32 = "additive_fp32"
 
 
 PLAIN_MASKS = (Mask.FULL, Mask.CAUSAL, Mask.WINDOW)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -51,8 +51,25 @@ def test_bad_options_are_named(options: dict[str, object], words: str) -> None:
 
 def test_rows_are_evidence_that_the_coverage_report_reads(tmp_path: Path) -> None:
     row = bench.measure(SMALL, CPU, lambda call: 100.0)
-    (tmp_path / "bench.json").write_text(json.dumps(bench.evidence([row])))
-    assert evidence.load(tmp_path / "bench.json")[row.instance, ""].worst_error == row.worst_error
+    evidence.write_timed(tmp_path / "bench.json", bench.timed([row]))
+    ((key, (read,)),) = evidence.load_timed(tmp_path / "bench.json").items()
+    assert key == (row.instance, "") and (read.case, read.microseconds, read.tflops) == ("small", 100.0, row.tflops)
+    assert evidence.load_timed(tmp_path / "none") == {}
+    (tmp_path / "bench.json").write_text('{"rows": [{}]}')
+    with pytest.raises(InvalidArgument, match=r"bench\.json: must be what pa-ops bench --json writes"):
+        evidence.load_timed(tmp_path / "bench.json")
+
+
+@pytest.mark.parametrize("changes", [{"new": 40}, {"new": 1}, {}])
+def test_a_peer_computes_the_same(changes: dict[str, int]) -> None:
+    case = replace(SMALL, window=0, **changes)
+    inputs = bench.inputs_of(case, CPU)
+    want, _ = bench.call_of(case, inputs)()
+    ((name, peer),) = bench.peers_of(case, inputs).items()
+    got = peer().transpose(1, 2).reshape(want.shape)
+    assert name == "SDPA" and torch.allclose(got.float(), want.float(), atol=5e-3)
+    assert bench.peers_of(SMALL, inputs) == {}, "it has no sliding window"
+    assert bench.measure(case, CPU, lambda call: 100.0).peers == {"SDPA": 100.0}
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="says so only where there is no GPU")

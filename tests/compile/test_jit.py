@@ -109,7 +109,7 @@ def test_G1_without_a_toolchain_the_error_has_the_doctor_s_words(
 
 def test_B6_what_no_build_serves_is_not_built(tmp_path: Path) -> None:
     with pytest.raises(NoInstance, match="head size"):
-        Registry(SM90, tmp_path).serve(Problem(op="paged_attention", dtype="fp16", head_dim=264, page_size=16))
+        Registry(SM90, tmp_path).serve(Problem(op="paged_attention", dtype="fp16", head_dim=520, page_size=16))
     assert not any(tmp_path.glob("sm_*"))
 
 

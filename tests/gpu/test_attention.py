@@ -19,7 +19,7 @@ pytestmark = pytest.mark.gpu
 DECODE = {"queries": 1, "keys": 1}
 MASKED = ("bool", "additive", "fp32")
 FAMILIES = ("flash_sm80", "flash_sm90", "mea")
-MASK_FAMILIES = ("flash_sm80", "mea")
+MASK_FAMILIES = ("flash_sm80", "flash_sm90", "mea")
 HIDDEN = {"bool": False, "additive": -torch.inf}
 
 
@@ -56,6 +56,8 @@ def test_C3_C5_masks_at_every_head_size_and_option(
     head_dim: int, family: str, dtype: torch.dtype, device: torch.device, evidence: Evidence
 ) -> None:
     for mask, causal, window, softcap in product(("none", *MASKED), (False, True), (0, 37), (0.0, 5.0)):
+        if family == "flash_sm90" and mask == "fp32":
+            continue  # it holds a mask's words in registers, of two bytes at most
         options: dict[str, Any] = {"causal": causal, "sliding_window": window, "softcap": softcap, "backend": family}
         nonpad = (0, 64, 201)
         case = Padded(
@@ -140,7 +142,7 @@ def test_C17_sentinels_survive(dtype: torch.dtype, device: torch.device, evidenc
         call = Padded(40, 64, dtype=dtype, mask=mask).call(device)
         call["attn_mask"] = torch.where(call["attn_mask"] == -torch.inf, value, call["attn_mask"])
         assert check(call, evidence, value)[0].isfinite().all()
-        call["attn_mask"].fill_(value)
+        call["attn_mask"] = torch.full_like(call["attn_mask"], 0).float().add(value).to(call["attn_mask"].dtype)
         assert pa_ops.attention(**call)[0].isfinite().all()
 
 

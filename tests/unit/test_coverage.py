@@ -7,13 +7,14 @@ from dataclasses import dataclass, replace
 import pytest
 from core_rows import declared_pairs, declared_rows
 
-from pa_ops.coverage import Coverage, Inputs, Reach, State, cover, domain, survey
+from pa_ops.coverage import Coverage, Fit, Inputs, State, Why, cover
 from pa_ops.errors import InvalidArgument
-from pa_ops.evidence import Evidence
+from pa_ops.evidence import Evidence, Timed
 from pa_ops.families import attention_families
 from pa_ops.generator import matrix
 from pa_ops.manifest import Entry, Manifest
 from pa_ops.spec import Family, InstanceSpec, Layout, Mask, Op
+from pa_ops.survey import Reach, domain, survey
 
 SMALL = [row for row in declared_rows() if row.target == "sm_90a"][:4]
 PAIRS = [(row.spec, row.target) for row in SMALL]
@@ -25,6 +26,7 @@ class Refusal:
     spec: InstanceSpec
     target: str
     reason: str
+    rule: str = "shared-memory"
 
 
 def built(*rows: Entry) -> Manifest:
@@ -34,6 +36,10 @@ def built(*rows: Entry) -> Manifest:
 
 def state_of(coverage: Coverage, row: Entry) -> tuple[State, str]:
     return next((cell.state, cell.reason) for cell in coverage.cells if cell.name == row.name)
+
+
+def fit_of(coverage: Coverage, row: Entry) -> Fit:
+    return next(cell.fit for cell in coverage.cells if cell.name == row.name)
 
 
 @pytest.fixture
@@ -89,9 +95,9 @@ def test_G4_each_size_of_the_domain_has_a_family_of_its_own(
     families = (Family.DECODE, Family.FLASH_SM90, Family.FLASH_SM80)
     rows = [row for row in declared_rows() if row.target == "sm_90a" and row.spec.layout is Layout.GATHER]
     rows = [row for row in rows if row.spec.family in families]
-    monkeypatch.setattr("pa_ops.coverage.SIZES", {Op.PAGED_ATTENTION: ((tokens, page_size),)})
+    monkeypatch.setattr("pa_ops.survey.SIZES", {Op.PAGED_ATTENTION: ((tokens, page_size),)})
     problems = [problem for problem in domain() if problem.op is not Op.ATTENTION]
-    monkeypatch.setattr("pa_ops.coverage.domain", lambda: problems)
+    monkeypatch.setattr("pa_ops.survey.domain", lambda: problems)
     reached, _ = survey(rows, [90])
     best = {name for (name, _), how in reached.items() if how is Reach.AUTO}
     assert best == {row.name for row in rows if row.spec.family is family}
@@ -129,8 +135,14 @@ def test_a_kernel_rises_through_its_states() -> None:
         1e-3,
         "H200",
     )
-    base = replace(base, bench={key: Evidence(digest)})
+    assert (cell.fit, cell.why, cell.times) == (Fit.HERE, Why.NOTHING, ())
+    timed = Timed(digest, "decode", "32 x 1", 20.0, peers={"SDPA": 50.0, "other": 30.0})
+    old = replace(timed, digest="f" * 64)
+    base = replace(base, bench={key: (timed, old)}, presets={row.name: ("full",)}, uses={row.name: ("demo",)})
     assert state_of(cover(base), row) == (State.BENCHMARKED, "")
+    cell = next(cell for cell in cover(base).cells if cell.name == row.name)
+    assert (cell.times, cell.stale_times, cell.requested, cell.used) == ((timed,), 1, ("full",), ("demo",))
+    assert timed.ratio == 1.5 and Timed("", "", "", 1.0).ratio is None
 
 
 @pytest.mark.usefixtures("states_alone")
@@ -142,6 +154,7 @@ def test_evidence_counts_for_the_digest_that_it_was_gathered_on() -> None:
     state, reason = state_of(cover(replace(base, tests={key: old})), row)
     assert state is State.STALE
     assert "ffff" in reason
+    assert fit_of(cover(replace(base, tests={key: old})), row) is Fit.STALE
     state, reason = state_of(cover(replace(base, digests={key: "e" * 64})), row)
     assert state is State.STALE
     assert "eeee" in reason
@@ -151,11 +164,12 @@ def test_evidence_counts_for_the_digest_that_it_was_gathered_on() -> None:
         current=frozenset({key}),
     )
     assert state_of(cover(elsewhere), row) == (State.COMPILED, "tests ran on these sources as compiled by dsl 5")
+    assert fit_of(cover(elsewhere), row) is fit_of(cover(replace(elsewhere, manifests=())), row) is Fit.SOURCES
     edited = replace(elsewhere, digests={key: "e" * 64})
     assert state_of(cover(edited), row)[0] is State.STALE
     failed = Evidence(DIGESTS[row.name], tests=0)
     assert state_of(cover(replace(base, tests={key: failed})), row) == (State.COMPILED, "")
-    timed = Evidence("f" * 64)
+    timed = (Timed("f" * 64, "decode", "", 1.0),)
     passed = Evidence(DIGESTS[row.name], tests=1)
     inputs = replace(base, tests={key: passed}, bench={key: timed})
     assert state_of(cover(inputs), row) == (State.TESTED, "")
@@ -179,6 +193,14 @@ def test_refused_and_dropped_kernels_say_why() -> None:
     refused = Refusal(first.spec, first.target, "needs tcgen05")
     inputs = Inputs(PAIRS[2:], refused=(refused,), manifests=(built(second),))
     assert state_of(cover(inputs), first) == (State.REFUSED, "needs tcgen05")
+    reasons = {"shared-memory": Why.SHARED_MEMORY, "before-sm80": Why.TOOLCHAIN, "other-tile": Why.RULE}
+    for rule, why in reasons.items():
+        one = cover(Inputs([], refused=(replace(refused, rule=rule),))).cells
+        assert [cell.why for cell in one] == [why]
+    lacking = {first.target: "NVRTC 13 does not know it"}
+    asked, unknown = (cover(Inputs(PAIRS, lacking=each)).cells[0] for each in ({}, lacking))
+    assert (asked.why, asked.reason) == (Why.NOT_REQUESTED, "")
+    assert (unknown.why, unknown.reason) == (Why.TOOLCHAIN, lacking[first.target])
     assert state_of(cover(inputs), second) == (State.STALE, "built, and no longer declared")
     with pytest.raises(InvalidArgument, match="declared or refused"):
         cover(Inputs(PAIRS, refused=(refused,)))

@@ -26,6 +26,8 @@ CORE = (
     "homes",
     "plan",
     "sources",
+    "survey",
+    "unsupported",
     "timings",
 )
 EXTRAS = {"homes": ("platformdirs",)}  # needed where there is neither a checkout nor PA_OPS_HOME
