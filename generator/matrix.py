@@ -37,6 +37,13 @@ FLASH_SM90_TILES: dict[int, Tile] = {
     192: Tile(128, 96, 2, 12),
     256: Tile(128, 80, 2, 12),
 }
+# The same with a mask tensor: threads load spans of 32 keys of it, and hold them beside the scores.
+FLASH_SM90_TENSOR_TILES: dict[int, Tile] = {
+    64: Tile(128, 128, 3, 12),
+    128: Tile(128, 128, 3, 12),
+    192: Tile(128, 96, 2, 12),
+    256: Tile(128, 64, 2, 12),
+}
 # Tile of each head size for few query rows: as many stages as let two blocks share an SM, or else one.
 DECODE_TILES: dict[int, Tile] = {
     64: Tile(16, 128, 3, 4),
@@ -115,7 +122,10 @@ _SERVING: dict[Family, tuple[Cell, ...]] = {
         *_grid(FLASH_SM80_TILES, Layout, PLAIN_MASKS),
         *_grid(FLASH_SM80_TILES, _DENSE, _TENSOR),
     ),
-    Family.FLASH_SM90: _grid(FLASH_SM90_TILES, Layout, PLAIN_MASKS),
+    Family.FLASH_SM90: (
+        *_grid(FLASH_SM90_TILES, Layout, PLAIN_MASKS),
+        *_grid(FLASH_SM90_TENSOR_TILES, _DENSE, _TENSOR),
+    ),
     Family.DECODE: _grid(DECODE_TILES, _PAGED, DECODE_MASKS),
     Family.MEA: (*_grid(MEA_TILES, Layout, PLAIN_MASKS), *_grid(MEA_TILES, _DENSE, _TENSOR)),
     Family.MEA_DECODE: _grid(MEA_DECODE_TILES, _PAGED, DECODE_MASKS),
@@ -209,6 +219,8 @@ def _tiles(family: Family, cell: Cell) -> tuple[Tile, ...]:
     """The tiles of an attention family's kernels for `cell`; a rule leaves one of several to each target."""
     if family is Family.FLASH_SM80:
         return (TILE_EXCEPTIONS.get(cell, FLASH_SM80_TILES[cell.head_dim][cell.layout]),)
+    if family is Family.FLASH_SM90 and cell.mask is Mask.TENSOR:
+        return (FLASH_SM90_TENSOR_TILES[cell.head_dim],)
     if family is Family.MEA:
         return tuple(dict.fromkeys(MEA_TILES[cell.head_dim].values()))
     return (TILES[family][cell.head_dim],)

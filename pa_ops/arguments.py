@@ -263,11 +263,17 @@ def _masked(record: Record) -> Record:
             "mask_bytes",  # of an element, 1: bool, 2: the query's type, 4: fp32
         ),
         factors=(*record.factors, "mask_factor"),  # an addend times this joins the score before it meets log2_scale
+        maps=record.maps,  # of q, k and v with a sequence as their outermost extent
     )
 
 
 MASKED_ATTENTION = _masked(ATTENTION)
-MASKED: dict[Family, Record] = {Family.FLASH_SM80: MASKED_ATTENTION, Family.MEA: _masked(MEA)}
+MASKED_SM90 = _masked(FLASH_SM90)
+MASKED: dict[Family, Record] = {
+    Family.FLASH_SM80: MASKED_ATTENTION,
+    Family.FLASH_SM90: MASKED_SM90,
+    Family.MEA: _masked(MEA),
+}
 HIDING = -1e30
 """An addend of a mask at or below this hides the key, as -inf does: scaled and times log2(e), lower ones overflow."""
 

@@ -64,7 +64,7 @@ TENSORS: dict[str, tuple[str, ...]] = {
         "slot_mapping",
         *_OPTIONS,
     ),
-    "attention": ("q", "k", "v", "cu_seqlens_q", "kv_lengths", "mask", *_OPTIONS[:-1]),
+    "attention": ("q", "k", "v", "cu_seqlens_q", "kv_lengths", "mask", *_OPTIONS),
     "append_kv": ("slot_mapping", "key", "value", "k_cache", "v_cache", "k_scale", "v_scale"),
     "gather_kv": ("k", "v", "k_cache", "v_cache", "block_table", "cu_seqlens_k"),
     "merge_states": ("out_a", "lse_a", "out_b", "lse_b", "out", "lse"),

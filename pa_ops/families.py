@@ -13,7 +13,7 @@ from typing import NamedTuple
 from pa_ops.capability import Capability, Feature, min_sm
 from pa_ops.manifest import Entry
 from pa_ops.problem import Problem
-from pa_ops.spec import PLAIN_MASKS, DType, Family, InstanceSpec, KernelOp, Layout, Mask, TensorMask
+from pa_ops.spec import DType, Family, InstanceSpec, KernelOp, Layout, Mask, TensorMask
 
 
 @dataclass(frozen=True)
@@ -24,7 +24,7 @@ class Gates:
     head_max bind both head sizes. split_heads: K and V may differ in head size. aligned: pointers and strides must be
     multiples of 16 bytes. quantised: the cache may have another type than the query. invariant: what a row makes of a
     sequence depends on nothing else in the batch. page_multiple: of which the tokens of a page must be a multiple.
-    mask_aligned: the rows of a mask tensor must start at multiples of 16 bytes.
+    mask_aligned: the rows of a mask tensor must start and end at multiples of 16 bytes. tensor_masks: what it may hold.
     """
 
     op: KernelOp
@@ -41,9 +41,9 @@ class Gates:
     invariant: bool = True
     page_multiple: int = 1
     mask_aligned: bool = False
+    tensor_masks: frozenset[TensorMask] = frozenset(TensorMask)
 
 
-_PLAIN_MASK = {mask: frozenset({mask}) for mask in PLAIN_MASKS}
 _OWN_MASK = {mask: frozenset({mask}) for mask in Mask}
 _FULL_BY_FLAG = {
     Mask.FULL: frozenset(),
@@ -70,7 +70,13 @@ _MEA = {DType.FP16: frozenset({Feature.HALF2}), DType.BF16: frozenset({Feature.M
 GATES: dict[Family, Gates] = {
     Family.FLASH_SM80: Gates(KernelOp.ATTN, _MMA_SYNC, _ANY_LAYOUT, _OWN_MASK, mask_aligned=True),
     Family.FLASH_SM90: Gates(
-        KernelOp.ATTN, _both(Feature.TMA, Feature.WGMMA), _ANY_LAYOUT, _PLAIN_MASK, page_multiple=8
+        KernelOp.ATTN,
+        _both(Feature.TMA, Feature.WGMMA),
+        _ANY_LAYOUT,
+        _OWN_MASK,
+        page_multiple=8,
+        mask_aligned=True,
+        tensor_masks=frozenset({TensorMask.NONE, TensorMask.BOOL, TensorMask.ADDITIVE}),
     ),
     Family.DECODE: Gates(KernelOp.ATTN, _MMA_SYNC, _PAGED, _FULL_BY_FLAG, invariant=False),
     Family.MEA: Gates(KernelOp.ATTN, _MEA, _ANY_LAYOUT, _OWN_MASK, head_max=512, split_heads=True),
@@ -252,6 +258,13 @@ _FAMILY_GATES = (
         lambda gates, _: f"a multiple of {gates.page_multiple}",
         lambda problem, _: str(problem.page_size),
         lambda gates, problem: problem.page_size is not None,
+    ),
+    _Gate(
+        "mask tensor",
+        lambda gates, problem, _: problem.attn_mask in gates.tensor_masks,
+        lambda gates, _: _words(gates.tensor_masks - {TensorMask.NONE}),
+        lambda problem, _: str(problem.attn_mask),
+        lambda gates, problem: problem.attn_mask is not TensorMask.NONE,
     ),
     _Gate(
         "mask alignment",

@@ -135,7 +135,7 @@ def attention_launch(kernel: int, spec: InstanceSpec, call: Attention, *, skip_u
     grid = Grid(GridRule.TILES, spec.tile.m, bound, call.heads)
     record = record_of(spec)
     sources = {**call.sources(), "skip_up_to": skip_up_to, "head_dim_v": call.head_dim_v}
-    return Launch(kernel, record, _fields(record, sources), grid)
+    return Launch(kernel, record, fields_of(record, sources), grid)
 
 
 def persistent_launch(kernel: int, spec: InstanceSpec, call: Attention, *, skip_up_to: int, num_sms: int) -> Launch:
@@ -146,10 +146,10 @@ def persistent_launch(kernel: int, spec: InstanceSpec, call: Attention, *, skip_
         "tickets": Address("workspace", tickets_at(num_sms)),
         "skip_up_to": skip_up_to,
     }
-    return Launch(kernel, FLASH_SM90, _fields(FLASH_SM90, sources), Grid(GridRule.FIXED, num_sms, 1))
+    return Launch(kernel, FLASH_SM90, fields_of(FLASH_SM90, sources), Grid(GridRule.FIXED, num_sms, 1))
 
 
-def _fields(record: Record, sources: dict[str, Source]) -> dict[str, Source]:
+def fields_of(record: Record, sources: dict[str, Source]) -> dict[str, Source]:
     """Those of `sources` that the record has."""
     return {name: sources[name] for name in (*(name for name, _ in record.fields), *record.maps)}
 
@@ -199,7 +199,7 @@ def decode_launch(
         "lengths_ready": int(lengths_ready),
     }
     blocks = min(blocks_of(capability.num_sms), capability.num_sms * resident)
-    return Launch(kernel, DECODE, _fields(DECODE, sources), Grid(GridRule.FIXED, blocks, 1))
+    return Launch(kernel, DECODE, fields_of(DECODE, sources), Grid(GridRule.FIXED, blocks, 1))
 
 
 def _tokens(rows: Rows) -> Size:

@@ -9,13 +9,15 @@ from torch import Tensor
 
 from pa_ops.arguments import record_of
 from pa_ops.checks import Arguments, Sizes
-from pa_ops.launch import Attention, Keys, Rows
+from pa_ops.launch import ALIGNMENT, DTYPES, Attention, Keys, Rows, fields_of
 from pa_ops.problem import Problem
-from pa_ops.program import Address, Grid, GridRule, Launch, Size, Source, Stride
+from pa_ops.program import Address, Grid, GridRule, Launch, Size, Source, Stride, TensorMap
 from pa_ops.registry import Registry
+from pa_ops.scratch import tickets_at
 from pa_ops.spec import InstanceSpec, TensorMask
 from pa_ops.steps import Step, attention_of, facts_of, rows_aligned, selected
 
+_KINDS = {torch.uint8: TensorMask.BOOL, torch.float32: TensorMask.ADDITIVE_FP32}
 _HALF = 2  # bytes of an element of fp16 or bf16
 
 
@@ -25,8 +27,14 @@ def masked_steps(op: str, arguments: Arguments, sizes: Sizes, registry: Registry
     q = Rows(Address("q"), Stride("q", 1, _HALF), Stride("q", 2, _HALF))
     call = attention_of(arguments, sizes, q, Rows.of("out"), Keys("k", "v", "kv_lengths", sizes["Hkv"]))
     mask: Tensor | None = arguments["mask"]
-    by_rows = ("mask",) if mask is not None and rows_aligned(mask) else ()
-    yield Step(_launch(kernel, entry.spec, call, arguments), decision, ("q", "k", "v", "out", *by_rows))
+    by_rows = ("mask",) if mask is not None and mask_aligned(mask) else ()
+    launch = _launch(kernel, entry.spec, call, arguments, registry.capability.num_sms)
+    yield Step(launch, decision, ("q", "k", "v", "out", *by_rows))
+
+
+def mask_aligned(mask: Tensor) -> bool:
+    """Whether every row of a mask starts and ends at a multiple of 16 bytes."""
+    return rows_aligned(mask) and mask.shape[-1] * mask.element_size() % ALIGNMENT == 0
 
 
 def masked_problem(arguments: Arguments, sizes: Sizes) -> Problem:
@@ -34,13 +42,13 @@ def masked_problem(arguments: Arguments, sizes: Sizes) -> Problem:
     mask: Tensor | None = arguments["mask"]
     kind = TensorMask.NONE
     if mask is not None:
-        kind = TensorMask.BOOL if mask.dtype is torch.uint8 else TensorMask.ADDITIVE
+        kind = _KINDS.get(mask.dtype, TensorMask.ADDITIVE)
     return Problem(
         op="attention",
         **facts_of(arguments, sizes, "k"),
         aligned=all(rows_aligned(arguments[name]) for name in ("q", "k", "v", "out")),
         attn_mask=kind,
-        mask_aligned=mask is None or rows_aligned(mask),
+        mask_aligned=mask is None or mask_aligned(mask),
         anchored=mask is None,
         batch=sizes["B"],
         tokens=sizes["B"] * sizes["Sq"],
@@ -49,7 +57,7 @@ def masked_problem(arguments: Arguments, sizes: Sizes) -> Problem:
     )
 
 
-def _launch(kernel: int, spec: InstanceSpec, call: Attention, arguments: Arguments) -> Launch:
+def _launch(kernel: int, spec: InstanceSpec, call: Attention, arguments: Arguments, num_sms: int) -> Launch:
     record = record_of(spec)
     sources: dict[str, Source] = {
         **call.sources(),
@@ -61,8 +69,21 @@ def _launch(kernel: int, spec: InstanceSpec, call: Attention, arguments: Argumen
         "position": arguments["position"],
         "mask_factor": 1.0 / (call.scores.softcap or call.scores.softmax_scale),
     }
-    fields = {name: sources[name] for name, _ in record.fields}
-    return Launch(kernel, record, fields, Grid(GridRule.TILES, spec.tile.m, -1, call.heads))
+    grid = Grid(GridRule.TILES, spec.tile.m, -1, call.heads)
+    if record.maps:
+        sources |= {**_maps(spec, call), "tickets": Address("workspace", tickets_at(num_sms)), "box_rows": spec.tile.n}
+        grid = Grid(GridRule.FIXED, num_sms, 1)
+    return Launch(kernel, record, fields_of(record, sources), grid)
+
+
+def _maps(spec: InstanceSpec, call: Attention) -> dict[str, Source]:
+    """Tensor maps of q, k and v: elements, tokens, heads, sequences."""
+    made: dict[str, Source] = {}
+    for name, heads, rows in (("q", call.heads, spec.tile.m), *((n, call.keys.kv_heads, spec.tile.n) for n in "kv")):
+        sizes = (call.head_dim, Size(name, 1), heads, Size(name, 0))
+        strides = (Stride(name, 1, _HALF), Stride(name, 2, _HALF), Stride(name, 0, _HALF))
+        made[f"{name}_map"] = TensorMap(Address(name), sizes, strides, rows, DTYPES[spec.dtype])
+    return made
 
 
 def _places(lengths: bool) -> dict[str, Source]:

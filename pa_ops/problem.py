@@ -34,7 +34,7 @@ class Problem:
 
     head_dim_v, num_kv_heads, kv_dtype default to their query-side twin, layout to the operator's own, page_size to 16
     where there are pages. `aligned`: every base pointer and stride is a multiple of 16 bytes. Of the op attention,
-    attn_mask: what its mask tensor holds; mask_aligned: its rows start at multiples of 16 bytes; anchored: lengths do
+    attn_mask: what its mask tensor holds; mask_aligned: its rows are multiples of 16 bytes; anchored: lengths do
     not tell positions, so that only a kernel that is told them will do. Sizes only rank kernels:
     batch sequences, tokens query tokens in all, max_q / max_k bounds of one sequence (None = known to the device only).
     Raises InvalidArgument naming the field.

@@ -102,7 +102,8 @@ class TensorMask(Word):
 
     NONE = "none"
     BOOL = "bool"
-    ADDITIVE = "additive"
+    ADDITIVE = "additive"  # in the query's type
+    ADDITIVE_FP32 = "additive_fp32"
 
 
 PLAIN_MASKS = (Mask.FULL, Mask.CAUSAL, Mask.WINDOW)

@@ -32,6 +32,7 @@ _PLAIN_OPTIONS: tuple[Mapping[str, Any], ...] = ({"causal": False}, {"causal": T
 _TENSOR_OPTIONS: tuple[Mapping[str, Any], ...] = (
     {"attn_mask": TensorMask.BOOL},
     {"attn_mask": TensorMask.ADDITIVE},
+    {"attn_mask": TensorMask.ADDITIVE_FP32},
     {"attn_mask": TensorMask.BOOL, "mask_aligned": False},
     {"attn_mask": TensorMask.ADDITIVE, "mask_aligned": False},
     {"anchored": True},

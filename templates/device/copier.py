@@ -30,8 +30,8 @@ class Copier:
     copies, which one warp alone started so slowly that they cost 12% more than pages of 64 (docs/performance.md).
     """
 
-    def __init__(self, shared, head_dim, paged, keys):
-        self.shared, self.paged, self.keys = shared, paged, keys
+    def __init__(self, shared, head_dim, paged, masked, keys):
+        self.shared, self.paged, self.masked, self.keys = shared, paged, masked, keys
         self.halves, self.kv_bytes = head_dim // COLUMN, keys * head_dim * 2
 
     @cute.jit
@@ -113,6 +113,8 @@ class Copier:
     def box_of(self, args, slot: Int32, block: Int32):
         """(row, page) of this lane's box of a block of keys; page -1 where none of its keys is live or in the table."""
         row, page = ld_shared_32(slot + FIRST_KEY) + block * self.keys, Int32(0)
+        if cutlass.const_expr(self.masked):
+            page = ld_shared_32(slot + SEQUENCE)
         if cutlass.const_expr(self.paged):
             key = block * self.keys + cute.arch.lane_idx() * args.box_rows
             page = Int32(-1)

@@ -16,6 +16,7 @@ from cutlass.cute.nvgpu import warpgroup
 from pa_ops.templates.device import softmax, tma
 from pa_ops.templates.device.copier import Copier
 from pa_ops.templates.device.lister import Lister
+from pa_ops.templates.device.mask_words import MaskWords
 from pa_ops.templates.device.ptx import (
     ld_shared_32,
     opaque,
@@ -34,6 +35,7 @@ from pa_ops.templates.device.shared_sm90 import (
     KEYS,
     LIVE,
     POSITION,
+    SEQUENCE,
     SLOT,
     SLOTS,
     STEPS,
@@ -46,15 +48,16 @@ LOG2_E = 1.4426950408889634
 LN_2 = 0.6931471805599453
 TURNS = 1  # the first of the named barriers by which warpgroups take turns
 TAILS = 8  # the first of those at which one has cleared the tail of a tile
+WINDOW_OFF = 0x3FFFFFFF  # of no key it is that far
 REGISTERS = {2: (232, 40), 3: (160, 32)}  # of a computing and of a copying thread, by computing warpgroups
 
 
 class FlashSm90:
     """One instance: the compile-time choices and the code that they specialise."""
 
-    def __init__(self, dtype, head_dim, paged, causal, window, rows, keys, stages, chained):
+    def __init__(self, dtype, head_dim, paged, causal, window, masked, rows, keys, stages, chained):
         self.dtype, self.head_dim, self.paged, self.chained = dtype, head_dim, paged, chained
-        self.causal, self.window = causal, window
+        self.causal, self.window, self.masked = causal, window, masked
         self.rows, self.keys, self.stages = rows, keys, stages
         self.groups = rows // GROUP_ROWS
         self.threads = (self.groups + 1) * GROUP_THREADS
@@ -63,8 +66,9 @@ class FlashSm90:
         self.products = Products(dtype, head_dim, self.groups, keys)
         self.kv_bytes = keys * head_dim * 2
         self.shared = Shared(rows * head_dim * 2, self.kv_bytes, stages, warps=4 * self.groups)
-        self.lister = Lister(self.shared, head_dim, paged, causal, window, rows, keys)
-        self.copier = Copier(self.shared, head_dim, paged, keys)
+        self.lister = Lister(self.shared, head_dim, paged, causal, window, masked, rows, keys)
+        self.copier = Copier(self.shared, head_dim, paged, masked, keys)
+        self.mask_words = MaskWords(dtype, keys)
         self.smem_bytes = self.shared.bytes
         # At 256 the products are three quarters of the work: waiting for turns costs 4%.
         self.turns = head_dim <= 192
@@ -163,14 +167,17 @@ class FlashSm90:
         acc_s = cute.make_rmem_tensor((self.n_tiles * 4,), Float32)
         factors = cute.make_rmem_tensor((2,), Float32)
         probabilities = self.products.probabilities()
+        words = self.mask_words.registers() if self.masked else None
 
         steps, edges, inner = [ld_shared_32(slot + at) for at in (STEPS, EDGES, INNER)]
         tma.wait_for(smem + self.shared.k_full + stage * BARRIER, parity)
         self.products.start_scores(s_q, s_k, stage, group, acc_s)
+        if cutlass.const_expr(self.masked):
+            self.load_mask(args, slot, Int32(0), words)
         warpgroup.wait_group(0)
         hole = self.take_holes(smem, stage)
         self.release(smem + self.shared.k_empty + stage * BARRIER, lane)
-        self.treat(args, acc_s, slot, Int32(0), edges, inner, hole)
+        self.treat(args, acc_s, slot, Int32(0), edges, inner, hole, words)
         softmax.start(acc_s, row_max, row_sum, args.log2_scale, self.n_tiles)
         self.products.round(acc_s, probabilities)
         self.clear_tail(smem, slot, stage, parity, group)
@@ -186,10 +193,12 @@ class FlashSm90:
             self.products.start_outputs(probabilities, s_v, last, group, acc_o)
             if cutlass.const_expr(self.turns):
                 self.pass_turn(group)
+            if cutlass.const_expr(self.masked):
+                self.load_mask(args, slot, i, words)
             warpgroup.wait_group(1)
             hole = self.take_holes(smem, stage)
             self.release(smem + self.shared.k_empty + stage * BARRIER, lane)
-            self.treat(args, acc_s, slot, i, edges, inner, hole)
+            self.treat(args, acc_s, slot, i, edges, inner, hole, words)
             outgrown = softmax.outgrown(acc_s, row_max, args.log2_scale, self.n_tiles)
             for _ in cutlass.range(opaque(outgrown), unroll=1):
                 raised = softmax.raise_maxima(acc_s, row_max, row_sum, args.log2_scale, self.n_tiles)
@@ -207,9 +216,12 @@ class FlashSm90:
 
         self.release(smem + self.shared.q_empty, lane)  # while the last block's values are still to be multiplied
         tma.wait_for(smem + self.shared.v_full + stage * BARRIER, parity)
-        if cutlass.const_expr(self.window):
+        if cutlass.const_expr(self.window or self.masked):
             key_first = (ld_shared_32(slot + END) - steps) * self.keys
-            self.clear(smem, stage, Int32(0), ld_shared_32(slot + POSITION) - args.window + 1 - key_first, group)
+            window = args.window
+            if cutlass.const_expr(self.masked):
+                window = Int32(cutlass.select_(window > 0, window, Int32(WINDOW_OFF)))
+            self.clear(smem, stage, Int32(0), ld_shared_32(slot + POSITION) - window + 1 - key_first, group)
         self.products.start_outputs(probabilities, s_v, stage, group, acc_o)
         warpgroup.wait_group(0)
         self.release(smem + self.shared.v_empty + stage * BARRIER, lane)
@@ -262,14 +274,26 @@ class FlashSm90:
             cute.arch.barrier(barrier_id=TAILS + group, number_of_threads=GROUP_THREADS)
 
     @cute.jit
-    def treat(self, args, acc_s, slot: Int32, i: Int32, edges: Int32, inner: Int32, hole: Int32):
+    def treat(self, args, acc_s, slot: Int32, i: Int32, edges: Int32, inner: Int32, hole: Int32, words):
         """Cap the scores of block `i`, and -inf where a row must not see a key; nothing in the middle ones.
 
         One branch for all of it, taken over code that a block in the middle does not run.
         """
         edge = i < edges
-        if cutlass.const_expr(self.window):
+        if cutlass.const_expr(self.window or self.masked):
             edge = edge | (i >= inner)
+        if cutlass.const_expr(self.masked):
+            for _ in cutlass.range(opaque(args.softcap_in > 0.0), unroll=1):
+                softmax.cap(acc_s, args.softcap_in)
+            self.mask_words.apply(args, acc_s, words, trade)
+            for _ in cutlass.range(opaque(edge), unroll=1):
+                self.hide(args, acc_s, slot, i)
+        else:
+            self.treat_plain(args, acc_s, slot, i, edge, hole)
+
+    @cute.jit
+    def treat_plain(self, args, acc_s, slot: Int32, i: Int32, edge, hole: Int32):
+        """The same where no mask tensor asks for every block's scores."""
         for turn in cutlass.range(opaque(edge | (args.softcap_in > 0.0) | (hole != 0)), unroll=1):
             # The turn is 0; it keeps the divisions inside the loop.
             if args.softcap_in > 0.0:
@@ -278,6 +302,16 @@ class FlashSm90:
                 self.hide(args, acc_s, slot, i)
             if cutlass.const_expr(self.paged):
                 self.hide_holes(args, acc_s, hole, turn)
+
+    @cute.jit
+    def load_mask(self, args, slot: Int32, i: Int32, words):
+        """Ask for this thread's words of the mask for block `i`, while its scores are computed."""
+        row_first = ld_shared_32(slot + POSITION) - args.position
+        base = args.mask + Int64(ld_shared_32(slot + SEQUENCE)) * args.mask_sequence_stride
+        base = base + Int64(ld_shared_32(slot + HEAD)) * args.mask_head_stride + Int64(row_first) * args.mask_row_stride
+        key_first = (ld_shared_32(slot + END) - 1 - i) * self.keys
+        live, k_len = ld_shared_32(slot + LIVE), ld_shared_32(slot + KEYS)
+        self.mask_words.load(args, words, row_of(cute.arch.thread_idx()[0]), live, base, key_first, k_len)
 
     def hide_holes(self, args, acc_s, hole, turn):
         """-inf for keys without a page."""
@@ -297,10 +331,13 @@ class FlashSm90:
             here = first + r * 8
             stop = (cutlass.min(keys, here + 1) if self.causal or self.window else keys) - column
             begin = here - args.window - column
+            if self.masked:
+                stop = cutlass.select_(args.causal != 0, cutlass.min(keys, here + 1), keys) - column
+                begin = cutlass.select_(args.window > 0, begin, Int32(-WINDOW_OFF))
             for nt in range(self.n_tiles):
                 for c in range(2):
                     drop = stop <= nt * 8 + c
-                    if self.window:
+                    if self.window or self.masked:
                         drop = drop | (begin >= nt * 8 + c)
                     at = nt * 4 + r * 2 + c
                     acc_s[at] = cutlass.select_(drop, Float32(-Float32.inf), acc_s[at])

@@ -9,6 +9,7 @@ import cutlass.cute as cute
 from cutlass import Int32, Int64
 
 from pa_ops.templates.device import tma
+from pa_ops.templates.device.mask_tile import keys_of as padded_keys
 from pa_ops.templates.device.ptx import st_global_i32, st_shared_32, take
 from pa_ops.templates.device.shared_sm90 import BARRIER, SLOT, SLOTS
 from pa_ops.templates.device.warpgroup import COLUMN
@@ -21,8 +22,8 @@ LATE = 2  # of a causal sequence's row blocks, one in so many comes after all ot
 class Lister:
     """Lists tiles of `rows` query rows against blocks of `keys` keys."""
 
-    def __init__(self, shared, head_dim, paged, causal, window, rows, keys):
-        self.shared, self.paged, self.causal, self.window = shared, paged, causal, window
+    def __init__(self, shared, head_dim, paged, causal, window, masked, rows, keys):
+        self.shared, self.paged, self.causal, self.window, self.masked = shared, paged, causal, window, masked
         self.rows, self.keys = rows, keys
         self.halves, self.q_bytes = head_dim // COLUMN, rows * head_dim * 2
         self.near_keys = NEAR_BYTES // (head_dim * 4)
@@ -38,7 +39,7 @@ class Lister:
             q_start, q_len = length_at(args.cu_seqlens_q, sequence, args.tokens)
             first_key, k_len = self.keys_of(args, sequence, q_len)
             live = cutlass.min(q_len - row_first, self.rows)
-            position = k_len - q_len + row_first
+            position = row_first + (args.position if self.masked else k_len - q_len)
             # Some row sees keys [low, high), every row keys [safe_low, safe_high).
             low, safe_low, high, safe_high = Int32(0), Int32(0), k_len, k_len
             if cutlass.const_expr(self.causal or self.window):
@@ -47,20 +48,30 @@ class Lister:
             if cutlass.const_expr(self.window):
                 low = cutlass.max(position - args.window + 1, 0)
                 safe_low = cutlass.max(position + live - args.window, 0)
+            if cutlass.const_expr(self.masked):
+                if args.causal != 0:
+                    high = cutlass.max(cutlass.min(k_len, position + live), 0)
+                    safe_high = cutlass.min(k_len, position + 1)
+                if args.window > 0:
+                    low = cutlass.max(position - args.window + 1, 0)
+                    safe_low = cutlass.max(position + live - args.window, 0)
             end = (high + (self.keys - 1)) // self.keys
             steps = cutlass.max(end - low // self.keys, 0)
             edges = end - cutlass.max(safe_high, 0) // self.keys
             inner = end - (safe_low + (self.keys - 1)) // self.keys
             tile = (sequence, q_start + row_first, live, head, position, k_len, first_key, low, high)
             self.fill(smem, turn, (Int32(1), *tile, steps, end, edges, inner))
-            self.copy_queries(smem, q_map, turn, q_start + row_first, head)
+            if cutlass.const_expr(self.masked):
+                self.copy_queries(smem, q_map, turn, row_first, head, sequence)
+            else:
+                self.copy_queries(smem, q_map, turn, q_start + row_first, head, Int32(0))
             tma.wait_for(smem + self.shared.asked, turn & 1)
             turn = turn + 1
             sequence, row_first, head = self.tile_at(args, self.take_ticket(args))
         self.fill(smem, turn, (Int32(0),))
 
     @cute.jit
-    def copy_queries(self, smem: Int32, q_map: Int64, turn: Int32, token: Int32, head: Int32):
+    def copy_queries(self, smem: Int32, q_map: Int64, turn: Int32, token: Int32, head: Int32, sequence: Int32):
         """The tile's rows; those past the sequence's last are another's, and nobody looks at what becomes of them."""
         full = smem + self.shared.q_full
         tma.wait_for(smem + self.shared.q_empty, (turn + 1) & 1)
@@ -68,7 +79,7 @@ class Lister:
             tma.expect(full, self.q_bytes)
             for half in range(self.halves):
                 at = smem + half * (self.rows * COLUMN * 2)
-                tma.load_box(at, q_map, full, Int32(half * COLUMN), token, head, Int32(0))
+                tma.load_box(at, q_map, full, Int32(half * COLUMN), token, head, sequence)
         cute.arch.sync_warp()
 
     def fill(self, smem, turn, words):
@@ -133,7 +144,9 @@ class Lister:
     def keys_of(self, args, sequence: Int32, queries: Int32):
         """(first key where they are dense, keys) of a sequence."""
         first, count = Int32(0), Int32(0)
-        if cutlass.const_expr(self.paged):
+        if cutlass.const_expr(self.masked):
+            count = padded_keys(args, sequence)
+        elif cutlass.const_expr(self.paged):
             count = paged_keys(args, sequence, queries)
         else:
             first, count = length_at(args.kv_lengths, sequence, args.keys)

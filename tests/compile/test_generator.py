@@ -36,7 +36,7 @@ from pa_ops.generator.toolchain import Toolchain
 from pa_ops.problem import Problem
 from pa_ops.selection import select_entry
 from pa_ops.sources import template_folder
-from pa_ops.spec import PLAIN_MASKS, DType, Family, InstanceSpec, KernelOp, Layout
+from pa_ops.spec import PLAIN_MASKS, DType, Family, InstanceSpec, KernelOp, Layout, Mask
 
 TOY = Path(__file__).parent / "toy"
 
@@ -53,8 +53,8 @@ def test_presets_nest() -> None:
     assert smoke < serving == full
     counts = [Counter(spec.family for spec in specs) for specs in (smoke, serving)]
     for family, tiles in ((Family.FLASH_SM80, FLASH_SM80_TILES), (Family.FLASH_SM90, FLASH_SM90_TILES)):
-        masked = len(tiles) * 2 if family is Family.FLASH_SM80 else 0
-        assert [count[family] for count in counts] == [12, len(tiles) * 2 * len(Layout) * len(PLAIN_MASKS) + masked]
+        each = len(Layout) * len(PLAIN_MASKS) + 1  # and the mask tensor, where dense
+        assert [count[family] for count in counts] == [12, len(tiles) * 2 * each]
     assert [count[Family.DECODE] for count in counts] == [6, len(DECODE_TILES) * 2 * len(DECODE_MASKS)]
     assert {spec.op for spec in smoke} == set(KernelOp)
 
@@ -84,7 +84,7 @@ def test_G5_targets_before_sm_80_get_cuda_kernels_and_the_reason_for_each_refusa
     assert older == ["sm_53", "sm_60", "sm_70", "sm_75"]
     for target in older:
         specs = declared("full", (target,))
-        mea = {Family.MEA: len(MEA_TILES) * len(Layout) * len(PLAIN_MASKS)}
+        mea = {Family.MEA: len(MEA_TILES) * (len(Layout) * len(PLAIN_MASKS) + len(set(Mask) - set(PLAIN_MASKS)))}
         mea[Family.MEA_DECODE] = len(MEA_DECODE_TILES) * len(DECODE_MASKS)
         assert Counter(spec.family for spec in specs) == {Family.APPEND: 2, Family.GATHER: 2, **mea}
         assert {spec.dtype for spec in specs if spec.family in mea} == {DType.FP16}
@@ -271,7 +271,7 @@ def test_a_digest_covers_the_tools_and_device_files_of_its_own_language(
 
 
 REACHED = {
-    Family.MERGE: {"compiling.py", "merge.py", "ptx.py"},
+    Family.MERGE: {"chaining.py", "compiling.py", "merge.py", "ptx.py"},
     Family.APPEND: {"append.cuh", "half.cuh", "memory.cuh", "search.cuh"},
     Family.GATHER: {"gather.cuh", "half.cuh", "memory.cuh", "search.cuh"},
 }

@@ -19,7 +19,7 @@ pytestmark = pytest.mark.gpu
 DECODE = {"queries": 1, "keys": 1}
 MASKED = ("bool", "additive", "fp32")
 FAMILIES = ("flash_sm80", "flash_sm90", "mea")
-MASK_FAMILIES = ("flash_sm80", "mea")
+MASK_FAMILIES = ("flash_sm80", "flash_sm90", "mea")
 HIDDEN = {"bool": False, "additive": -torch.inf}
 
 
@@ -56,6 +56,8 @@ def test_C3_C5_masks_at_every_head_size_and_option(
     head_dim: int, family: str, dtype: torch.dtype, device: torch.device, evidence: Evidence
 ) -> None:
     for mask, causal, window, softcap in product(("none", *MASKED), (False, True), (0, 37), (0.0, 5.0)):
+        if family == "flash_sm90" and mask == "fp32":
+            continue  # it holds a mask's words in registers, of two bytes at most
         options: dict[str, Any] = {"causal": causal, "sliding_window": window, "softcap": softcap, "backend": family}
         nonpad = (0, 64, 201)
         case = Padded(

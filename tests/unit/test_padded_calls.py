@@ -17,12 +17,21 @@ from helpers.padded import MASKS, Padded, expected
 from pa_ops import Capability, InvalidArgument, NoInstance, Problem, padded, trace
 from pa_ops.capability import MODELS, Feature
 from pa_ops.padding import LAYOUTS
+from pa_ops.scratch import tickets_at
 from pa_ops.selection import select_entry
 from pa_ops.spec import DType, Family, InstanceSpec, Mask, Op, TensorMask
 from pa_ops.survey import HIDING_OPTIONS
 from pa_ops.unsupported import unsupported
 
 launches = test_cuda_calls.launches
+
+
+@pytest.fixture(autouse=True)
+def room(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A workspace that no stream has."""
+    made = torch.empty(tickets_at(Capability.of_sm(90).num_sms) // 4 + 1, dtype=torch.int32)
+    monkeypatch.setattr(padded, "_workspace", lambda out: made)
+
 
 HALVES = (DType.FP16, DType.BF16)
 NAMES = {torch.float16: "fp16", torch.bfloat16: "bf16"}
@@ -36,7 +45,8 @@ def run(case: Padded, **changes: Any) -> tuple[dict[str, Any], tuple[torch.Tenso
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_C8_the_record_tells_how_each_tensor_lies(launches: Launches, layout: str) -> None:
     order = LAYOUTS[layout]
-    call, (out, _, _, lse) = run(Padded(3, 48, kv_heads=2, group=2, mask="bool", layout=layout))
+    case = Padded(3, 48, kv_heads=2, group=2, mask="bool", layout=layout)
+    call, (out, _, _, lse) = run(case, backend="flash_sm80")
     [made] = launches
     spec, fields = InstanceSpec.parse(made.symbol), made.fields
     assert (spec.family, spec.mask, spec.dtype) == (Family.FLASH_SM80, Mask.TENSOR, DType.FP16)
@@ -50,6 +60,20 @@ def test_C8_the_record_tells_how_each_tensor_lies(launches: Launches, layout: st
     assert (fields["lse"], fields["lse_head_stride"], lse.stride()) == (lse.data_ptr(), 4 * 6, (3, 6, 1))
     assert [fields[name] for name in ("tokens", "sequences", "keys", "group")] == [6, 2, 48, 2]
     assert (fields["causal"], fields["window"], fields["position"], fields["kv_lengths"]) == (0, 0, 0, 0)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_C8_the_maps_have_a_sequence_as_their_outermost_extent(launches: Launches, layout: str) -> None:
+    order = LAYOUTS[layout]
+    call, _ = run(Padded(3, 48, batch=3, kv_heads=2, group=2, mask="bool", layout=layout))
+    [made] = launches
+    assert made.family is Family.FLASH_SM90 and (made.x, made.y) == (Capability.of_sm(90).num_sms, 1)
+    axes = {"bnsh": (2, 1, 0), "bsnh": (1, 2, 0)}
+    for name, axis, sizes in (("q", order.q, (64, 3, 4, 3)), ("k", order.kv, (64, 48, 2, 3))):
+        told = made.maps[f"{name}_map"]
+        assert (told.address, told.sizes) == (call[name].data_ptr(), sizes)
+        assert told.strides == tuple(2 * call[name].stride(at) for at in axes[axis])
+    assert made.maps["v_map"].box_rows == made.maps["k_map"].box_rows == made.fields["box_rows"] == 128
 
 
 @pytest.mark.parametrize(("mask", "size"), [("bool", 1), ("additive", 2), ("fp32", 4)])
@@ -92,12 +116,14 @@ def test_C18_a_mask_takes_families_out_and_says_so(launches: Launches) -> None:
     with trace.recording() as decisions:
         run(Padded(70, 48, mask="bool"))
     [decision] = decisions
-    assert decision.family == "flash_sm80"
-    for family in ("flash_sm90", "decode"):
+    assert decision.family == "flash_sm90"
+    for family in ("decode", "mea_decode"):
         reasons = [reason for reason in decision.reasons if f"_{family}_" in reason]
         assert reasons and all("mask: needs" in reason and "got tensor" in reason for reason in reasons)
     with pytest.raises(NoInstance, match="mask"):
-        run(Padded(70, 48, mask="bool"), backend="flash_sm90")
+        run(Padded(70, 48, mask="bool"), backend="decode")
+    with pytest.raises(NoInstance, match="mask tensor: needs additive or bool, got additive_fp32"):
+        run(Padded(70, 48, mask="fp32"), backend="flash_sm90")
     assert len(launches) == 1
 
 
@@ -241,10 +267,12 @@ def test_C19_no_hole_in_the_space_of_padded_problems(sm: int) -> None:
 
 def test_C22_overrides_end_with_their_block_whatever_happens(launches: Launches) -> None:
     run(Padded(70, 48, mask="bool"))
-    with pytest.raises(NoInstance, match="flash_sm90"), pa_ops.backend("flash_sm90"):
+    with pytest.raises(NoInstance, match="decode"), pa_ops.backend("decode"):
+        run(Padded(70, 48, mask="bool"))
+    with pa_ops.backend("flash_sm80"):
         run(Padded(70, 48, mask="bool"))
     run(Padded(70, 48, mask="bool"))
-    assert launches.families == ["flash_sm80", "flash_sm80"]
+    assert launches.families == ["flash_sm90", "flash_sm80", "flash_sm90"]
 
 
 def test_every_mask_of_the_helpers_is_a_kind_of_mask_tensor(launches: Launches) -> None:
