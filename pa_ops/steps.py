@@ -121,12 +121,16 @@ def _attend(
 
 
 def _division(problem: Problem, arguments: Arguments, registry: Registry) -> tuple[Selection | None, Selection | None]:
-    """The kernels for sequences of few query rows and for the others; None where all go to the one that is there."""
+    """The kernels for sequences of few query rows and for the others; None where all go to the one that is there.
+
+    A batch is divided only between a splitting family and one that is not, which have launches of their own; whatever
+    else the extremes are served by, the choice for the problem itself serves it whole.
+    """
     backend = arguments["backend"]
     few, many = (registry.serve(extreme, backend).family for extreme in extremes(problem))
-    if few is many:
+    if few not in SPLITTING or many in SPLITTING:
         chosen = registry.select(problem, backend)
-        return (chosen, None) if few in SPLITTING else (None, chosen)
+        return (chosen, None) if chosen.family in SPLITTING else (None, chosen)
     splitting, other = (registry.find(problem, backend, family) for family in (few, many))
     assert splitting is not None and other is not None
     chosen_by = division(problem, splitting.entry.spec.tile.m)
