@@ -38,7 +38,7 @@ class Wilful:
         return select_entry(rows, problem, Capability.of_sm(90))
 
 
-@pytest.mark.parametrize(("few", "many"), product(attention_families(), repeat=2))
+@pytest.mark.parametrize(("few", "many"), list(product(attention_families(), repeat=2)))
 def test_A2_a_batch_is_divided_between_a_splitting_family_and_another_alone(few: Family, many: Family) -> None:
     registry = cast(Registry, Wilful(few, many))
     for batch, tokens in SIZES:
