@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 from collections.abc import Sequence
 from dataclasses import fields, replace
@@ -267,8 +268,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     console = Console(soft_wrap=not sys.stdout.isatty())
     try:
         status: int = arguments.run(arguments, console)
+        sys.stdout.flush()
     except PaOpsError as error:
         print(f"pa-ops: {error}", file=sys.stderr)
+        return 1
+    except BrokenPipeError:  # whoever read has enough, `pa-ops list | head` say; there is nobody to tell
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except KeyboardInterrupt:
         print("pa-ops: interrupted; what was complete is kept", file=sys.stderr)

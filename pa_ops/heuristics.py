@@ -28,6 +28,8 @@ FOR_FEW_ROWS = (Family.DECODE, Family.FLASH_SM90, Family.FLASH_SM80, Family.MEA_
 FOR_MANY_ROWS = (Family.FLASH_SM90, Family.FLASH_SM80, Family.MEA, Family.DECODE, Family.MEA_DECODE)
 SPLITTING = frozenset({Family.DECODE, Family.MEA_DECODE})  # blocks share the keys out; made for few query rows
 
+TIE = 0.1  # of recorded times: two runs of one kernel differ by up to 5%, on two machines by more
+
 Cost = tuple[int, int, int, int, int, str]
 
 
@@ -90,14 +92,15 @@ def cheapest(able: Sequence[Entry], problem: Problem, capability: Capability) ->
     """The row that runs of those that may, at least one: the fastest by the card's times, or the first by `cost`.
 
     Times decide only where the row that comes first by cost has one: a kernel that nobody has timed yet is not passed
-    over for those that somebody has.
+    over for those that somebody has. Those within TIE of the fastest are as fast, and the cheapest of them runs.
     """
     first = min(able, key=lambda entry: cost(entry, problem, capability))
     times = {entry.name: found for entry in able if (found := timing(entry, problem, capability)) is not None}
     if first.name not in times:
         return first
-    timed = (entry for entry in able if entry.name in times)
-    return min(timed, key=lambda entry: (times[entry.name].microseconds, cost(entry, problem, capability)))
+    limit = (1 + TIE) * min(found.microseconds for found in times.values())
+    fast = (entry for entry in able if entry.name in times and times[entry.name].microseconds <= limit)
+    return min(fast, key=lambda entry: cost(entry, problem, capability))
 
 
 def cost(entry: Entry, problem: Problem, capability: Capability) -> Cost:

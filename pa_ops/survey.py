@@ -19,7 +19,7 @@ from pa_ops.selection import select_entry
 from pa_ops.spec import DType, Family, InstanceSpec, Op, TensorMask, Word
 from pa_ops.unsupported import unsupported
 
-# Both sides of every row's head size, and the ends.
+# Both sides of every usual head size, and the ends; those of rows with another come on top.
 HEAD_DIMS = (8, 40, 64, 72, 96, 104, 128, 136, 192, 200, 256, 264, 512)
 DTYPES = (DType.FP16, DType.BF16, DType.FP32)
 CACHE_DTYPES = (None, DType.E4M3FN, DType.INT8)  # None: the query's
@@ -61,9 +61,9 @@ class Hole:
     reason: str
 
 
-def domain() -> Iterator[Problem]:
+def domain(head_dims: Iterable[int] = HEAD_DIMS) -> Iterator[Problem]:
     """The declared problem domain: every operator, type, mask and option, at the sizes where rows change."""
-    for op, dtype, kv_dtype, head_dim in product(Op, DTYPES, CACHE_DTYPES, HEAD_DIMS):
+    for op, dtype, kv_dtype, head_dim in product(Op, DTYPES, CACHE_DTYPES, head_dims):
         if op is Op.MERGE_STATES and kv_dtype is not None:
             continue
         flags = (False, True) if op in HIDING_OPTIONS else (False,)
@@ -91,7 +91,8 @@ def survey(entries: Iterable[Entry], sms: Iterable[int] = tuple(MODELS)) -> tupl
     """
     rows = tuple(entries)
     sizes: dict[tuple[object, ...], list[Problem]] = defaultdict(list)
-    for problem in domain():
+    sides = {side for row in rows for side in (row.spec.head_dim, row.spec.head_dim + 8) if row.spec.head_dim}
+    for problem in domain(sorted({*HEAD_DIMS, *sides})):
         sizes[problem.facts].append(problem)
     reached: dict[Key, Reach] = {}
     holes: dict[tuple[object, ...], Hole] = {}

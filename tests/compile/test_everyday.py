@@ -36,6 +36,12 @@ def test_an_unknown_command_is_argparse_s_affair(tmp_path: Path) -> None:
     assert run.returncode == 2 and "invalid choice: 'fly'" in run.stderr
 
 
+def test_a_reader_that_has_enough_is_no_error() -> None:
+    command = f"{sys.executable} -m pa_ops list | head -1"
+    run = subprocess.run(["sh", "-c", command], capture_output=True, text=True)
+    assert run.stdout.count("\n") == 1 and run.stderr == ""
+
+
 FAMILIES = {  # of a bf16, or before SM 8.0 fp16, model
     "sm_90a": ["decode", "flash_sm90", "append"],
     "sm_80": ["decode", "flash_sm80", "append"],

@@ -78,6 +78,13 @@ def test_G4_a_row_that_nothing_selects_is_unreachable(family: Family) -> None:
     assert (twin.name, "sm_90a") not in reached
 
 
+def test_G4_a_row_of_a_new_head_size_is_met_by_problems_of_it() -> None:
+    row = next(row for row in declared_rows() if "_flash_sm80_bf16_kvbf16_d128v128_gather_causal" in row.name)
+    new = replace(row, name=row.name.replace("d128v128", "d160v160"), symbol="")
+    reached, holes = survey([*declared_rows(), new], [86])
+    assert reached[new.name, new.target] is Reach.AUTO and holes == ()
+
+
 def test_G4_the_domain_holds_every_option() -> None:
     problems = list(domain())
     assert len(set(problems)) == len(problems)
@@ -97,7 +104,7 @@ def test_G4_each_size_of_the_domain_has_a_family_of_its_own(
     rows = [row for row in rows if row.spec.family in families]
     monkeypatch.setattr("pa_ops.survey.SIZES", {Op.PAGED_ATTENTION: ((tokens, page_size),)})
     problems = [problem for problem in domain() if problem.op is not Op.ATTENTION]
-    monkeypatch.setattr("pa_ops.survey.domain", lambda: problems)
+    monkeypatch.setattr("pa_ops.survey.domain", lambda head_dims: problems)
     reached, _ = survey(rows, [90])
     best = {name for (name, _), how in reached.items() if how is Reach.AUTO}
     assert best == {row.name for row in rows if row.spec.family is family}

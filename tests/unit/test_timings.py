@@ -56,6 +56,13 @@ def test_G8_a_recorded_time_decides_on_its_card_alone(recorded: dict[str, Table]
     assert "eligible, 428.0 us for a shape, ranked behind" in text
 
 
+def test_G8_times_that_are_nearly_equal_leave_the_choice_to_cost(recorded: dict[str, Table]) -> None:
+    recorded[CARD] = table({Family.FLASH_SM80: 100.0, Family.FLASH_SM90: 105.0})
+    assert select_entry(ROWS, PREFILL, KNOWN).family is Family.FLASH_SM90
+    recorded[CARD] = table({Family.FLASH_SM80: 100.0, Family.FLASH_SM90: 130.0})
+    assert select_entry(ROWS, PREFILL, KNOWN).family is Family.FLASH_SM80
+
+
 def test_B7_a_kernel_without_a_time_is_not_passed_over(recorded: dict[str, Table]) -> None:
     usual = select_entry(ROWS, PREFILL, Capability.of_sm(90)).entry
     recorded[CARD] = table({Family.FLASH_SM80: 100.0}, leave_out=usual.name)
