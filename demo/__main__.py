@@ -1,5 +1,6 @@
 """Turns a checkout into something to look at: kernels built for this machine, two models run on them, the coverage."""
 
+import json
 import subprocess
 import sys
 from collections import Counter
@@ -16,8 +17,10 @@ import pa_ops
 from demo import embeddings, generation
 from pa_ops import report
 from pa_ops.cli import coverage_of
+from pa_ops.overrides import REFERENCE
 
 ROOT = Path(__file__).resolve().parent.parent
+USES = ROOT / "docs" / "gpu-uses.json"
 HTML = Path("build") / "coverage.html"
 MIN_COSINE = 0.999
 DTYPE = torch.float16
@@ -87,6 +90,13 @@ def show_coverage(console: Console) -> None:
     console.print(table)
 
 
+def write_uses(calls: list[pa_ops.trace.Decision]) -> None:
+    """Tells the coverage report which kernels the demo ran; the reference, which serves CPU tensors, is none."""
+    names = sorted({call.instance for call in calls if call.family != REFERENCE})
+    if names:
+        USES.write_text(json.dumps({"demo": names}, indent=1) + "\n", encoding="utf-8")
+
+
 def main() -> int:
     """Builds, runs both models, prints the coverage; 1 when a model's answer is not the stock one."""
     console = Console(width=None if sys.stdout.isatty() else 130)
@@ -100,11 +110,13 @@ def main() -> int:
     console.rule(f"1. build the smoke preset ({where})")
     pa_ops_command("build", "--preset", "smoke")
     console.rule("2. sentence embeddings, attention replaced by pa_ops")
-    if not show_embeddings(console, device):
-        failures.append(f"an embedding's cosine to stock attention is not above {MIN_COSINE}")
-    console.rule("3. a small Llama, decoded over a paged KV cache")
-    if not show_generation(console, device):
-        failures.append("a continuation differs from stock generation")
+    with pa_ops.trace.recording() as calls:
+        if not show_embeddings(console, device):
+            failures.append(f"an embedding's cosine to stock attention is not above {MIN_COSINE}")
+        console.rule("3. a small Llama, decoded over a paged KV cache")
+        if not show_generation(console, device):
+            failures.append("a continuation differs from stock generation")
+    write_uses(calls)
     console.rule("4. coverage")
     show_coverage(console)
     pa_ops_command("report", "--html", str(HTML))

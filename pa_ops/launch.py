@@ -14,7 +14,9 @@ import torch
 from torch import Tensor
 
 from pa_ops.arguments import DECODE, FLASH_SM90, Record, record_of
+from pa_ops.capability import Capability
 from pa_ops.errors import InvalidArgument
+from pa_ops.plan import resident_blocks
 from pa_ops.program import Address, Grid, GridRule, Launch, Size, Source, Stride, TensorMap, Value
 from pa_ops.scratch import blocks_of, counters_at, tickets_at
 from pa_ops.spec import DType, InstanceSpec
@@ -171,23 +173,33 @@ def _map_sources(spec: InstanceSpec, call: Attention) -> dict[str, Source]:
 
 
 def decode_launch(
-    kernel: int, call: Attention, *, causal: bool, skip_above: int, lengths_ready: bool, num_sms: int
+    kernel: int,
+    spec: InstanceSpec,
+    call: Attention,
+    *,
+    causal: bool,
+    skip_above: int,
+    lengths_ready: bool,
+    capability: Capability,
 ) -> Launch:
-    """Attend with an equal share of all keys for every block; sequences of more than `skip_above` tokens are left.
+    """Attend by shares of all keys, with the blocks that the device holds; sequences of more than `skip_above` tokens
+    are left.
 
     lengths_ready: the launch before this one, on the same stream, is ours, and writes neither lengths nor block table.
     """
+    resident = max(resident_blocks(spec.smem_bytes, capability.smem_optin_bytes), 1)
     sources: dict[str, Source] = {
         **call.sources(),
         "partials": Address("workspace"),
-        "counters": Address("workspace", counters_at(num_sms)),
+        "counters": Address("workspace", counters_at(capability.num_sms)),
         "kv_heads": call.keys.kv_heads,
         "causal": int(causal),
         "skip_up_to": 0,
         "skip_above": skip_above,
         "lengths_ready": int(lengths_ready),
     }
-    return Launch(kernel, DECODE, fields_of(DECODE, sources), Grid(GridRule.FIXED, blocks_of(num_sms), 1))
+    blocks = min(blocks_of(capability.num_sms), capability.num_sms * resident)
+    return Launch(kernel, DECODE, fields_of(DECODE, sources), Grid(GridRule.FIXED, blocks, 1))
 
 
 def _tokens(rows: Rows) -> Size:

@@ -19,6 +19,17 @@ class Work(NamedTuple):
     rows: int
 
 
+RESERVED_BYTES = 1024  # of shared memory: the system's in each block, and so much more than a block may have in an SM
+
+
+def resident_blocks(smem_bytes: int, smem_optin_bytes: int) -> int:
+    """Blocks of so much shared memory that an SM holds at a time, as far as that goes.
+
+    Source: CUDA C++ Programming Guide 13.0, table of technical specifications (SM 8.0 and newer).
+    """
+    return (smem_optin_bytes + RESERVED_BYTES) // (smem_bytes + RESERVED_BYTES)
+
+
 def ceil_div(a: int, b: int) -> int:
     """The least integer >= a / b, for b > 0."""
     return -(-a // b)

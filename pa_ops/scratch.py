@@ -13,7 +13,7 @@ from torch import Tensor
 from pa_ops.program import stream_of
 
 BLOCKS_AN_SM = 2
-MAX_STATE_WORDS = 32 * (256 + 2)  # outputs, maximum and sum of a row, the most rows that a tile has
+MAX_STATE_WORDS = 16 * (256 + 2)  # outputs, maximum and sum of a row, as many rows as a tile has
 
 held: dict[tuple[int, int], Tensor] = {}
 """Device and stream -> the workspace that is the stream's for good."""

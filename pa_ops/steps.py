@@ -104,11 +104,12 @@ def _attend(
     if few is not None:
         launch = decode_launch(
             registry.kernel(few.entry),
+            few.entry.spec,
             call,
             causal=arguments["causal"] or problem.window,
             skip_above=INT32_MAX if many is None else limit,
             lengths_ready=stored,
-            num_sms=registry.capability.num_sms,
+            capability=registry.capability,
         )
         yield Step(launch, _decision(op, few), aligned)
     if many is not None:

@@ -22,6 +22,7 @@ from pa_ops.templates.device.ptx import (
     opaque,
     st_global_128,
     st_global_f32,
+    st_shared_128,
     start_next_grid,
     wait_for_grid,
 )
@@ -268,7 +269,7 @@ class FlashSm90:
             base = smem + self.shared.v + stage * self.kv_bytes
             for half in cutlass.range_constexpr(self.halves):
                 for chunk in cutlass.range(begin * 8 + thread, stop * 8, GROUP_THREADS, unroll=1):
-                    tma.st_shared_128(base + half * (self.keys * COLUMN * 2) + chunk * 16, [Int32(0)] * 4)
+                    st_shared_128(base + half * (self.keys * COLUMN * 2) + chunk * 16, [Int32(0)] * 4)
             tma.fence_async()
             cute.arch.barrier(barrier_id=TAILS + group, number_of_threads=GROUP_THREADS)
 

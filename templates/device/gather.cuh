@@ -78,6 +78,8 @@ template <class Unit> __device__ inline void copy_token(const Arguments &args, i
 
 __device__ inline void gather(const Arguments &args)
 {
+    pa::wait_for_grid();
+    pa::start_next_grid();
     const bool aligned = pa::all_aligned(args);
     for (int token = blockIdx.x; token < args.tokens; token += gridDim.x) {
         const int sequence = pa::find_sequence(args.cu_seqlens_k, args.sequences, token);

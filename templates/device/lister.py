@@ -10,7 +10,7 @@ from cutlass import Int32, Int64
 
 from pa_ops.templates.device import tma
 from pa_ops.templates.device.mask_tile import keys_of as padded_keys
-from pa_ops.templates.device.ptx import st_global_i32, st_shared_32
+from pa_ops.templates.device.ptx import st_global_i32, st_shared_32, take
 from pa_ops.templates.device.shared_sm90 import BARRIER, SLOT, SLOTS
 from pa_ops.templates.device.warpgroup import COLUMN
 from pa_ops.templates.device.worklist import find_tile, length_at, paged_keys
@@ -101,7 +101,7 @@ class Lister:
         """The rank of the block's next tile."""
         ticket = Int32(0)
         if cute.arch.lane_idx() == 0:
-            ticket = cute.arch.grid_dim()[0] + tma.take(args.tickets)
+            ticket = cute.arch.grid_dim()[0] + take(args.tickets)
         return cute.arch.shuffle_sync(ticket, 0)
 
     @cute.jit

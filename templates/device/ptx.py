@@ -138,6 +138,13 @@ def st_shared_32(address, value, *, loc=None, ip=None):
 
 
 @dsl_user_op
+def st_shared_128(address, words, *, loc=None, ip=None):
+    """Store 16 bytes, given as four registers, to shared memory."""
+    operands = [Int32(address).ir_value(loc=loc, ip=ip), *(Int32(w).ir_value(loc=loc, ip=ip) for w in words)]
+    _asm(None, operands, "st.shared.v4.b32 [$0], {$1, $2, $3, $4};", "r,r,r,r,r,~{memory}", True, loc, ip)
+
+
+@dsl_user_op
 def ld_shared_32(address, *, loc=None, ip=None):
     """Load one register from shared memory."""
     operand = [Int32(address).ir_value(loc=loc, ip=ip)]
@@ -198,6 +205,13 @@ def st_global_f32x4(address, values, where, *, loc=None, ip=None):
     operands.append(Int32(where).ir_value(loc=loc, ip=ip))
     text = "{ .reg .pred p; setp.ne.b32 p, $5, 0; @p st.global.v4.f32 [$0], {$1, $2, $3, $4}; }"
     _asm(None, operands, text, "l,f,f,f,f,r", True, loc, ip)
+
+
+@dsl_user_op
+def take(address, *, loc=None, ip=None):
+    """Add one to an int32 in global memory; the value before."""
+    operand = [Int64(address).ir_value(loc=loc, ip=ip)]
+    return Int32(_asm(T.i32(), operand, "atom.relaxed.gpu.global.add.u32 $0, [$1], 1;", "=r,l", True, loc, ip))
 
 
 @dsl_user_op

@@ -100,20 +100,6 @@ def wait_for(barrier, parity, *, loc=None, ip=None):
 
 
 @dsl_user_op
-def st_shared_128(address, words, *, loc=None, ip=None):
-    """Store 16 bytes, given as four registers, to shared memory."""
-    operands = [Int32(address).ir_value(loc=loc, ip=ip), *(Int32(w).ir_value(loc=loc, ip=ip) for w in words)]
-    _asm(None, operands, "st.shared.v4.b32 [$0], {$1, $2, $3, $4};", f"r,r,r,r,r,{MEMORY}", True, loc, ip)
-
-
-@dsl_user_op
-def take(address, *, loc=None, ip=None):
-    """Add one to an int32 in global memory; the value before."""
-    operand = [Int64(address).ir_value(loc=loc, ip=ip)]
-    return Int32(_asm(T.i32(), operand, "atom.relaxed.gpu.global.add.u32 $0, [$1], 1;", "=r,l", True, loc, ip))
-
-
-@dsl_user_op
 def fence_async(*, loc=None, ip=None):
     """What this thread wrote to shared memory is seen by the tensor cores and by bulk copies that follow."""
     _asm(None, [], "fence.proxy.async.shared::cta;", MEMORY, True, loc, ip)

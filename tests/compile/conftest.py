@@ -19,9 +19,10 @@ DRIVER = Path(__file__).parent / "fake_driver.c"
 
 @pytest.fixture
 def toy(tmp_path: Path) -> Path:
-    """A copy of the toy templates, with the real module that compiles them, that a test may edit."""
+    """A copy of the toy templates, with the real modules that compile them, that a test may edit."""
     folder = Path(shutil.copytree(TOY, tmp_path / "templates"))
-    shutil.copy(template_folder() / "device" / "compiling.py", folder / "device")
+    for name in ("compiling.py", "chaining.py"):
+        shutil.copy(template_folder() / "device" / name, folder / "device")
     return folder
 
 

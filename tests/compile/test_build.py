@@ -18,16 +18,18 @@ from pa_ops.arguments import RECORDS
 from pa_ops.errors import BuildError, InvalidArgument
 from pa_ops.generator import matrix, nvrtc
 from pa_ops.generator.build import BuildBusy, Listener, Outcome, Request, build, plans, shards_of
+from pa_ops.generator.language import Language, language_of
 from pa_ops.generator.layout import Layout
 from pa_ops.generator.plan import Plan
 from pa_ops.generator.toolchain import Toolchain
 from pa_ops.manifest import Manifest
-from pa_ops.spec import Family
+from pa_ops.spec import Family, InstanceSpec
 
 pytestmark = pytest.mark.compile
 TARGET = "sm_80"
-FEW = "*_fp16_*"  # of the smoke preset: 6 of flash_sm80, 3 of decode, 2 of mea, 1 of mea_decode, append, merge
-ALL = 14
+FEW = "*_fp16_*"
+SMOKE = matrix.declared("smoke", (TARGET,))
+ALL = sum(matrix.matches(spec.name, FEW) for spec in SMOKE)
 QUICK = "*append*"  # 2 instances that no worker needs the DSL for
 RUN = """
 import sys
@@ -89,7 +91,7 @@ def test_G1_second_build_rebuilds_nothing_and_an_edit_rebuilds_what_it_touches(t
     assert stamps(home) == before
 
     append = [name for name in everything if "_append_" in name]
-    cuda = [name for name in everything if "_append_" in name or "_mea_" in name]
+    cuda = [name for name in everything if language_of(InstanceSpec.parse(name)) is Language.CUDA]
     with (toy / "append.cu.j2").open("a") as template:
         template.write("// later\n")
     assert stale(home, toy) == append
@@ -299,7 +301,7 @@ def test_G1_an_undefined_name_in_a_template_is_an_error(tmp_path: Path, toy: Pat
 
 
 def test_G1_an_empty_selection_is_an_error(tmp_path: Path, toy: Path) -> None:
-    with pytest.raises(InvalidArgument, match="filter: must match one of 28 instances"):
+    with pytest.raises(InvalidArgument, match=f"filter: must match one of {len(SMOKE)} instances"):
         run(tmp_path / "home", toy, "*nothing*")
     assert not (tmp_path / "home").exists()
 
@@ -311,4 +313,4 @@ def test_shards_hold_everything_once_and_start_with_the_dear(tmp_path: Path, toy
     declared = matrix.declared("serving", (TARGET,))
     assert sorted(item.name for shard in shards for item in shard) == [spec.name for spec in declared]
     assert max(map(len, shards)) <= 6
-    assert all(shard[0].spec.head_dim == 256 for shard in shards)
+    assert all(shard[0].spec.head_dim >= 256 for shard in shards)

@@ -15,7 +15,7 @@ from pa_ops.generator.layout import Layout
 from pa_ops.generator.toolchain import Toolchain
 from pa_ops.manifest import Manifest
 from pa_ops.sources import template_folder
-from pa_ops.spec import Family
+from pa_ops.spec import Family, InstanceSpec
 
 pytestmark = pytest.mark.compile
 
@@ -72,3 +72,14 @@ def test_B2_bf16_and_older_sms_trap(tmp_path: Path) -> None:
     for source in sources:
         text = nvrtc.compile_image(Toolchain().nvrtc, source, "compute_75", template_folder() / "device").decode()
         assert "trap;" in text and "mma.sync" not in text
+
+
+def test_every_cuda_kernel_waits_for_the_grid_before_its_own(tmp_path: Path) -> None:
+    """On SM 9.0 a launch lets blocks start while the grid before them still writes what they read (chaining.py)."""
+    build(Request(tmp_path, "smoke", ("sm_90a",), "*_fp16_*", 1))
+    sources = sorted(Layout(tmp_path / "sm_90a").sources.glob("*.cu"))
+    families = {InstanceSpec.parse(source.stem).family for source in sources}
+    assert families == {Family.APPEND, Family.GATHER, Family.MEA, Family.MEA_DECODE}
+    for source in sources:
+        text = nvrtc.compile_image(Toolchain().nvrtc, source, "compute_90", template_folder() / "device").decode()
+        assert text.index("griddepcontrol.wait") < text.index("ld.global"), source.name

@@ -162,6 +162,21 @@ def test_one_call_is_one_launch_and_one_record(
     assert any("row mask" in reason for reason in decision.reasons) and trace.last() == decision
 
 
+@pytest.mark.parametrize("head_dim", [128, 160, 256, 512])
+def test_B17_no_accumulator_leaves_the_registers(launches: Launches, head_dim: int) -> None:
+    """A block of mea has no address to put one: its record has nothing beside inputs, outputs and lse."""
+    rows = torch.zeros(40, 8, head_dim).half()
+    _, _, _, cu_seqlens, lengths, table = batch(40)
+    caches = torch.zeros(2, 4, 16, 2, head_dim).half()
+    call("paged_attention", rows, *caches, cu_seqlens, lengths, table, backend="mea")
+    call("varlen_attention", rows, rows[:, :2], rows[:, :2], cu_seqlens, cu_seqlens, backend="mea")
+    start, end = launches.workspace.data_ptr(), launches.workspace.data_ptr() + 4 * launches.workspace.numel()
+    for made in launches:
+        assert made.family is Family.MEA and {"partials", "counters"}.isdisjoint(made.fields)
+        addresses = {made.fields[name] for name in RECORDS[Family.MEA].addresses}
+        assert not any(start <= address < end for address in addresses)
+
+
 @pytest.mark.parametrize(
     ("options", "many", "few"),
     [

@@ -13,7 +13,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from helpers.serving import lengths_override
-from pa_ops.plan import attention_tiles, max_length, work_list
+from pa_ops.capability import Capability
+from pa_ops.plan import attention_tiles, max_length, resident_blocks, work_list
 
 LENGTHS = st.lists(st.one_of(st.just(0), st.integers(0, 300)), max_size=20)
 TEXTS = (".py", ".j2", ".c", ".cpp", ".h", ".cuh")
@@ -106,3 +107,10 @@ def test_A9_given_lengths_are_used_verbatim() -> None:
 def test_A9_lengths_of_another_shape_or_range_raise(given: list[int], words: str) -> None:
     with pytest.raises(ValueError, match=words):
         lengths_override(given, 4, 64)
+
+
+@pytest.mark.parametrize(
+    ("smem", "sm", "blocks"), [(98920, 90, 2), (197224, 90, 1), (98920, 80, 1), (98920, 89, 1), (50000, 86, 2)]
+)
+def test_an_sm_holds_as_many_blocks_as_their_shared_memory_lets_it(smem: int, sm: int, blocks: int) -> None:
+    assert resident_blocks(smem, Capability.of_sm(sm).smem_optin_bytes) == blocks
