@@ -124,9 +124,9 @@ def _division(problem: Problem, arguments: Arguments, registry: Registry) -> tup
     """The kernels for sequences of few query rows and for the others; None where all go to the one that is there."""
     backend = arguments["backend"]
     few, many = (registry.serve(extreme, backend).family for extreme in extremes(problem))
-    if few is many:
-        chosen = registry.select(problem, backend)
-        return (chosen, None) if few in SPLITTING else (None, chosen)
+    if few not in SPLITTING or many in SPLITTING:
+        chosen = registry.serve(problem, backend)
+        return (chosen, None) if chosen.family in SPLITTING else (None, chosen)
     splitting, other = (registry.find(problem, backend, family) for family in (few, many))
     assert splitting is not None and other is not None
     chosen_by = division(problem, splitting.entry.spec.tile.m)
