@@ -129,7 +129,7 @@ def _division(problem: Problem, arguments: Arguments, registry: Registry) -> tup
     backend = arguments["backend"]
     few, many = (registry.serve(extreme, backend).family for extreme in extremes(problem))
     if few not in SPLITTING or many in SPLITTING:
-        chosen = registry.select(problem, backend)
+        chosen = registry.serve(problem, backend)
         return (chosen, None) if chosen.family in SPLITTING else (None, chosen)
     splitting, other = (registry.find(problem, backend, family) for family in (few, many))
     assert splitting is not None and other is not None

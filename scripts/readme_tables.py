@@ -12,6 +12,7 @@ from pathlib import Path
 from pa_ops.capability import MODELS, Capability
 from pa_ops.errors import NoInstance
 from pa_ops.evidence import load_timed
+from pa_ops.families import GATES, attention_families
 from pa_ops.heuristics import extremes
 from pa_ops.jit import declared_entries
 from pa_ops.problem import Problem
@@ -45,7 +46,7 @@ def _attention(dtype: str, capability: Capability) -> str:
 
 def _head_sizes(capability: Capability) -> str:
     """The head sizes that paged attention in fp16 takes."""
-    sizes = range(8, 265, 8)
+    sizes = range(8, max(GATES[family].head_max for family in attention_families()) + 9, 8)
     served = [
         size
         for size in sizes

@@ -15,7 +15,7 @@ from torch import Tensor
 
 import pa_ops
 from helpers import programs
-from pa_ops import Capability, InvalidArgument, NoInstance, calls, cuda, registry, steps, trace
+from pa_ops import Capability, InvalidArgument, NoInstance, calls, cuda, heuristics, registry, steps, trace
 from pa_ops.arguments import CONSTANT_BASE, MAP_ALIGNMENT, MAP_BYTES, RECORDS, record_of
 from pa_ops.checks import INT32_MAX
 from pa_ops.jit import declared_entries
@@ -359,6 +359,17 @@ def test_a_decode_step_is_append_and_decode(launches: Launches) -> None:
     assert fields["counters"] == start + 2 * blocks * MAX_STATE_WORDS * 4, "two states a block come first"
     assert fields["counters"] + 4 * blocks == start + tickets_at(SM90.num_sms)
     assert made.serves(1) and made.serves(INT32_MAX), "decode alone takes whatever comes"
+
+
+@pytest.mark.parametrize(("news", "family"), [((1, 1), "flash_sm90"), ((1, 1, 40, 1), "flash_sm80")])
+def test_families_that_do_not_split_share_nothing_out(
+    news: tuple[int, ...], family: str, launches: Launches, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As times of a card may rank them: the best for few query rows and for many are two, and neither is decode."""
+    monkeypatch.setattr(heuristics, "FOR_FEW_ROWS", (Family.FLASH_SM90, *heuristics.FOR_FEW_ROWS))
+    monkeypatch.setattr(heuristics, "FOR_MANY_ROWS", (Family.FLASH_SM80, *heuristics.FOR_MANY_ROWS))
+    serving_call(*news, rotary=True)
+    assert launches.families == ["append", family]
 
 
 @pytest.mark.parametrize("family", ["flash_sm80", "flash_sm90"])
