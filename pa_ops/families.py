@@ -1,117 +1,20 @@
-"""Turns a kernel family's declared gates, a problem and a device into structured reasons why a row cannot serve it.
+"""Turns a family's gates, a row, a problem and a device into structured reasons why the row cannot serve the problem.
 
-This is the only module that holds gates: selection, `explain`, errors and the coverage report all print these.
+This is the only module that asks gates: selection, `explain`, errors and the coverage report all print these.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from itertools import islice
 from typing import NamedTuple
 
-from pa_ops.capability import Capability, Feature, min_sm
+from pa_ops.capability import Capability, min_sm
+from pa_ops.gates import GATES, NOTHING, Gates
 from pa_ops.manifest import Entry
 from pa_ops.problem import Problem
-from pa_ops.spec import DType, Family, InstanceSpec, KernelOp, Layout, Mask, TensorMask
-
-
-@dataclass(frozen=True)
-class Gates:
-    """What every row of a family asks for.
-
-    needs: features by dtype of the query. masks: which masks of a problem a row of each mask serves. head_multiple and
-    head_max bind both head sizes. split_heads: K and V may differ in head size. aligned: pointers and strides must be
-    multiples of 16 bytes. quantised: the cache may have another type than the query. invariant: what a row makes of a
-    sequence depends on nothing else in the batch. page_multiple: of which the tokens of a page must be a multiple.
-    mask_aligned: the rows of a mask tensor must start and end at multiples of 16 bytes. tensor_masks: what it may hold.
-    """
-
-    op: KernelOp
-    needs: Mapping[DType, frozenset[Feature]]
-    layouts: frozenset[Layout]
-    masks: Mapping[Mask, frozenset[Mask]]
-    head_multiple: int = 8
-    head_max: int = 256
-    split_heads: bool = False
-    softcap: bool = True
-    sinks: bool = True
-    aligned: bool = True
-    quantised: bool = False
-    invariant: bool = True
-    page_multiple: int = 1
-    mask_aligned: bool = False
-    tensor_masks: frozenset[TensorMask] = frozenset(TensorMask)
-
-
-_OWN_MASK = {mask: frozenset({mask}) for mask in Mask}
-_FULL_BY_FLAG = {
-    Mask.FULL: frozenset(),
-    Mask.CAUSAL: frozenset({Mask.CAUSAL, Mask.FULL}),
-    Mask.WINDOW: frozenset({Mask.WINDOW}),
-}
-_ANY_MASK = {mask: frozenset(Mask) for mask in Mask}
-_ANY_LAYOUT = frozenset(Layout)
-_PAGED = frozenset({Layout.GATHER})
-_NOTHING: frozenset[Feature] = frozenset()
-
-
-def _both(*features: Feature) -> dict[DType, frozenset[Feature]]:
-    """The same features for both dtypes."""
-    return {dtype: frozenset(features) for dtype in (DType.FP16, DType.BF16)}
-
-
-_MMA_SYNC = {
-    DType.FP16: frozenset({Feature.CP_ASYNC, Feature.MMA_F16}),
-    DType.BF16: frozenset({Feature.CP_ASYNC, Feature.MMA_BF16}),
-}
-_MEA = {DType.FP16: frozenset({Feature.HALF2}), DType.BF16: frozenset({Feature.MMA_BF16})}
-
-GATES: dict[Family, Gates] = {
-    Family.FLASH_SM80: Gates(KernelOp.ATTN, _MMA_SYNC, _ANY_LAYOUT, _OWN_MASK, mask_aligned=True),
-    Family.FLASH_SM90: Gates(
-        KernelOp.ATTN,
-        _both(Feature.TMA, Feature.WGMMA),
-        _ANY_LAYOUT,
-        _OWN_MASK,
-        page_multiple=8,
-        mask_aligned=True,
-        tensor_masks=frozenset({TensorMask.NONE, TensorMask.BOOL, TensorMask.ADDITIVE}),
-    ),
-    Family.DECODE: Gates(KernelOp.ATTN, _MMA_SYNC, _PAGED, _FULL_BY_FLAG, invariant=False),
-    Family.MEA: Gates(KernelOp.ATTN, _MEA, _ANY_LAYOUT, _OWN_MASK, head_max=512, split_heads=True),
-    Family.MEA_DECODE: Gates(KernelOp.ATTN, _MEA, _PAGED, _FULL_BY_FLAG, invariant=False),
-    Family.APPEND: Gates(
-        KernelOp.APPEND_KV,
-        _both(Feature.HALF2),
-        _PAGED,
-        _ANY_MASK,
-        head_multiple=1,
-        head_max=1024,
-        split_heads=True,
-        aligned=False,
-    ),
-    Family.GATHER: Gates(
-        KernelOp.GATHER_KV,
-        _both(Feature.HALF2),
-        _PAGED,
-        _ANY_MASK,
-        head_multiple=1,
-        head_max=1024,
-        split_heads=True,
-        aligned=False,
-    ),
-    Family.MERGE: Gates(
-        KernelOp.MERGE_STATES,
-        _both(Feature.CP_ASYNC),
-        frozenset({Layout.DENSE}),
-        _ANY_MASK,
-        head_multiple=1,
-        head_max=1024,
-        split_heads=True,
-        aligned=False,
-    ),
-}
+from pa_ops.spec import DType, Family, InstanceSpec, Mask, TensorMask
 
 
 @dataclass(frozen=True)
@@ -137,21 +40,6 @@ class Check(Rejection):
         return Rejection(self.gate, self.need, self.got)
 
 
-def attention_families() -> tuple[Family, ...]:
-    """Families that answer attention problems."""
-    return tuple(family for family, gates in GATES.items() if gates.op is KernelOp.ATTN)
-
-
-def families_of(op: KernelOp) -> tuple[Family, ...]:
-    """Families that compute `op`."""
-    return tuple(family for family, gates in GATES.items() if gates.op is op)
-
-
-def needs(spec: InstanceSpec) -> frozenset[Feature]:
-    """Features that a kernel's code uses; empty where its dtype is not one that the family declares."""
-    return GATES[spec.family].needs.get(spec.dtype, frozenset())
-
-
 def _words(values: Iterable[str]) -> str:
     return " or ".join(sorted(str(value) for value in values))
 
@@ -174,18 +62,18 @@ class _Gate(NamedTuple):
     """
 
     name: str
-    passed: Callable[[Gates, Problem, Capability], bool]
+    passed: Callable[[Gates, Problem], bool]
     need: Callable[[Gates, Problem], str]
-    got: Callable[[Problem, Capability], str]
+    got: Callable[[Problem], str]
     asked: Callable[[Gates, Problem], bool] = lambda gates, problem: True
 
 
 def _option(name: str) -> _Gate:
     return _Gate(
         name,
-        lambda gates, problem, _: getattr(gates, name) or not getattr(problem, name),
+        lambda gates, problem: getattr(gates, name) or not getattr(problem, name),
         lambda gates, _: "on or off" if getattr(gates, name) else "off",
-        lambda problem, _: "on" if getattr(problem, name) else "off",
+        lambda problem: "on" if getattr(problem, name) else "off",
     )
 
 
@@ -193,38 +81,32 @@ def _served(gates: Gates) -> set[Mask]:
     return {mask for masks in gates.masks.values() for mask in masks}
 
 
-def _head_sizes(problem: Problem, _: Capability) -> str:
+def _head_sizes(problem: Problem) -> str:
     return _heads(problem.head_dim, problem.head_dim_v)
 
 
 _FAMILY_GATES = (
     _Gate(
         "operator",
-        lambda gates, problem, _: problem.kernel_op is gates.op,
+        lambda gates, problem: problem.kernel_op is gates.op,
         lambda gates, _: str(gates.op),
-        lambda problem, _: f"{problem.kernel_op} ({problem.op})",
+        lambda problem: f"{problem.kernel_op} ({problem.op})",
     ),
     _Gate(
         "dtype",
-        lambda gates, problem, _: problem.dtype in gates.needs,
+        lambda gates, problem: problem.dtype in gates.needs,
         lambda gates, _: _words(gates.needs),
-        lambda problem, _: str(problem.dtype),
-    ),
-    _Gate(
-        "device",
-        lambda gates, problem, capability: gates.needs.get(DType(problem.dtype), _NOTHING) <= capability.features,
-        lambda gates, problem: _device_need(gates, DType(problem.dtype)),
-        lambda _, capability: f"sm {capability.sm}",
+        lambda problem: str(problem.dtype),
     ),
     _Gate(
         "cache dtype",
-        lambda gates, problem, _: gates.quantised or problem.kv_dtype == problem.dtype,
+        lambda gates, problem: gates.quantised or problem.kv_dtype == problem.dtype,
         lambda gates, problem: "any stored type" if gates.quantised else f"the query's type {problem.dtype}",
-        lambda problem, _: str(problem.kv_dtype),
+        lambda problem: str(problem.kv_dtype),
     ),
     _Gate(
         "head size",
-        lambda gates, problem, _: all(
+        lambda gates, problem: all(
             head % gates.head_multiple == 0 and head <= gates.head_max
             for head in (problem.head_dim, problem.head_dim_v)
         ),
@@ -233,70 +115,75 @@ _FAMILY_GATES = (
     ),
     _Gate(
         "equal head sizes",
-        lambda gates, problem, _: gates.split_heads or problem.head_dim == problem.head_dim_v,
+        lambda gates, problem: gates.split_heads or problem.head_dim == problem.head_dim_v,
         lambda gates, _: "one head size for K and V",
         _head_sizes,
         lambda gates, _: not gates.split_heads,
     ),
     _Gate(
         "layout",
-        lambda gates, problem, _: problem.layout in gates.layouts,
+        lambda gates, problem: problem.layout in gates.layouts,
         lambda gates, _: _words(gates.layouts),
-        lambda problem, _: str(problem.layout),
+        lambda problem: str(problem.layout),
     ),
     _Gate(
         "mask",
-        lambda gates, problem, _: any(problem.mask in masks for masks in gates.masks.values()),
+        lambda gates, problem: any(problem.mask in masks for masks in gates.masks.values()),
         lambda gates, _: _words(_served(gates)),
-        lambda problem, _: str(problem.mask),
+        lambda problem: str(problem.mask),
     ),
     _option("softcap"),
     _option("sinks"),
     _Gate(
         "page size",
-        lambda gates, problem, _: problem.page_size is None or problem.page_size % gates.page_multiple == 0,
+        lambda gates, problem: problem.page_size is None or problem.page_size % gates.page_multiple == 0,
         lambda gates, _: f"a multiple of {gates.page_multiple}",
-        lambda problem, _: str(problem.page_size),
+        lambda problem: str(problem.page_size),
         lambda gates, problem: problem.page_size is not None,
     ),
     _Gate(
         "mask tensor",
-        lambda gates, problem, _: problem.attn_mask in gates.tensor_masks,
+        lambda gates, problem: problem.attn_mask in gates.tensor_masks,
         lambda gates, _: _words(gates.tensor_masks - {TensorMask.NONE}),
-        lambda problem, _: str(problem.attn_mask),
+        lambda problem: str(problem.attn_mask),
         lambda gates, problem: problem.attn_mask is not TensorMask.NONE,
     ),
     _Gate(
         "mask alignment",
-        lambda gates, problem, _: (
-            problem.attn_mask is TensorMask.NONE or problem.mask_aligned or not gates.mask_aligned
-        ),
+        lambda gates, problem: problem.attn_mask is TensorMask.NONE or problem.mask_aligned or not gates.mask_aligned,
         lambda gates, _: "mask rows in multiples of 16 bytes" if gates.mask_aligned else "mask rows of any alignment",
-        lambda problem, _: "16-byte aligned" if problem.mask_aligned else "unaligned",
+        lambda problem: "16-byte aligned" if problem.mask_aligned else "unaligned",
         lambda gates, problem: problem.attn_mask is not TensorMask.NONE,
     ),
     _Gate(
         "alignment",
-        lambda gates, problem, _: problem.aligned or not gates.aligned,
+        lambda gates, problem: problem.aligned or not gates.aligned,
         lambda gates, _: "pointers and strides in multiples of 16 bytes" if gates.aligned else "any alignment",
-        lambda problem, _: "16-byte aligned" if problem.aligned else "unaligned",
+        lambda problem: "16-byte aligned" if problem.aligned else "unaligned",
     ),
 )
 
 
 def family_checks(family: Family, problem: Problem, capability: Capability) -> Iterator[Check]:
-    """Every gate that all rows of `family` share, beside the actual value."""
+    """Every gate that all rows of `family` share, beside the actual value; the device's comes last."""
     gates = GATES[family]
     for gate in _FAMILY_GATES:
         if gate.asked(gates, problem):
-            passed = gate.passed(gates, problem, capability)
-            yield Check(gate.name, gate.need(gates, problem), gate.got(problem, capability), passed)
+            yield Check(gate.name, gate.need(gates, problem), gate.got(problem), gate.passed(gates, problem))
+    dtype = DType(problem.dtype)
+    need, got = _device_need(gates, dtype), f"sm {capability.sm}"
+    yield Check("device", need, got, device_passes(family, dtype, capability))
 
 
-def family_passes(family: Family, problem: Problem, capability: Capability) -> bool:
-    """Whether no gate that all rows of `family` share rejects the problem."""
+def problem_passes(family: Family, problem: Problem) -> bool:
+    """Whether some device's rows of `family` may serve the problem: every gate that they share but the device's."""
     gates = GATES[family]
-    return all(gate.passed(gates, problem, capability) for gate in _FAMILY_GATES)
+    return all(gate.passed(gates, problem) for gate in _FAMILY_GATES)
+
+
+def device_passes(family: Family, dtype: DType, capability: Capability) -> bool:
+    """Whether the device has all features that the family's code for `dtype` uses."""
+    return GATES[family].needs.get(dtype, NOTHING) <= capability.features
 
 
 def _heads(head_dim: int, head_dim_v: int) -> str:
@@ -305,22 +192,23 @@ def _heads(head_dim: int, head_dim_v: int) -> str:
 
 def family_rejections(family: Family, problem: Problem, capability: Capability) -> tuple[Rejection, ...]:
     """The gates that all rows of `family` share and that are not passed; the operator alone when that is another."""
-    if family_passes(family, problem, capability):
+    if problem_passes(family, problem) and device_passes(family, DType(problem.dtype), capability):
         return ()
     failed = (check.rejection() for check in family_checks(family, problem, capability) if not check.passed)
     return tuple(failed if GATES[family].op is problem.kernel_op else islice(failed, 1))
 
 
-def row_rejections(entry: Entry, problem: Problem, capability: Capability) -> Iterator[Rejection]:
-    """The gates of one row's own that are not passed: what was fixed when it was compiled, and for which device."""
-    spec = entry.spec
-    if spec.op is not problem.kernel_op:
-        return
+def device_rejections(entry: Entry, capability: Capability) -> Iterator[Rejection]:
+    """Why a device cannot run a row, whatever the problem: it does not load the code, or lacks shared memory."""
     if not any(target in capability.targets for target in entry.code_targets):
         yield Rejection("code target", f"code that sm {capability.sm} loads", ", ".join(entry.code_targets))
     if entry.smem_bytes > capability.smem_optin_bytes:
         need = f"{entry.smem_bytes} B of shared memory a block"
         yield Rejection("shared memory", need, f"{capability.smem_optin_bytes} B")
+
+
+def problem_rejections(spec: InstanceSpec, problem: Problem) -> Iterator[Rejection]:
+    """Why a row of the problem's operator cannot serve it on any device: what was fixed when it was compiled."""
     if spec.dtype is not problem.dtype:
         yield Rejection("row dtype", str(spec.dtype), str(problem.dtype))
     if spec.kv_dtype is not problem.kv_dtype:
@@ -334,6 +222,13 @@ def row_rejections(entry: Entry, problem: Problem, capability: Capability) -> It
     if any(limit and head > limit for limit, head in pairs):
         need = f"at most {_heads(spec.head_dim, spec.head_dim_v)}"
         yield Rejection("row head size", need, _heads(problem.head_dim, problem.head_dim_v))
+
+
+def row_rejections(entry: Entry, problem: Problem, capability: Capability) -> Iterator[Rejection]:
+    """The gates of one row's own that are not passed; none of a row of another operator, which its family rejects."""
+    if entry.spec.op is problem.kernel_op:
+        yield from device_rejections(entry, capability)
+        yield from problem_rejections(entry.spec, problem)
 
 
 def rejections(entry: Entry, problem: Problem, capability: Capability) -> Iterator[Rejection]:

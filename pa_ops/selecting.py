@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, TypeAlias
 
 from pa_ops.capability import Capability
 from pa_ops.errors import InvalidArgument
-from pa_ops.families import attention_families
+from pa_ops.gates import attention_families
 from pa_ops.jit import declared_entries
 from pa_ops.overrides import policy
 from pa_ops.problem import Problem

@@ -8,16 +8,8 @@ from dataclasses import dataclass, field, replace
 
 from pa_ops.capability import Capability
 from pa_ops.errors import InvalidArgument, NoInstance
-from pa_ops.families import (
-    GATES,
-    Rejection,
-    attention_families,
-    families_of,
-    family_checks,
-    family_rejections,
-    rejections,
-    row_rejections,
-)
+from pa_ops.families import Rejection, family_checks, family_rejections, rejections, row_rejections
+from pa_ops.gates import GATES, attention_families, families_of
 from pa_ops.heuristics import cheapest, timing
 from pa_ops.manifest import Entry
 from pa_ops.problem import Problem

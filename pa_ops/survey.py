@@ -11,13 +11,14 @@ from typing import Any
 from pa_ops.capability import MODELS, Capability
 from pa_ops.errors import NoInstance
 from pa_ops.evidence import Key
-from pa_ops.families import families_of, family_passes, row_rejections
+from pa_ops.families import device_passes, device_rejections, problem_passes, problem_rejections
+from pa_ops.gates import families_of
 from pa_ops.heuristics import cost
 from pa_ops.manifest import Entry
 from pa_ops.problem import Problem
 from pa_ops.selection import select_entry
 from pa_ops.spec import DType, Family, InstanceSpec, Op, TensorMask, Word
-from pa_ops.unsupported import unsupported
+from pa_ops.unsupported import UNSUPPORTED, Unsupported, covering
 
 # Both sides of every usual head size, and the ends; those of rows with another come on top.
 HEAD_DIMS = (8, 40, 64, 72, 96, 104, 128, 136, 192, 200, 256, 264, 512)
@@ -90,25 +91,60 @@ def survey(entries: Iterable[Entry], sms: Iterable[int] = tuple(MODELS)) -> tupl
     no holes.
     """
     rows = tuple(entries)
-    sizes: dict[tuple[object, ...], list[Problem]] = defaultdict(list)
-    sides = {side for row in rows for side in (row.spec.head_dim, row.spec.head_dim + 8) if row.spec.head_dim}
-    for problem in domain(sorted({*HEAD_DIMS, *sides})):
-        sizes[problem.facts].append(problem)
+    asked = _asked(rows)
+    serving = _Serving(rows)
     reached: dict[Key, Reach] = {}
     holes: dict[tuple[object, ...], Hole] = {}
     for capability in _devices(rows, sms):
-        loadable = [row for row in rows if not set(row.code_targets).isdisjoint(capability.targets)]
-        fitting = _Fitting(loadable, capability)
-        for facts, problems in sizes.items():
-            first = problems[0]
-            if unsupported(first, capability) is not None:
+        here = _Here(rows, serving, capability)
+        refused = {item for item in UNSUPPORTED if item.devices(capability)}
+        for each in asked:
+            if not refused.isdisjoint(each.unsupported):
                 continue
-            able = fitting.able(first)
-            if not able and facts not in holes:
-                holes[facts] = Hole(first, capability.sm, _refusal(loadable, first, capability))
-            for problem in problems if able else ():
-                _reach(able, problem, capability, reached)
+            able = here.able(each)
+            if able:
+                here.reach(able, each, reached)
+            elif each.first.facts not in holes:
+                reason = _refusal(here.rows, each.first, capability)
+                holes[each.first.facts] = Hole(each.first, capability.sm, reason)
     return reached, tuple(holes.values())
+
+
+@dataclass(frozen=True)
+class _Asked:
+    """Problems that share all facts, and what no device changes of them.
+
+    kind, shape: what rows are looked up by; families: those whose gates they pass; unsupported: what covers them.
+    """
+
+    problems: tuple[Problem, ...]
+    kind: tuple[object, ...]
+    shape: tuple[object, ...]
+    families: tuple[Family, ...]
+    unsupported: frozenset[Unsupported]
+
+    @property
+    def first(self) -> Problem:
+        """One for all, where sizes do not matter."""
+        return self.problems[0]
+
+
+def _asked(rows: Iterable[Entry]) -> list[_Asked]:
+    """The domain with the rows' own head sizes, by facts, without what no kernel serves on any device."""
+    sides = {side for row in rows for side in (row.spec.head_dim, row.spec.head_dim + 8) if row.spec.head_dim}
+    sizes: dict[tuple[object, ...], list[Problem]] = defaultdict(list)
+    for problem in domain(sorted({*HEAD_DIMS, *sides})):
+        sizes[problem.facts].append(problem)
+    nowhere = {item for item in UNSUPPORTED if all(item.devices(Capability.of_sm(sm)) for sm in MODELS)}
+    found = []
+    for problems in sizes.values():
+        first = problems[0]
+        covered = covering(first)
+        if nowhere.isdisjoint(covered):
+            families = tuple(each for each in families_of(first.kernel_op) if problem_passes(each, first))
+            shape = (first.mask, first.head_dim, first.head_dim_v)
+            found.append(_Asked(tuple(problems), _kind(first), shape, families, covered))
+    return found
 
 
 def _devices(rows: Sequence[Entry], sms: Iterable[int]) -> Iterator[Capability]:
@@ -125,34 +161,57 @@ def _devices(rows: Sequence[Entry], sms: Iterable[int]) -> Iterator[Capability]:
     yield from kinds.values()
 
 
-class _Fitting:
-    """The rows of a device that fit a problem's own axes, looked for once for all problems that share them."""
+class _Serving:
+    """The rows that serve a problem's own axes on whatever device, looked for once for all problems that share them."""
 
-    def __init__(self, rows: Iterable[Entry], capability: Capability) -> None:
-        self._capability = capability
+    def __init__(self, rows: Sequence[Entry]) -> None:
         self._alike: dict[tuple[object, ...], list[Entry]] = defaultdict(list)
         self._found: dict[tuple[object, ...], list[Entry]] = {}
         for row in rows:
             self._alike[_kind(row.spec)].append(row)
 
-    def able(self, problem: Problem) -> list[Entry]:
-        """The rows that no gate rejects, as `selection.verdicts` has them, without the reasons."""
-        families = {each for each in families_of(problem.kernel_op) if family_passes(each, problem, self._capability)}
-        return [row for row in self._rows(problem) if row.spec.family in families]
-
-    def _rows(self, problem: Problem) -> list[Entry]:
-        key = (*_kind(problem), problem.mask, problem.head_dim, problem.head_dim_v)  # all that row_rejections look at
+    def rows(self, asked: _Asked) -> list[Entry]:
+        """Those that nothing fixed when they were compiled keeps from the problem."""
+        key = (*asked.kind, *asked.shape)  # all that problem_rejections look at
         if key not in self._found:
             self._found[key] = [
-                row
-                for row in self._alike[_kind(problem)]
-                if next(row_rejections(row, problem, self._capability), None) is None
+                row for row in self._alike[asked.kind] if next(problem_rejections(row.spec, asked.first), None) is None
             ]
         return self._found[key]
 
 
+class _Here:
+    """What selection does on one device."""
+
+    def __init__(self, rows: Iterable[Entry], serving: _Serving, capability: Capability) -> None:
+        self.rows = [row for row in rows if not set(row.code_targets).isdisjoint(capability.targets)]
+        self._serving = serving
+        self._capability = capability
+        self._running = {(row.name, row.target) for row in self.rows if not any(device_rejections(row, capability))}
+        self._able: dict[tuple[object, ...], tuple[Entry, ...]] = {}
+        self._seen: set[tuple[object, ...]] = set()
+
+    def able(self, asked: _Asked) -> tuple[Entry, ...]:
+        """The rows that no gate rejects, as `selection.verdicts` has them, without the reasons."""
+        key = (*asked.kind, *asked.shape, asked.families)
+        if key not in self._able:
+            dtype = DType(asked.first.dtype)
+            families = {each for each in asked.families if device_passes(each, dtype, self._capability)}
+            rows = (row for row in self._serving.rows(asked) if row.spec.family in families)
+            self._able[key] = tuple(row for row in rows if (row.name, row.target) in self._running)
+        return self._able[key]
+
+    def reach(self, able: tuple[Entry, ...], asked: _Asked, reached: dict[Key, Reach]) -> None:
+        """Notes the row that runs, and the one that each other family would serve the problem with if asked for."""
+        for problem in asked.problems:
+            sizes = (problem.batch, problem.tokens, problem.max_q, problem.num_heads, problem.num_kv_heads)
+            key = (id(able), *sizes)  # all that `cost` looks at; `able` lives as long as this
+            if key not in self._seen:
+                self._seen.add(key)
+                _reach(able, problem, self._capability, reached)
+
+
 def _reach(able: Iterable[Entry], problem: Problem, capability: Capability, reached: dict[Key, Reach]) -> None:
-    """Notes the row that runs, and the one that each other family would serve the problem with if asked for."""
     bests: dict[Family, Entry] = {}
     for row in sorted(able, key=lambda row: cost(row, problem, capability)):
         how = Reach.NAMED if bests else Reach.AUTO

@@ -12,7 +12,7 @@ from pathlib import Path
 from pa_ops.capability import MODELS, Capability
 from pa_ops.errors import NoInstance
 from pa_ops.evidence import load_timed
-from pa_ops.families import GATES, attention_families
+from pa_ops.gates import GATES, attention_families
 from pa_ops.heuristics import extremes
 from pa_ops.jit import declared_entries
 from pa_ops.problem import Problem

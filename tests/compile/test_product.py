@@ -12,7 +12,7 @@ import tvm_ffi
 
 from pa_ops.arguments import record_of
 from pa_ops.capability import parse_target
-from pa_ops.families import attention_families
+from pa_ops.gates import attention_families
 from pa_ops.generator import matrix
 from pa_ops.generator.build import Request, build
 from pa_ops.generator.cubin import is_code_for, read_facts

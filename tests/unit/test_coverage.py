@@ -10,7 +10,7 @@ from core_rows import declared_pairs, declared_rows
 from pa_ops.coverage import Coverage, Fit, Inputs, State, Why, cover
 from pa_ops.errors import InvalidArgument
 from pa_ops.evidence import Evidence, Timed
-from pa_ops.families import attention_families
+from pa_ops.gates import attention_families
 from pa_ops.generator import matrix
 from pa_ops.manifest import Entry, Manifest
 from pa_ops.spec import Family, InstanceSpec, Layout, Mask, Op

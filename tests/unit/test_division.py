@@ -10,7 +10,7 @@ from core_rows import declared_rows
 
 from pa_ops import steps
 from pa_ops.capability import Capability
-from pa_ops.families import attention_families
+from pa_ops.gates import attention_families
 from pa_ops.heuristics import SPLITTING, few_rows
 from pa_ops.manifest import Entry
 from pa_ops.problem import Problem

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pa_ops.capability import Capability
-from pa_ops.families import attention_families
+from pa_ops.gates import attention_families
 from pa_ops.heuristics import (
     DECODE_ROWS,
     FOR_FEW_ROWS,
