@@ -261,6 +261,7 @@ def preset_of(name: str) -> Preset:
     return PRESETS[name]
 
 
+@lru_cache(maxsize=len(PRESETS))
 def candidates(preset: str) -> tuple[InstanceSpec, ...]:
     """The whole product of a preset's axes, sorted by name, before any rule."""
     chosen = preset_of(preset)

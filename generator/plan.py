@@ -97,6 +97,7 @@ class Planner:
         self.digester = self._digester()
         self.sources = sources.fingerprint(self.renderer.folder)
         self._foreign: dict[tuple[tuple[str, str], ...], Digester] = {}
+        self._rendered: dict[InstanceSpec, str] = {}
 
     def _digester(self) -> Digester:
         return Digester(self.renderer, COMPILE_SOURCES, self.tools.compile_versions)
@@ -113,8 +114,14 @@ class Planner:
 
     def item(self, spec: InstanceSpec, target: str) -> Item:
         """A rendered instance with its digest."""
-        source = self.renderer.render(spec)
+        source = self._source(spec)
         return Item(spec, source, self.digester.digest(spec, target, source))
+
+    def _source(self, spec: InstanceSpec) -> str:
+        """The source of an instance, which is the same for all its targets."""
+        if spec not in self._rendered:
+            self._rendered[spec] = self.renderer.render(spec)
+        return self._rendered[spec]
 
     def digest_by(self, spec: InstanceSpec, target: str, tools: Mapping[str, str]) -> str:
         """The digest that today's sources would get from compilers of other versions."""
@@ -123,7 +130,7 @@ class Planner:
             ours = self.tools.compile_versions
             theirs = {language: {name: tools.get(name, "") for name in names} for language, names in ours.items()}
             self._foreign[key] = Digester(self.renderer, COMPILE_SOURCES, theirs)
-        return self._foreign[key].digest(spec, target, self.renderer.render(spec))
+        return self._foreign[key].digest(spec, target, self._source(spec))
 
     def plan(self, layout: Layout, target: str, selected: Sequence[InstanceSpec]) -> Plan:
         """What a build of `selected` has to do, given the products that lie in `layout`."""

@@ -154,14 +154,14 @@ def cover(inputs: Inputs) -> Coverage:
     digests = {entry.digest for entry in built.values()}
     cells = []
     for key in sorted({*declared, *refused, *built}):
-        if key in built:
-            cell = _built_cell(built[key], inputs, digests)
-            cell = cell if key in declared else replace(cell, state=State.STALE, reason="built, and no longer declared")
-        elif key in declared:
-            cell = _declared_cell(declared[key], inputs)
-        else:
-            cell = Cell(*key, State.REFUSED, refused[key].reason, why=_why(refused[key].rule))
         asked, used = inputs.presets.get(key[0], ()), inputs.uses.get(key[0], ())
+        if key not in built and key not in declared:  # most: nothing else is known of them
+            reason, why = refused[key].reason, _why(refused[key].rule)
+            cells.append(Cell(*key, State.REFUSED, reason, why=why, requested=asked, used=used))
+            continue
+        cell = _built_cell(built[key], inputs, digests) if key in built else _declared_cell(declared[key], inputs)
+        if key not in declared:
+            cell = replace(cell, state=State.STALE, reason="built, and no longer declared")
         cells.append(replace(cell, reach=reached.get(key, Reach.NONE), requested=asked, used=used))
     return Coverage(tuple(cells), holes)
 

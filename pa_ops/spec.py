@@ -6,7 +6,7 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from enum import Enum
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from typing import TypeVar
 
 from pa_ops.errors import InvalidArgument
@@ -118,6 +118,8 @@ def word(kind: type[WordT], argument: str, value: object) -> WordT:
 
     Raises InvalidArgument, naming `argument` and every accepted spelling.
     """
+    if type(value) is kind:
+        return value
     try:
         return kind(value)
     except ValueError:
@@ -175,7 +177,7 @@ class InstanceSpec:
         """Threads of one block."""
         return self.tile.warps * WARP_THREADS
 
-    @property
+    @cached_property
     def name(self) -> str:
         """File stem, symbol, build target, manifest key and test id in one."""
         return (

@@ -162,20 +162,20 @@ def _devices(rows: Sequence[Entry], sms: Iterable[int]) -> Iterator[Capability]:
 
 
 class _Serving:
-    """The rows that serve a problem's own axes on whatever device, looked for once for all problems that share them."""
+    """The kernels that serve a problem's own axes on whatever device, looked for once for all that share them."""
 
-    def __init__(self, rows: Sequence[Entry]) -> None:
-        self._alike: dict[tuple[object, ...], list[Entry]] = defaultdict(list)
-        self._found: dict[tuple[object, ...], list[Entry]] = {}
-        for row in rows:
-            self._alike[_kind(row.spec)].append(row)
+    def __init__(self, rows: Iterable[Entry]) -> None:
+        self._alike: dict[tuple[object, ...], list[InstanceSpec]] = defaultdict(list)
+        self._found: dict[tuple[object, ...], list[InstanceSpec]] = {}
+        for spec in dict.fromkeys(row.spec for row in rows):
+            self._alike[_kind(spec)].append(spec)
 
-    def rows(self, asked: _Asked) -> list[Entry]:
+    def specs(self, asked: _Asked) -> list[InstanceSpec]:
         """Those that nothing fixed when they were compiled keeps from the problem."""
         key = (*asked.kind, *asked.shape)  # all that problem_rejections look at
         if key not in self._found:
             self._found[key] = [
-                row for row in self._alike[asked.kind] if next(problem_rejections(row.spec, asked.first), None) is None
+                spec for spec in self._alike[asked.kind] if not any(problem_rejections(spec, asked.first))
             ]
         return self._found[key]
 
@@ -187,7 +187,10 @@ class _Here:
         self.rows = [row for row in rows if not set(row.code_targets).isdisjoint(capability.targets)]
         self._serving = serving
         self._capability = capability
-        self._running = {(row.name, row.target) for row in self.rows if not any(device_rejections(row, capability))}
+        self._running: dict[str, list[Entry]] = defaultdict(list)
+        for row in self.rows:
+            if not any(device_rejections(row, capability)):
+                self._running[row.name].append(row)
         self._able: dict[tuple[object, ...], tuple[Entry, ...]] = {}
         self._seen: set[tuple[object, ...]] = set()
 
@@ -197,8 +200,8 @@ class _Here:
         if key not in self._able:
             dtype = DType(asked.first.dtype)
             families = {each for each in asked.families if device_passes(each, dtype, self._capability)}
-            rows = (row for row in self._serving.rows(asked) if row.spec.family in families)
-            self._able[key] = tuple(row for row in rows if (row.name, row.target) in self._running)
+            specs = (spec for spec in self._serving.specs(asked) if spec.family in families)
+            self._able[key] = tuple(row for spec in specs for row in self._running.get(spec.name, ()))
         return self._able[key]
 
     def reach(self, able: tuple[Entry, ...], asked: _Asked, reached: dict[Key, Reach]) -> None:
