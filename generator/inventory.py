@@ -15,7 +15,7 @@ from pa_ops.spec import InstanceSpec
 from . import matrix
 from .layout import Layout
 from .plan import Planner
-from .targets import DECLARED_TARGETS, TARGETS
+from .targets import REPORTED_TARGETS, TARGETS
 from .toolchain import Toolchain, ToolchainError
 
 Declared = tuple[InstanceSpec, str]  # a kernel and its target
@@ -53,9 +53,9 @@ def inputs(
     uses: Mapping[str, tuple[str, ...]],
     templates: Path | None = None,
 ) -> Inputs:
-    """Everything known of every declared, refused or built kernel; targets are the declared ones and those built."""
+    """Everything known of every declared, refused or built kernel; for every reported target and those built."""
     built = manifests(home)
-    targets = tuple(dict.fromkeys((*DECLARED_TARGETS, *(manifest.target for manifest in built))))
+    targets = tuple(dict.fromkeys((*REPORTED_TARGETS, *(manifest.target for manifest in built))))
     declared = [(spec, target) for target in targets for spec in matrix.declared("full", (target,))]
     sources = {(spec.name, target) for spec, target in declared if Layout(home / target).source(spec).is_file()}
     planner = _planner(templates)

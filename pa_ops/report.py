@@ -99,14 +99,14 @@ def _kernel(spec: InstanceSpec) -> tuple[str, int, str, str]:
 
 
 def heat_map(coverage: Coverage) -> tuple[tuple[str, ...], list[tuple[object, ...]]]:
-    """A row for each kernel but for its dtype; a symbol for each dtype that exists, under each target."""
+    """A row for each kernel but for its dtype; a symbol for each dtype that exists, under each target but for `sm_`."""
     marks: dict[tuple[str, int, str, str], dict[str, list[str]]] = defaultdict(lambda: defaultdict(list))
     for cell in coverage.cells:
         spec = InstanceSpec.parse(cell.name)
         if spec.kv_dtype is spec.dtype:
             marks[_kernel(spec)][cell.target].append(f"{SYMBOLS[cell.state]}")
     targets = targets_of(coverage)
-    head = ("family", "head size", "layout", "mask", *targets)
+    head = ("family", "head size", "layout", "mask", *(target.removeprefix("sm_") for target in targets))
     rows: list[tuple[object, ...]] = []
     for key in sorted(marks):
         family, head_dim, *rest = key
