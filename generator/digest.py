@@ -35,7 +35,7 @@ def sha256_of(path: Path) -> str:
 
 @lru_cache(maxsize=512)
 def _imported(text: str) -> frozenset[str]:
-    """Names of the device modules that Python source imports; its other statements are not parsed, which takes 0.1 s."""
+    """Names of the device modules that Python source imports; nothing else is parsed, which would take 0.1 s."""
     return frozenset(name for found in _STATEMENT.finditer(text) for name in _imports(ast.parse(found[1])))
 
 

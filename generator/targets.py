@@ -39,8 +39,8 @@ TARGETS: tuple[str, ...] = (
 # The fewest targets that together load on every SM that is served. SM 11.0 is not: the DSL's CUDA 12 libraries emit
 # the part's former number, sm_101, and the build refuses an image that is not what was asked for.
 DECLARED_TARGETS: tuple[str, ...] = ("sm_53", "sm_60", "sm_70", "sm_75", "sm_80", "sm_90a", "sm_100f", "sm_120f")
-# Nobody needs them: their SMs load the code of a declared target. CI compiles the family mea for them, natively, because
-# it is code that a user may ask for.
+# Nobody needs them, because their SMs load the code of a declared target; a user may ask for them, and CI compiles the
+# family mea for them.
 COMPILED_IN_CI: tuple[str, ...] = ("sm_61", "sm_62", "sm_72")
 REPORTED_TARGETS: tuple[str, ...] = tuple(each for each in TARGETS if each in (*DECLARED_TARGETS, *COMPILED_IN_CI))
 DEFAULT_TARGETS: tuple[str, ...] = ("sm_80", "sm_90a")

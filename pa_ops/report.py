@@ -99,18 +99,23 @@ def _kernel(spec: InstanceSpec) -> tuple[str, int, str, str]:
 
 
 def heat_map(coverage: Coverage) -> tuple[tuple[str, ...], list[tuple[object, ...]]]:
-    """A row for each kernel but for its dtype; a symbol for each dtype that exists, under each target but for `sm_`."""
-    marks: dict[tuple[str, int, str, str], dict[str, list[str]]] = defaultdict(lambda: defaultdict(list))
+    """A row for each kernel but for dtype and tile; a symbol for each dtype, under each target (but for its `sm_`).
+
+    Of the tiles that a family has for several targets, each target refuses all but one, whose symbol it is.
+    """
+    marks: dict[tuple[str, int, str, str], dict[str, dict[str, str]]] = defaultdict(lambda: defaultdict(dict))
     for cell in coverage.cells:
         spec = InstanceSpec.parse(cell.name)
         if spec.kv_dtype is spec.dtype:
-            marks[_kernel(spec)][cell.target].append(f"{SYMBOLS[cell.state]}")
+            symbols = marks[_kernel(spec)][cell.target]
+            if cell.state is not State.REFUSED or spec.dtype not in symbols:
+                symbols[spec.dtype] = SYMBOLS[cell.state]
     targets = targets_of(coverage)
     head = ("family", "head size", "layout", "mask", *(target.removeprefix("sm_") for target in targets))
     rows: list[tuple[object, ...]] = []
     for key in sorted(marks):
         family, head_dim, *rest = key
-        rows.append((family, head_dim or "any", *rest, *(" ".join(marks[key][target]) for target in targets)))
+        rows.append((family, head_dim or "any", *rest, *(" ".join(marks[key][target].values()) for target in targets)))
     return head, rows
 
 

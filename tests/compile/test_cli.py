@@ -86,8 +86,8 @@ def coverage() -> Coverage:
     entry = Entry(spec.name, spec.name, "a" * 64, "sm_90a", ("sm_90a",), 32768, 255, 24, 24, 70000, 3.5)
     manifest = Manifest("sm_90a", {"cc": "x"}, "libpa_ops.so", "0" * 64, (entry,))
     inputs = inventory.inputs(Path("/nonexistent"), {(spec.name, "sm_90a"): Evidence("a" * 64, 7, 1e-3)}, {}, {})
-    targets = {key: value for key, value in inputs.digests.items() if key[0] != spec.name}
-    return cover(type(inputs)(**{**vars(inputs), "manifests": (manifest,), "digests": targets}))
+    others = {key: value for key, value in inputs.digests.items() if key[0] != spec.name}
+    return cover(type(inputs)(**{**vars(inputs), "manifests": (manifest,), "digests": others}))
 
 
 def test_G4_the_matrix_has_no_hole_and_no_unreachable_row(coverage: Coverage) -> None:
