@@ -1,6 +1,6 @@
 """Turns a family's gates, a row, a problem and a device into structured reasons why the row cannot serve the problem.
 
-This is the only module that asks gates: selection, `explain`, errors and the coverage report all print these.
+Nobody else makes reasons: selection, `explain`, errors and the coverage report all print these.
 """
 
 from __future__ import annotations

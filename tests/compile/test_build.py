@@ -17,10 +17,13 @@ from filelock import FileLock
 from pa_ops.arguments import RECORDS
 from pa_ops.errors import BuildError, InvalidArgument
 from pa_ops.generator import matrix, nvrtc
-from pa_ops.generator.build import BuildBusy, Listener, Outcome, Request, build, plans, shards_of
+from pa_ops.generator.build import Outcome, Request, build, plans
 from pa_ops.generator.language import Language, language_of
 from pa_ops.generator.layout import Layout
+from pa_ops.generator.listener import Listener
+from pa_ops.generator.lock import BuildBusy
 from pa_ops.generator.plan import Plan
+from pa_ops.generator.target_build import shards_of
 from pa_ops.generator.toolchain import Toolchain
 from pa_ops.manifest import Manifest
 from pa_ops.spec import Family, InstanceSpec

@@ -21,6 +21,7 @@ CORE = (
     "errors",
     "environment",
     "families",
+    "gates",
     "coverage",
     "evidence",
     "homes",
