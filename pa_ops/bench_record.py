@@ -19,16 +19,15 @@ from torch import Tensor
 
 from pa_ops import functions, timings
 from pa_ops.errors import InvalidArgument
+from pa_ops.launch import DTYPES
 from pa_ops.manifest import Entry
 from pa_ops.registry import capability_of, for_device
-from pa_ops.spec import DType, InstanceSpec, KernelOp, Layout, Mask
+from pa_ops.spec import PLAIN_MASKS, InstanceSpec, KernelOp, Layout, Mask
 from pa_ops.timings import ShapeClass, Timing
 
 HEADS, KV_HEADS, PAGE_SIZE, WINDOW = 32, 8, 16, 1024
 WARM_UP, CALLS = 2, 9
-MASKS = (Mask.FULL, Mask.CAUSAL, Mask.WINDOW)  # a mask tensor's kernels have no rival whose time would matter
 SECONDS = 0.25  # of a kernel and shape, at most: one that takes 30 ms a call shows its place in fewer
-DTYPES = {DType.FP16: torch.float16, DType.BF16: torch.bfloat16}
 Call = Callable[[], Any]
 
 
@@ -97,8 +96,11 @@ def milliseconds(call: Call) -> list[float]:
 
 
 def record(entries: list[Entry], device: torch.device, clock: Callable[[Call], list[float]]) -> Iterator[Timing]:
-    """A time of every attention kernel and shape class; kernels of one kind of tensors follow each other."""
-    attention = [entry for entry in entries if entry.spec.op is KernelOp.ATTN and entry.spec.mask in MASKS]
+    """A time of every attention kernel and shape class; kernels of one kind of tensors follow each other.
+
+    Those of a mask tensor have no rival whose time would matter.
+    """
+    attention = [entry for entry in entries if entry.spec.op is KernelOp.ATTN and entry.spec.mask in PLAIN_MASKS]
     kinds = sorted(attention, key=lambda entry: (entry.spec.dtype, entry.spec.head_dim, entry.spec.layout, entry.name))
     for shape_class, shape in SHAPES.items():
         for entry in kinds:

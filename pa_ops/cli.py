@@ -275,6 +275,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # whoever read has enough, `pa-ops list | head` say; there is nobody to tell
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
+    except OSError as error:  # a file that was named cannot be read or written
+        print(f"pa-ops: {error}", file=sys.stderr)
+        return 1
     except KeyboardInterrupt:
         print("pa-ops: interrupted; what was complete is kept", file=sys.stderr)
         return 130

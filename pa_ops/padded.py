@@ -38,6 +38,7 @@ _SHARED = (
     "out",
     "lse",
 )
+_PASTS = (("k", "past_key"), ("v", "past_value"))
 _NUMBERS = ("softmax_scale", "causal", "sliding_window", "softcap", "backend", "position")
 
 
@@ -65,9 +66,6 @@ def attention(*tensors: Tensor, **options: Any) -> tuple[Tensor, Tensor, Tensor,
         _attend({**arguments, **views}, sizes, out, lse, now)
     presents = handed_over(key, value, arguments["past_key"], arguments["need_present"])
     return turned(out, order.q), *presents, lse.transpose(0, 1)
-
-
-_PASTS = (("k", "past_key"), ("v", "past_value"))
 
 
 def _of_no_keys(out: Tensor, lse: Tensor, sinks: Tensor | None) -> None:

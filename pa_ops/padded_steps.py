@@ -9,7 +9,7 @@ from torch import Tensor
 
 from pa_ops.arguments import record_of
 from pa_ops.checks import Arguments, Sizes
-from pa_ops.launch import ALIGNMENT, DTYPES, Attention, Keys, Rows, fields_of
+from pa_ops.launch import ALIGNMENT, DTYPES, HALF, Attention, Keys, Rows, fields_of
 from pa_ops.problem import Problem
 from pa_ops.program import Address, Grid, GridRule, Launch, Size, Source, Stride, TensorMap
 from pa_ops.registry import Registry
@@ -18,13 +18,12 @@ from pa_ops.spec import InstanceSpec, TensorMask
 from pa_ops.steps import Step, attention_of, facts_of, rows_aligned, selected
 
 _KINDS = {torch.uint8: TensorMask.BOOL, torch.float32: TensorMask.ADDITIVE_FP32}
-_HALF = 2  # bytes of an element of fp16 or bf16
 
 
 def masked_steps(op: str, arguments: Arguments, sizes: Sizes, registry: Registry) -> Iterator[Step]:
     """The launch for the views of `RULES["attention"]`; `position` is that of the first row among the keys."""
     kernel, entry, decision = selected(op, masked_problem(arguments, sizes), arguments, registry)
-    q = Rows(Address("q"), Stride("q", 1, _HALF), Stride("q", 2, _HALF))
+    q = Rows(Address("q"), Stride("q", 1, HALF), Stride("q", 2, HALF))
     call = attention_of(arguments, sizes, q, Rows.of("out"), Keys("k", "v", "kv_lengths", sizes["Hkv"]))
     mask: Tensor | None = arguments["mask"]
     by_rows = ("mask",) if mask is not None and mask_aligned(mask) else ()
@@ -81,7 +80,7 @@ def _maps(spec: InstanceSpec, call: Attention) -> dict[str, Source]:
     made: dict[str, Source] = {}
     for name, heads, rows in (("q", call.heads, spec.tile.m), *((n, call.keys.kv_heads, spec.tile.n) for n in "kv")):
         sizes = (call.head_dim, Size(name, 1), heads, Size(name, 0))
-        strides = (Stride(name, 1, _HALF), Stride(name, 2, _HALF), Stride(name, 0, _HALF))
+        strides = (Stride(name, 1, HALF), Stride(name, 2, HALF), Stride(name, 0, HALF))
         made[f"{name}_map"] = TensorMap(Address(name), sizes, strides, rows, DTYPES[spec.dtype])
     return made
 
@@ -91,10 +90,10 @@ def _places(lengths: bool) -> dict[str, Source]:
     strides: dict[str, Source] = {}
     for name in "kv":
         for axis, what in enumerate(("page", "token", "head")):
-            strides[f"{name}_{what}_stride"] = Stride(name, axis, _HALF)
+            strides[f"{name}_{what}_stride"] = Stride(name, axis, HALF)
     return {
         **strides,
-        "q_sequence_stride": Stride("q", 0, _HALF),
+        "q_sequence_stride": Stride("q", 0, HALF),
         "kv_lengths": Address("kv_lengths") if lengths else 0,
         "tokens": Size("out", 0),
         "keys": Size("k", 1),

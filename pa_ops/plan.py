@@ -47,11 +47,6 @@ def attention_tiles(tokens: int, sequences: int, rows: int, max_seqlen_q: int | 
     return max(bound, 1)
 
 
-def max_length(lengths: Sequence[int]) -> int:
-    """The exact maximum of lengths that the host knows; 0 of none."""
-    return max(lengths, default=0)
-
-
 def work_list(lengths: Sequence[int], rows: int) -> Iterator[Work]:
     """Each tile of `rows` query rows once, in rank order; sequences of length 0 have none."""
     for sequence, length in enumerate(lengths):

@@ -11,7 +11,6 @@ from typing import TypeVar
 
 from pa_ops.errors import InvalidArgument
 
-NAME_PATTERN = re.compile(r"[a-z][a-z0-9_]*")
 NAME_LIMIT = 80
 WARP_THREADS = 32
 

@@ -62,10 +62,11 @@ def load(path: Path) -> dict[str, Table]:
         document = json.loads(path.read_text(encoding="utf-8"))
     except json.JSONDecodeError as error:
         raise InvalidArgument(str(path), "must be JSON", str(error)) from None
-    if not isinstance(document, dict) or document.get("schema") != SCHEMA:
-        raise InvalidArgument(str(path), f"must be an object of schema {SCHEMA}", type(document).__name__)
+    rows = document.get("rows") if isinstance(document, dict) and document.get("schema") == SCHEMA else None
+    if not isinstance(rows, list):
+        raise InvalidArgument(str(path), f"must be an object of schema {SCHEMA} with rows", type(document).__name__)
     cards: dict[str, dict[tuple[str, ShapeClass], Timing]] = {}
-    for number, row in enumerate(document["rows"]):
+    for number, row in enumerate(rows):
         card, timing = _row(f"{path} rows[{number}]", row)
         cards.setdefault(card, {})[timing.instance, timing.shape_class] = timing
     return dict(cards)

@@ -18,7 +18,7 @@ _OWN = ("sm", "card", "backend")
 
 @dataclass(frozen=True)
 class Question:
-    """What `pa-ops explain` is asked: a problem, an SM number (None: the device that is here), a card's name."""
+    """What `pa-ops explain` and `build --model` are told: a problem, an SM (None: this device), a card's name."""
 
     problem: Problem
     sm: int | None = None
@@ -38,10 +38,10 @@ def question(op: str, words: Sequence[str]) -> Question:
         key, separator, value = word.partition("=")
         key = SHORT.get(key, key)
         if not separator or not value:
-            raise InvalidArgument("explain", "takes key=value words", repr(word))
+            raise InvalidArgument("facts", "must be key=value words", repr(word))
         given[key] = _value(key, value, word)
     if "head_dim" not in given:
-        raise InvalidArgument("head_dim", "explain needs it, e.g. head_dim=128", "nothing")
+        raise InvalidArgument("head_dim", "must be told, head_dim=128 say", "nothing")
     own = {key: given.pop(key) for key in _OWN if key in given}
     return Question(Problem(op=op, **given), **own)  # type: ignore[arg-type]
 
@@ -52,7 +52,7 @@ def _value(key: str, value: str, word: str) -> object:
     if key in _OWN:
         return value
     if key not in _FIELDS:
-        raise InvalidArgument(key, f"explain knows {', '.join((*_FIELDS, *_OWN, *SHORT))}", repr(word))
+        raise InvalidArgument(key, f"must be one of {', '.join((*_FIELDS, *_OWN, *SHORT))}", repr(word))
     if "int" in _FIELDS[key]:
         return _number(key, value)
     if _FIELDS[key] != "bool":

@@ -16,8 +16,8 @@ from statistics import median
 from tempfile import TemporaryDirectory
 
 IMPORT = "import time, torch; start = time.perf_counter(); import pa_ops; print(time.perf_counter() - start)"
-# What each thing is, the words of its command, the most seconds that it may take (docs/performance.md).
 EXPLAIN = "explain paged_attention dtype=bf16 head_dim=128 page_size=16 tokens=64 kv=8192 sm=90"
+# Commands, and the most seconds that each may take.
 COMMANDS = (("list", 1.0), (EXPLAIN, 1.0), ("report", 1.0))
 BUILD = "build --model head_dim=128,dtype=bf16 --arch sm_90a"
 IMPORT_LIMIT, BUILD_LIMIT = 0.3, 30.0

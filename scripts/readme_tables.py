@@ -76,7 +76,7 @@ def support() -> Iterator[Row]:
 def performance() -> Iterator[Row]:
     """A row for each recorded case."""
     yield ("case", "shape", "us", "TFLOP/s", "KV GB/s", "best peer's time / ours", "card")
-    for (_, _), times in sorted(load_timed(BENCH).items()):
+    for _, times in sorted(load_timed(BENCH).items()):
         for timed in times:
             peer = min(timed.peers, key=timed.peers.__getitem__, default="")
             told = "" if timed.ratio is None else f"{timed.ratio:.2f} ({peer})"

@@ -47,9 +47,9 @@ def test_list_filters_and_tells_axes_as_json(capsys: Capture) -> None:
         (["build", "--arch", "sm_52"], "arch: must be one of sm_53"),
         (["build", "--preset", "huge"], "preset: must be one of smoke, serving, full"),
         (["build", "--jobs", "-1"], "jobs: must be an integer >= 0"),
-        (["explain", "paged_attention"], "head_dim: explain needs it"),
+        (["explain", "paged_attention"], "head_dim: must be told"),
         (["explain", "paged_attention", "head_dim=x"], "head_dim: must be an integer"),
-        (["explain", "paged_attention", "head_dim=64", "colour=red"], "colour: explain knows"),
+        (["explain", "paged_attention", "head_dim=64", "colour=red"], "colour: must be one of dtype"),
         (["explain", "paged_attention", "head_dim=64", "causal=maybe"], "causal: must be yes or no"),
         (["explain", "attend", "head_dim=64"], "op: must be one of"),
     ],
@@ -125,6 +125,14 @@ def test_report_writes_the_files_that_were_asked_for(tmp_path: Path, capsys: Cap
     assert cli.main(["report", "--check", *options]) == 0
     assert all(path.stat().st_size > 1000 for path in paths.values())
     assert "0 holes, 0 unreachable kernels" in capsys.readouterr().out
+
+
+def test_a_report_that_cannot_be_written_is_told_in_a_line(tmp_path: Path, capsys: Capture) -> None:
+    taken = tmp_path / "file"
+    taken.touch()
+    assert cli.main(["report", "--json", str(taken / "out.json")]) == 1
+    error = capsys.readouterr().err
+    assert error.startswith("pa-ops: ") and str(taken) in error and error.count("\n") == 1
 
 
 def test_G4_check_fails_where_selection_finds_a_hole(monkeypatch: pytest.MonkeyPatch, capsys: Capture) -> None:

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from helpers.serving import lengths_override
 from pa_ops.capability import Capability
-from pa_ops.plan import attention_tiles, max_length, resident_blocks, work_list
+from pa_ops.plan import attention_tiles, resident_blocks, work_list
 
 LENGTHS = st.lists(st.one_of(st.just(0), st.integers(0, 300)), max_size=20)
 TEXTS = (".py", ".j2", ".c", ".cpp", ".h", ".cuh")
@@ -36,9 +36,11 @@ SOURCES = [
     ],
     ids=lambda value: str(value)[:20],
 )
-def test_A1_the_longest_length_is_exact(lengths: list[int], longest: int) -> None:
-    assert max_length(lengths) == longest
-    assert attention_tiles(sum(lengths), len(lengths), 64) >= sum(-(-n // 64) for n in lengths)
+def test_A1_the_longest_sequence_has_all_its_tiles(lengths: list[int], longest: int) -> None:
+    work = list(work_list(lengths, 64))
+    assert max((tile.first + tile.rows for tile in work), default=0) == longest
+    assert attention_tiles(sum(lengths), len(lengths), 64) >= len(work) == sum(-(-n // 64) for n in lengths)
+    assert attention_tiles(sum(lengths), len(lengths), 64, longest) >= len(work)
 
 
 TOKENS = re.compile(r"(\w*tokens?(_count)?|total_q\w*|[tT])", re.ASCII)
@@ -87,7 +89,7 @@ def test_A2_each_row_of_each_sequence_is_in_one_tile(lengths: list[int], rows: i
     covered = [(tile.sequence, row) for tile in tiles for row in range(tile.first, tile.first + tile.rows)]
     assert covered == [(sequence, row) for sequence, length in enumerate(lengths) for row in range(length)]
     assert all(0 < tile.rows <= rows and tile.first == tile.block * rows for tile in tiles)
-    for bound in (None, max_length(lengths), 2**20):
+    for bound in (None, max(lengths, default=0), 2**20):
         assert attention_tiles(sum(lengths), len(lengths), rows, bound) >= len(tiles)
 
 
