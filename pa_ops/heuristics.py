@@ -5,6 +5,7 @@ Sizes and times order rows here and nowhere else, and never remove one.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import replace
 
@@ -91,16 +92,21 @@ def timing(entry: Entry, problem: Problem, capability: Capability) -> Timing | N
 def cheapest(able: Sequence[Entry], problem: Problem, capability: Capability) -> Entry:
     """The row that runs of those that may, at least one: the fastest by the card's times, or the first by `cost`.
 
-    Times decide only where the row that comes first by cost has one: a kernel that nobody has timed yet is not passed
-    over for those that somebody has. Those within TIE of the fastest are as fast, and the cheapest of them runs.
+    Times decide between families, each by its first row by cost: one shape a class cannot tell which of a family's head
+    sizes serves a smaller one best, and the choice between them must not hang on a few microseconds of noise. Times
+    decide only where the row that comes first has one: a kernel that nobody has timed yet is not passed over for those
+    that somebody has. Those within TIE of the fastest are as fast, and the cheapest of them runs.
     """
-    first = min(able, key=lambda entry: cost(entry, problem, capability))
-    times = {entry.name: found for entry in able if (found := timing(entry, problem, capability)) is not None}
-    if first.name not in times:
-        return first
-    limit = (1 + TIE) * min(found.microseconds for found in times.values())
-    fast = (entry for entry in able if entry.name in times and times[entry.name].microseconds <= limit)
-    return min(fast, key=lambda entry: cost(entry, problem, capability))
+    leaders: dict[Family, Entry] = {}
+    for entry in sorted(able, key=lambda entry: cost(entry, problem, capability)):
+        leaders.setdefault(entry.spec.family, entry)
+    times = {family: timing(entry, problem, capability) for family, entry in leaders.items()}
+    known = {family: found.microseconds for family, found in times.items() if found is not None}
+    first = next(iter(leaders))
+    if first in known:
+        limit = (1 + TIE) * min(known.values())
+        first = next(family for family in leaders if known.get(family, math.inf) <= limit)
+    return leaders[first]
 
 
 def cost(entry: Entry, problem: Problem, capability: Capability) -> Cost:

@@ -177,7 +177,7 @@ def test_B4_overrides_reach_steady_calls(device: torch.device, monkeypatch: pyte
         assert families() == ["flash"] * 3
     with pa_ops.batch_invariant():
         assert families() == ["flash"] * 3
-    monkeypatch.setenv("PA_OPS_DISABLE", "decode")
+    monkeypatch.setenv("PA_OPS_DISABLE", "decode,mea,mea_decode")
     assert families() == ["flash"] * 3
     monkeypatch.delenv("PA_OPS_DISABLE")
     assert families() == ["decode"] * 3
