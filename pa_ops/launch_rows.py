@@ -52,53 +52,27 @@ def append_launch(
     """
     _, page_size, kv_heads, head_dim = k_cache.shape
     head_dim_v = v_cache.shape[3]
-    rotary_dim = 0 if rotary is None else 2 * rotary.cos.shape[1]
+    heads, rotary_dim = (0, 0) if rotary is None else (rotary.heads, 2 * rotary.cos.shape[1])
     runs = (head_dim, head_dim_v, rotary_dim // 2)
     vectors = aligned and all(HALF * run % ALIGNMENT == 0 for run in runs)
-    nothing = Rows(0, 0, 0)
-    query, query_out = (nothing, nothing) if rotary is None else (rotary.query, rotary.query_out)
-    heads = 0 if rotary is None else rotary.heads
-    caches: dict[str, Source] = {}
-    for letter in "kv":
-        caches[f"{letter}_cache"] = Address(f"{letter}_cache")
-        for axis, name in enumerate(("page", "token", "head")):
-            caches[f"{letter}_{name}_stride"] = Stride(f"{letter}_cache", axis, HALF)
     sources: dict[str, Source] = {
-        **caches,
-        "query": query.address,
+        **_caches(),
+        **_rotations(rotary),
+        **_sequences(serving),
         "key": key.address,
         "value": value.address,
-        "query_out": query_out.address,
-        "cos": 0 if rotary is None else Address("cos"),
-        "sin": 0 if rotary is None else Address("sin"),
         "slots": 0 if slots is None else Address(slots),
-        "cu_seqlens_q": Address("cu_seqlens_q") if serving else 0,
-        "past_lens": Address("past_lens") if serving else 0,
-        "block_table": Address("block_table") if serving else 0,
         "faults": faults,
-        "query_token_stride": query.token,
-        "query_head_stride": query.head,
         "key_token_stride": key.token,
         "key_head_stride": key.head,
         "value_token_stride": value.token,
         "value_head_stride": value.head,
-        "out_token_stride": query_out.token,
-        "out_head_stride": query_out.head,
-        "rotary_stride": 0 if rotary is None else Stride("cos", 0, rotary.cos.element_size()),
-        "table_stride": Stride("block_table", 0, 4) if serving else 0,
         "tokens": Size(tokens, 0),
-        "sequences": Size("cu_seqlens_q", 0, 1, -1) if serving else 0,
-        "query_heads": heads,
         "kv_heads": kv_heads,
         "head_dim": head_dim,
         "head_dim_v": head_dim_v,
-        "rotary_dim": rotary_dim,
-        "interleaved": int(rotary is not None and rotary.interleaved),
-        "rotary_fp32": int(rotary is not None and rotary.cos.dtype is torch.float32),
-        "positions": 0 if rotary is None else Size("cos", 0),
         "page_size": page_size,
         "num_pages": Size("k_cache", 0),
-        "max_pages": Size("block_table", 1) if serving else 0,
         "aligned": int(vectors),
     }
     run = 8 if vectors else 1
@@ -107,9 +81,60 @@ def append_launch(
     return Launch(kernel, APPEND, sources, Grid(GridRule.TOKENS, slices, FILLING_BLOCKS))
 
 
+def _caches() -> dict[str, Source]:
+    """Where k_cache and v_cache [pages, page_size, Hkv, D or Dv] lie, and their strides."""
+    sources: dict[str, Source] = {}
+    for letter in "kv":
+        sources[f"{letter}_cache"] = Address(f"{letter}_cache")
+        for axis, name in enumerate(("page", "token", "head")):
+            sources[f"{letter}_{name}_stride"] = Stride(f"{letter}_cache", axis, HALF)
+    return sources
+
+
+def _rotations(rotary: Rotary | None) -> dict[str, Source]:
+    """What `append` is told of queries, of their rotation and of the keys'."""
+    if rotary is None:
+        names = ("query", "query_token_stride", "query_head_stride", "query_out", "out_token_stride", "out_head_stride")
+        numbers = ("query_heads", "rotary_dim", "interleaved", "rotary_fp32", "positions")
+        return dict.fromkeys((*names, *numbers, "cos", "sin", "rotary_stride"), 0)
+    query, query_out, cos = rotary.query, rotary.query_out, rotary.cos
+    return {
+        "query": query.address,
+        "query_token_stride": query.token,
+        "query_head_stride": query.head,
+        "query_out": query_out.address,
+        "out_token_stride": query_out.token,
+        "out_head_stride": query_out.head,
+        "query_heads": rotary.heads,
+        "rotary_dim": 2 * cos.shape[1],
+        "interleaved": int(rotary.interleaved),
+        "rotary_fp32": int(cos.dtype is torch.float32),
+        "positions": Size("cos", 0),
+        "cos": Address("cos"),
+        "sin": Address("sin"),
+        "rotary_stride": Stride("cos", 0, cos.element_size()),
+    }
+
+
+def _sequences(serving: bool) -> dict[str, Source]:
+    """How `append` finds a token's sequence and its place there; not at all where slots alone tell where it goes."""
+    if not serving:
+        names = ("cu_seqlens_q", "past_lens", "block_table", "table_stride", "sequences", "max_pages")
+        return dict.fromkeys(names, 0)
+    return {
+        "cu_seqlens_q": Address("cu_seqlens_q"),
+        "past_lens": Address("past_lens"),
+        "block_table": Address("block_table"),
+        "table_stride": Stride("block_table", 0, 4),
+        "sequences": Size("cu_seqlens_q", 0, 1, -1),
+        "max_pages": Size("block_table", 1),
+    }
+
+
 def gather_launch(kernel: int, kv_heads: int, head_dim: int, head_dim_v: int, *, page_size: int) -> Launch:
     """Copy pages of k_cache, v_cache [pages, page_size, Hkv, D or Dv] into the rows of k, v [T, Hkv, D or Dv]."""
     sources: dict[str, Source] = {
+        **_caches(),
         "block_table": Address("block_table"),
         "table_stride": Stride("block_table", 0, 4),
         "max_pages": Size("block_table", 1),
@@ -123,9 +148,7 @@ def gather_launch(kernel: int, kv_heads: int, head_dim: int, head_dim_v: int, *,
         "num_pages": Size("k_cache", 0),
     }
     for letter in "kv":
-        sources |= {f"{letter}_cache": Address(f"{letter}_cache"), letter: Address(letter)}
-        for axis, name in enumerate(("page", "token", "head")):
-            sources[f"{letter}_{name}_stride"] = Stride(f"{letter}_cache", axis, HALF)
+        sources[letter] = Address(letter)
         for axis, name in enumerate(("token", "head")):
             sources[f"to_{letter}_{name}_stride"] = Stride(letter, axis, HALF)
     slices = ceil_div(kv_heads * max(head_dim, head_dim_v) * HALF, ALIGNMENT * TOKEN_THREADS)

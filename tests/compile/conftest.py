@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from pa_ops import sources
 from pa_ops.generator.build import Request, build
 from pa_ops.generator.layout import Layout
 from pa_ops.sources import template_folder
@@ -24,6 +25,15 @@ def toy(tmp_path: Path) -> Path:
     for name in ("compiling.py", "chaining.py"):
         shutil.copy(template_folder() / "device" / name, folder / "device")
     return folder
+
+
+@pytest.fixture
+def installed_toy(toy: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The toy templates stand for the installed ones, and building on first use is allowed."""
+    monkeypatch.setattr(sources, "template_folder", lambda: toy)
+    monkeypatch.setattr(sources, "ours", lambda: sources.fingerprint(toy))
+    monkeypatch.delenv("PA_OPS_NO_JIT", raising=False)
+    return toy
 
 
 @pytest.fixture(scope="session")

@@ -32,7 +32,8 @@ def test_G8_everyday_commands_do_without_torch(words: str, tmp_path: Path, monke
     assert run.returncode == 0, run.stderr
 
 
-def test_G8_a_script_times_everyday_things(tmp_path: Path) -> None:
+def test_G8_a_script_times_everyday_things(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PA_OPS_HOME", str(tmp_path))
     script = ROOT / "scripts" / "everyday.py"
     run = subprocess.run([sys.executable, script, "1", "0"], cwd=tmp_path, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr

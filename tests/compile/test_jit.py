@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from pa_ops import cli, homes, sources
+from pa_ops import cli, homes
 from pa_ops.capability import Capability
 from pa_ops.errors import BuildError, NoInstance
 from pa_ops.generator import toolchain
@@ -20,7 +20,7 @@ from pa_ops.problem import Problem
 from pa_ops.registry import Registry
 from pa_ops.spec import Family
 
-pytestmark = pytest.mark.compile
+pytestmark = [pytest.mark.compile, pytest.mark.usefixtures("installed_toy")]
 SM90 = Capability.of_sm(90)
 APPEND = Problem(op="append_kv", dtype="fp16", head_dim=64)  # NVRTC's alone, so no worker imports the DSL
 PREFILL = Problem(op="paged_attention", dtype="fp16", head_dim=128, page_size=16, tokens=500)
@@ -40,14 +40,6 @@ here = Registry(Capability.of_sm(90), *homes.homes())
 chosen = here.serve(Problem(op="append_kv", dtype="fp16", head_dim=64))
 print(here.kernel(chosen.entry) > 0, here.library())
 """
-
-
-@pytest.fixture(autouse=True)
-def _toys(toy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The toy templates stand for the installed ones, and building on first use is allowed."""
-    monkeypatch.setattr(sources, "template_folder", lambda: toy)
-    monkeypatch.setattr(sources, "ours", lambda: sources.fingerprint(toy))
-    monkeypatch.delenv("PA_OPS_NO_JIT", raising=False)
 
 
 def using(home: Path, toy: Path, *read_only: Path, cache: Path | None = None) -> subprocess.Popen[str]:
