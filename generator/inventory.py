@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from pa_ops.capability import parse_target
 from pa_ops.coverage import Inputs
+from pa_ops.errors import InvalidArgument
 from pa_ops.evidence import Evidence, Key, Timed
 from pa_ops.manifest import FILE_NAME, Manifest
 from pa_ops.spec import InstanceSpec
@@ -22,9 +24,17 @@ Declared = tuple[InstanceSpec, str]  # a kernel and its target
 
 
 def manifests(home: Path) -> tuple[Manifest, ...]:
-    """Every product below `home`, oldest target first."""
-    paths = (home / target / FILE_NAME for target in TARGETS)
-    return tuple(Manifest.load(path) for path in paths if path.is_file())
+    """Every product below `home`, oldest target first; one whose manifest cannot be read is left out with a warning."""
+    found = []
+    for path in (home / target / FILE_NAME for target in TARGETS):
+        try:
+            found.append(Manifest.load(path))
+        except FileNotFoundError:
+            continue
+        except (InvalidArgument, OSError, UnicodeDecodeError) as error:
+            text = f"pa_ops: {path.parent} is not counted: its manifest is damaged or of another version ({error})"
+            warnings.warn(text, RuntimeWarning, stacklevel=2)
+    return tuple(found)
 
 
 def _planner(templates: Path | None) -> Planner | None:

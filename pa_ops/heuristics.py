@@ -110,10 +110,11 @@ def cheapest(able: Sequence[Entry], problem: Problem, capability: Capability) ->
 
 
 def cost(entry: Entry, problem: Problem, capability: Capability) -> Cost:
-    """A total order on rows: the family for as many rows, padded head sizes, the busiest SM's work, how native it is.
+    """A total order on rows: the family for as many rows, padded head sizes, how native it is, the busiest SM's work.
 
     The family comes first, however much it pads. Padding comes early because it costs shared memory and registers as
-    well as work. The name decides what is left, so that the order of the rows carries no meaning.
+    well as work. Code of the device's own target comes before what is translated for it: its tile was chosen there. The
+    name decides what is left, so that the order of the rows carries no meaning.
     """
     spec = entry.spec
     tile_m = max(spec.tile.m, 1)
@@ -122,4 +123,4 @@ def cost(entry: Entry, problem: Problem, capability: Capability) -> Cost:
     ranks = [capability.targets.index(target) for target in entry.code_targets if target in capability.targets]
     native = min(ranks, default=len(capability.targets))
     padded = spec.head_dim + spec.head_dim_v
-    return (rank(spec.family, problem), padded, slots, native, entry.smem_bytes, entry.name)
+    return (rank(spec.family, problem), padded, native, slots, entry.smem_bytes, entry.name)

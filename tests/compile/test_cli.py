@@ -143,3 +143,11 @@ def test_G4_check_fails_where_selection_finds_a_hole(monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(matrix, "declared", without_causal)
     assert cli.main(["report", "--check"]) == 1
     assert "## Holes" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("text", ['{"schema": 1}', "{", ""])
+def test_G1_a_product_of_another_version_is_left_out_of_the_report_with_a_warning(text: str, tmp_path: Path) -> None:
+    (tmp_path / "sm_80").mkdir()
+    (tmp_path / "sm_80" / "manifest.json").write_text(text)
+    with pytest.warns(RuntimeWarning, match=r"sm_80 is not counted: its manifest is damaged or of another version"):
+        assert inventory.manifests(tmp_path) == ()

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from pa_ops.capability import Capability
 from pa_ops.gates import attention_families
+from pa_ops.generator.matrix import declared
 from pa_ops.heuristics import (
     DECODE_ROWS,
     FOR_FEW_ROWS,
@@ -22,6 +23,7 @@ from pa_ops.heuristics import (
     division,
     extremes,
 )
+from pa_ops.manifest import Entry
 from pa_ops.problem import Problem
 from pa_ops.selection import Policy, select_entry
 
@@ -129,3 +131,17 @@ def test_selection_prefers_the_family_made_for_the_rows_of_the_longest_sequence(
         older = family.replace("sm90", "sm80")
         assert select_entry(declared_rows(), problem, Capability.of_sm(80)).family == older
         assert select_entry(declared_rows(), replace(problem, page_size=12), Capability.of_sm(90)).family == older
+
+
+@pytest.mark.parametrize("tokens", [1, 16, 500])
+@pytest.mark.parametrize("family", ["mea", "mea_decode"])
+def test_code_of_the_device_s_own_target_comes_before_ptx(family: str, tokens: int) -> None:
+    """Whatever tile the older target was given: a smaller one is not better here for having fewer rows to pad."""
+    older = [Entry.declared(spec, "compute_75") for spec in declared("full", ("compute_75",))]
+    for head_dim in (64, 128, 256, 512):
+        paged = Problem(op="paged_attention", dtype="fp16", head_dim=head_dim, page_size=16, tokens=tokens)
+        if family == "mea_decode" and head_dim > 256:
+            continue
+        for rows in ([*older, *declared_rows()], [*declared_rows(), *older]):
+            chosen = select_entry(rows, paged, Capability.of_sm(90), Policy(backend=family))
+            assert chosen.entry.target == "sm_90a", (head_dim, chosen.instance)
