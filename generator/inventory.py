@@ -9,9 +9,9 @@ from pathlib import Path
 
 from pa_ops.capability import parse_target
 from pa_ops.coverage import Inputs
-from pa_ops.errors import InvalidArgument
 from pa_ops.evidence import Evidence, Key, Timed
-from pa_ops.manifest import FILE_NAME, Manifest
+from pa_ops.homes import Unusable, manifest_in
+from pa_ops.manifest import Manifest
 from pa_ops.spec import InstanceSpec
 
 from . import matrix
@@ -25,16 +25,11 @@ Declared = tuple[InstanceSpec, str]  # a kernel and its target
 
 def manifests(home: Path) -> tuple[Manifest, ...]:
     """Every product below `home`, oldest target first; one whose manifest cannot be read is left out with a warning."""
-    found = []
-    for path in (home / target / FILE_NAME for target in TARGETS):
-        try:
-            found.append(Manifest.load(path))
-        except FileNotFoundError:
-            continue
-        except (InvalidArgument, OSError, UnicodeDecodeError) as error:
-            text = f"pa_ops: {path.parent} is not counted: its manifest is damaged or of another version ({error})"
-            warnings.warn(text, RuntimeWarning, stacklevel=2)
-    return tuple(found)
+    found = [manifest_in(home / target) for target in TARGETS]
+    for each in found:
+        if isinstance(each, Unusable):
+            warnings.warn(f"pa_ops: {each.folder} is not counted: {each.reason}", RuntimeWarning, stacklevel=2)
+    return tuple(each for each in found if isinstance(each, Manifest))
 
 
 def _planner(templates: Path | None) -> Planner | None:

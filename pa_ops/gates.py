@@ -60,6 +60,21 @@ _MMA_SYNC = {
 }
 _MEA = {DType.FP16: frozenset({Feature.HALF2}), DType.BF16: frozenset({Feature.MMA_BF16})}
 
+
+def _of_rows(op: KernelOp, feature: Feature, layout: Layout) -> Gates:
+    """The gates of a family that moves or merges rows of any size and alignment, and has no mask to ask for."""
+    return Gates(
+        op,
+        _both(feature),
+        frozenset({layout}),
+        _ANY_MASK,
+        head_multiple=1,
+        head_max=1024,
+        split_heads=True,
+        aligned=False,
+    )
+
+
 GATES: dict[Family, Gates] = {
     Family.FLASH_SM80: Gates(KernelOp.ATTN, _MMA_SYNC, _ANY_LAYOUT, _OWN_MASK, mask_aligned=True),
     Family.FLASH_SM90: Gates(
@@ -74,36 +89,9 @@ GATES: dict[Family, Gates] = {
     Family.DECODE: Gates(KernelOp.ATTN, _MMA_SYNC, _PAGED, _FULL_BY_FLAG, invariant=False),
     Family.MEA: Gates(KernelOp.ATTN, _MEA, _ANY_LAYOUT, _OWN_MASK, head_max=512, split_heads=True),
     Family.MEA_DECODE: Gates(KernelOp.ATTN, _MEA, _PAGED, _FULL_BY_FLAG, invariant=False),
-    Family.APPEND: Gates(
-        KernelOp.APPEND_KV,
-        _both(Feature.HALF2),
-        _PAGED,
-        _ANY_MASK,
-        head_multiple=1,
-        head_max=1024,
-        split_heads=True,
-        aligned=False,
-    ),
-    Family.GATHER: Gates(
-        KernelOp.GATHER_KV,
-        _both(Feature.HALF2),
-        _PAGED,
-        _ANY_MASK,
-        head_multiple=1,
-        head_max=1024,
-        split_heads=True,
-        aligned=False,
-    ),
-    Family.MERGE: Gates(
-        KernelOp.MERGE_STATES,
-        _both(Feature.CP_ASYNC),
-        frozenset({Layout.DENSE}),
-        _ANY_MASK,
-        head_multiple=1,
-        head_max=1024,
-        split_heads=True,
-        aligned=False,
-    ),
+    Family.APPEND: _of_rows(KernelOp.APPEND_KV, Feature.HALF2, Layout.GATHER),
+    Family.GATHER: _of_rows(KernelOp.GATHER_KV, Feature.HALF2, Layout.GATHER),
+    Family.MERGE: _of_rows(KernelOp.MERGE_STATES, Feature.CP_ASYNC, Layout.DENSE),
 }
 
 

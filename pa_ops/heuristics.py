@@ -6,7 +6,7 @@ Sizes and times order rows here and nowhere else, and never remove one.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 
 from pa_ops.capability import Capability
@@ -89,6 +89,14 @@ def timing(entry: Entry, problem: Problem, capability: Capability) -> Timing | N
     return of_card(capability.card).get((entry.name, shape_class))
 
 
+def leaders(able: Iterable[Entry], problem: Problem, capability: Capability) -> dict[Family, Entry]:
+    """The row that each family would serve `problem` with, by `cost`; the cheapest family first."""
+    firsts: dict[Family, Entry] = {}
+    for entry in sorted(able, key=lambda entry: cost(entry, problem, capability)):
+        firsts.setdefault(entry.spec.family, entry)
+    return firsts
+
+
 def cheapest(able: Sequence[Entry], problem: Problem, capability: Capability) -> Entry:
     """The row that runs of those that may, at least one: the fastest by the card's times, or the first by `cost`.
 
@@ -97,16 +105,14 @@ def cheapest(able: Sequence[Entry], problem: Problem, capability: Capability) ->
     decide only where the row that comes first has one: a kernel that nobody has timed yet is not passed over for those
     that somebody has. Those within TIE of the fastest are as fast, and the cheapest of them runs.
     """
-    leaders: dict[Family, Entry] = {}
-    for entry in sorted(able, key=lambda entry: cost(entry, problem, capability)):
-        leaders.setdefault(entry.spec.family, entry)
-    times = {family: timing(entry, problem, capability) for family, entry in leaders.items()}
+    firsts = leaders(able, problem, capability)
+    times = {family: timing(entry, problem, capability) for family, entry in firsts.items()}
     known = {family: found.microseconds for family, found in times.items() if found is not None}
-    first = next(iter(leaders))
-    if first in known:
+    chosen = next(iter(firsts))
+    if chosen in known:
         limit = (1 + TIE) * min(known.values())
-        first = next(family for family in leaders if known.get(family, math.inf) <= limit)
-    return leaders[first]
+        chosen = next(family for family in firsts if known.get(family, math.inf) <= limit)
+    return firsts[chosen]
 
 
 def cost(entry: Entry, problem: Problem, capability: Capability) -> Cost:

@@ -73,15 +73,22 @@ def writable(root: Path) -> bool:
     return os.access(place, os.W_OK | os.X_OK)
 
 
-def read(folder: Path) -> Product | Unusable | None:
-    """The product in `folder`, home/<target>, or why it must not be loaded; None where no build has ended."""
+def manifest_in(folder: Path) -> Manifest | Unusable | None:
+    """The manifest in `folder`, home/<target>, or why it cannot be read; None where no build has ended."""
     path = folder / FILE_NAME
     if not path.is_file():
         return None
     try:
-        manifest = Manifest.load(path)
+        return Manifest.load(path)
     except (InvalidArgument, OSError, UnicodeDecodeError) as error:
         return Unusable(folder, f"its manifest is damaged or of another version ({error})")
+
+
+def read(folder: Path) -> Product | Unusable | None:
+    """The product in `folder`, home/<target>, or why it must not be loaded; None where no build has ended."""
+    manifest = manifest_in(folder)
+    if not isinstance(manifest, Manifest):
+        return manifest
     if manifest.target != folder.name:
         return Unusable(folder, f"its manifest is {manifest.target}'s")
     if manifest.sources != sources.ours():

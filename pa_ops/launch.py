@@ -208,18 +208,19 @@ def _tokens(rows: Rows) -> Size:
     return Size(rows.address.tensor, 0)
 
 
+def axis_strides(k: str, v: str, axes: tuple[str, ...] = ("page", "token", "head")) -> dict[str, Source]:
+    """The strides of the leading `axes` of tensors k and v, by field: k_page_stride and so on."""
+    names = (("k", k), ("v", v))
+    return {f"{letter}_{axis}_stride": Stride(name, i, HALF) for letter, name in names for i, axis in enumerate(axes)}
+
+
 def _key_sources(keys: Keys) -> dict[str, Source]:
-    first = 1 if keys.page_size else 0
-    strides: dict[str, Source] = {}
-    for letter, name in (("k", keys.k), ("v", keys.v)):
-        strides[f"{letter}_page_stride"] = Stride(name, 0, HALF) if keys.page_size else 0
-        strides[f"{letter}_token_stride"] = Stride(name, first, HALF)
-        strides[f"{letter}_head_stride"] = Stride(name, first + 1, HALF)
     if not keys.page_size:
-        tables: dict[str, Source] = {"block_table": 0, "table_stride": 0, "max_pages": 0, "num_pages": 0}
-        return {**strides, **tables, "page_size": 1, "keys": Size(keys.k, 0)}
+        nothing = ("k_page_stride", "v_page_stride", "block_table", "table_stride", "max_pages", "num_pages")
+        rows = axis_strides(keys.k, keys.v, ("token", "head"))
+        return {**rows, **dict.fromkeys(nothing, 0), "page_size": 1, "keys": Size(keys.k, 0)}
     return {
-        **strides,
+        **axis_strides(keys.k, keys.v),
         "block_table": Address("block_table"),
         "table_stride": Stride("block_table", 0, 4),
         "max_pages": Size("block_table", 1),

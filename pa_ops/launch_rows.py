@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from pa_ops.arguments import APPEND, GATHER, MERGE
-from pa_ops.launch import ALIGNMENT, HALF, Rows
+from pa_ops.launch import ALIGNMENT, HALF, Rows, axis_strides
 from pa_ops.plan import ceil_div
 from pa_ops.program import Address, Grid, GridRule, Launch, Size, Source, Stride
 from pa_ops.spec import InstanceSpec
@@ -83,12 +83,8 @@ def append_launch(
 
 def _caches() -> dict[str, Source]:
     """Where k_cache and v_cache [pages, page_size, Hkv, D or Dv] lie, and their strides."""
-    sources: dict[str, Source] = {}
-    for letter in "kv":
-        sources[f"{letter}_cache"] = Address(f"{letter}_cache")
-        for axis, name in enumerate(("page", "token", "head")):
-            sources[f"{letter}_{name}_stride"] = Stride(f"{letter}_cache", axis, HALF)
-    return sources
+    names = ("k_cache", "v_cache")
+    return {**{name: Address(name) for name in names}, **axis_strides(*names)}
 
 
 def _rotations(rotary: Rotary | None) -> dict[str, Source]:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from pa_ops.arguments import record_of
 from pa_ops.checks import Arguments, Sizes
-from pa_ops.launch import ALIGNMENT, DTYPES, HALF, Attention, Keys, Rows, fields_of
+from pa_ops.launch import ALIGNMENT, DTYPES, HALF, Attention, Keys, Rows, axis_strides, fields_of
 from pa_ops.problem import Problem
 from pa_ops.program import Address, Grid, GridRule, Launch, Size, Source, Stride, TensorMap
 from pa_ops.registry import Registry
@@ -87,12 +87,8 @@ def _maps(spec: InstanceSpec, call: Attention) -> dict[str, Source]:
 
 def _places(lengths: bool) -> dict[str, Source]:
     """How rows of a padded batch are found: the sequence's, then the token's, then the head's."""
-    strides: dict[str, Source] = {}
-    for name in "kv":
-        for axis, what in enumerate(("page", "token", "head")):
-            strides[f"{name}_{what}_stride"] = Stride(name, axis, HALF)
     return {
-        **strides,
+        **axis_strides("k", "v"),
         "q_sequence_stride": Stride("q", 0, HALF),
         "kv_lengths": Address("kv_lengths") if lengths else 0,
         "tokens": Size("out", 0),

@@ -13,7 +13,7 @@ from pa_ops.errors import NoInstance
 from pa_ops.evidence import Key
 from pa_ops.families import device_passes, device_rejections, problem_passes, problem_rejections
 from pa_ops.gates import families_of
-from pa_ops.heuristics import cost
+from pa_ops.heuristics import leaders
 from pa_ops.manifest import Entry
 from pa_ops.problem import Problem
 from pa_ops.selection import select_entry
@@ -215,11 +215,9 @@ class _Here:
 
 
 def _reach(able: Iterable[Entry], problem: Problem, capability: Capability, reached: dict[Key, Reach]) -> None:
-    bests: dict[Family, Entry] = {}
-    for row in sorted(able, key=lambda row: cost(row, problem, capability)):
-        how = Reach.NAMED if bests else Reach.AUTO
-        if bests.setdefault(row.spec.family, row) is row and reached.get((row.name, row.target)) is not Reach.AUTO:
-            reached[row.name, row.target] = how
+    for place, row in enumerate(leaders(able, problem, capability).values()):
+        if reached.get((row.name, row.target)) is not Reach.AUTO:
+            reached[row.name, row.target] = Reach.NAMED if place else Reach.AUTO
 
 
 def _refusal(rows: Iterable[Entry], problem: Problem, capability: Capability) -> str:
