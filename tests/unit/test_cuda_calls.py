@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import hashlib
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,111 +13,17 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import pa_ops
-from helpers import programs
-from pa_ops import Capability, InvalidArgument, NoInstance, calls, cuda, heuristics, registry, steps, trace
-from pa_ops.arguments import CONSTANT_BASE, MAP_ALIGNMENT, MAP_BYTES, RECORDS, record_of
+from helpers.launches import SM90, Launches, write_product
+from pa_ops import Capability, InvalidArgument, NoInstance, cuda, heuristics, registry, trace
+from pa_ops.arguments import CONSTANT_BASE, MAP_ALIGNMENT, MAP_BYTES, RECORDS
 from pa_ops.checks import INT32_MAX
-from pa_ops.jit import declared_entries
 from pa_ops.launch_rows import FILLING_BLOCKS
-from pa_ops.manifest import FILE_NAME, Manifest
 from pa_ops.scratch import MAX_STATE_WORDS, blocks_of, tickets_at
-from pa_ops.sources import ours
-from pa_ops.spec import Family, InstanceSpec
-
-SM90 = Capability.of_sm(90)
-LIBRARY = b"a library"
+from pa_ops.spec import Family
 
 
 def int32(*values: int) -> Tensor:
     return torch.tensor(values, dtype=torch.int32)
-
-
-def write_product(home: Path, target: str = "sm_90a", *, library: bytes = LIBRARY) -> Manifest:
-    """A manifest of every declared kernel, built as far as anyone who does not launch can tell."""
-    entries = tuple(replace(e, digest="0" * 64) for e in declared_entries(SM90) if e.target == "sm_90a")
-    entries = tuple(replace(e, target=target, code_targets=(target,)) for e in entries)
-    manifest = Manifest(target, {"dsl": "4"}, "libpa_ops.so", hashlib.sha256(LIBRARY).hexdigest(), entries, ours())
-    folder = home / target
-    folder.mkdir(parents=True)
-    (folder / "libpa_ops.so").write_bytes(library)
-    (folder / FILE_NAME).write_text(manifest.dumps())
-    return manifest
-
-
-@dataclass(frozen=True)
-class Made:
-    """One kernel launch: the symbol, the fields and the tensor maps of its record, the grid."""
-
-    symbol: str
-    fields: dict[str, Any]
-    maps: dict[str, programs.Map]
-    x: int
-    y: int
-
-    @property
-    def family(self) -> Family:
-        """The family of the kernel."""
-        return InstanceSpec.parse(self.symbol).family
-
-    @property
-    def queries(self) -> tuple[int, int]:
-        """Where an attention launch finds its queries: the address, the bytes from token to token."""
-        if "q_map" in self.maps:
-            return self.maps["q_map"].address, self.maps["q_map"].strides[0]
-        return self.fields["q"], self.fields["q_token_stride"]
-
-    def serves(self, new: int) -> bool:
-        """Whether an attention launch takes a sequence of `new` tokens, as its kernel decides."""
-        return self.fields["skip_up_to"] < new <= self.fields.get("skip_above", INT32_MAX)
-
-
-class Launches(list[Made]):
-    """A library whose kernels are known by a number, and which notes what a program asks for."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.symbols: list[str] = []
-        self.workspace = torch.empty(tickets_at(SM90.num_sms) // 4 + 1, dtype=torch.int32)
-
-    @property
-    def families(self) -> list[str]:
-        """Those of the launches, in order."""
-        return [str(made.family) for made in self]
-
-    def __getitem__(self, symbol: Any) -> Any:
-        if not isinstance(symbol, str):
-            return super().__getitem__(symbol)
-        return self.call if symbol == registry.CALLER else lambda: self.handle(symbol)
-
-    def handle(self, symbol: str) -> int:
-        self.symbols.append(symbol)
-        return len(self.symbols) - 1
-
-    def call(self, address: int, *tensors: Tensor | None) -> int:
-        launched = programs.run(address, *tensors)
-        if isinstance(launched, int):
-            return launched
-        for made in launched:
-            symbol = self.symbols[made.kernel]
-            record = record_of(InstanceSpec.parse(symbol))
-            maps = programs.maps_of(record, made.record)
-            self.append(Made(symbol, record.unpack(made.record), maps, made.x, made.y))
-        return 1
-
-
-@pytest.fixture
-def launches(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Launches:
-    made = Launches()
-    write_product(tmp_path)
-    monkeypatch.setenv("PA_OPS_HOME", str(tmp_path))
-    monkeypatch.setattr("tvm_ffi.load_module", lambda path: made)
-    monkeypatch.setattr(registry, "capability_of", lambda index: SM90)
-    mask = torch.zeros(1, dtype=torch.int32)
-    monkeypatch.setattr(steps, "mask_of", lambda device: mask)
-    monkeypatch.setattr(cuda, "_workspace", lambda out: made.workspace)
-    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
-    calls._plans.clear()
-    return made
 
 
 def batch(*news: int, dim: int = 64, dtype: torch.dtype = torch.float16, heads: int = 8) -> tuple[Tensor, ...]:

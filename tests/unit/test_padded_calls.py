@@ -7,12 +7,11 @@ from itertools import product
 from typing import Any
 
 import pytest
-import test_cuda_calls
 import torch
 from core_rows import declared_rows
-from test_cuda_calls import Launches
 
 import pa_ops
+from helpers.launches import Launches
 from helpers.padded import MASKS, Padded, expected
 from pa_ops import Capability, InvalidArgument, NoInstance, Problem, padded, trace
 from pa_ops.arguments import INT64, MASKED
@@ -23,8 +22,6 @@ from pa_ops.selection import select_entry
 from pa_ops.spec import DType, Family, InstanceSpec, Mask, Op, TensorMask
 from pa_ops.survey import HIDING_OPTIONS
 from pa_ops.unsupported import unsupported
-
-launches = test_cuda_calls.launches
 
 
 @pytest.fixture(autouse=True)
