@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pa_ops import scratch
 from pa_ops.calls import REFERENCES, TENSORS, Plan, kind_of, known, launched, plan_of
 from pa_ops.checked import check_values
 from pa_ops.checks import validate
@@ -15,7 +16,6 @@ from pa_ops.environment import settings
 from pa_ops.native import keep
 from pa_ops.padded import attention
 from pa_ops.schema import base_of, signature
-from pa_ops.scratch import workspace
 from pa_ops.trace import record
 
 Results = tuple[Tensor, Tensor]
@@ -47,7 +47,7 @@ def _attention_out(op: str) -> Callable[..., None]:
 
 def _attention_given(tensors: tuple[Tensor, ...], options: Options, out: Tensor, lse: Tensor | None) -> Given:
     get = options.get
-    return (*tensors, get("sinks"), get("k_scale"), get("v_scale"), out, lse, _workspace(out))
+    return (*tensors, get("sinks"), get("k_scale"), get("v_scale"), out, lse, scratch.workspace_for(out))
 
 
 def paged_attention_(*tensors: Tensor, **options: Any) -> Tensor:
@@ -68,12 +68,7 @@ def paged_attention_out_(*tensors: Tensor, **options: Any) -> None:
 def _serving_given(tensors: tuple[Tensor, ...], options: Options, out: Tensor, lse: Tensor | None) -> Given:
     get = options.get
     turns = (get("cos"), get("sin"), get("slot_mapping"))
-    return (*tensors, *turns, get("sinks"), get("k_scale"), get("v_scale"), out, lse, _workspace(out))
-
-
-def _workspace(out: Tensor) -> Tensor | None:
-    """Room for partial results, None where no kernel will run."""
-    return workspace(out.get_device()) if out.is_cuda else None
+    return (*tensors, *turns, get("sinks"), get("k_scale"), get("v_scale"), out, lse, scratch.workspace_for(out))
 
 
 def append_kv(*tensors: Tensor, **options: Any) -> None:

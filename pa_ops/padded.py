@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pa_ops import reference
+from pa_ops import reference, scratch
 from pa_ops.calls import REFERENCE_DECISIONS, TENSORS, known, launched, plan_of
 from pa_ops.checked import check_values
 from pa_ops.checks import INT32_MAX, Arguments, Sizes, validate
@@ -22,7 +22,6 @@ from pa_ops.overrides import REFERENCE, policy, token
 from pa_ops.padded_steps import mask_aligned
 from pa_ops.padding import LAYOUTS, first_position, handed_over, mask_rows, padding_of, present_of, row_results, turned
 from pa_ops.schema import NAMESPACE, signature
-from pa_ops.scratch import workspace
 from pa_ops.trace import record
 
 OP = "attention"
@@ -133,11 +132,6 @@ def _seen(arguments: Arguments, sizes: Sizes) -> Tensor | int | None:
     return None
 
 
-def _workspace(out: Tensor) -> Tensor | None:
-    """The current stream's, None where no kernel will run."""
-    return workspace(out.get_device()) if out.is_cuda else None
-
-
 def _launch_masked(arguments: Arguments, sizes: Sizes, now: Settings) -> None:
     """Runs the kernel for a mask tensor, by a program that is kept for its kind of call."""
     positional = arguments["causal"] or arguments["sliding_window"] > 0
@@ -151,7 +145,7 @@ def _launch_masked(arguments: Arguments, sizes: Sizes, now: Settings) -> None:
         "mask": mask.view(torch.uint8) if mask is not None and mask.dtype is torch.bool else mask,
         "position": first_position(queries, total, past) if positional else 0,
         "max_seqlen_q": None,
-        "workspace": _workspace(arguments["out"]),
+        "workspace": scratch.workspace_for(arguments["out"]),
     }
     ends = mask is not None and mask_aligned(mask)
     given = tuple(views[name] for name in TENSORS[OP])

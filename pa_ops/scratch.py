@@ -55,6 +55,11 @@ def workspace(device: int) -> Tensor:
     return found
 
 
+def workspace_for(out: Tensor) -> Tensor | None:
+    """The room that a call has whose result is `out`; None where no kernel will run."""
+    return workspace(out.get_device()) if out.is_cuda else None
+
+
 def _made(device: int) -> Tensor:
     num_sms = torch.cuda.get_device_properties(device).multi_processor_count
     counters = counters_at(num_sms) // 4

@@ -75,7 +75,7 @@ def prepare(home: str) -> None:
     registry.capability_of = lambda index: SM90  # type: ignore[assignment]
     mask = torch.zeros(1, dtype=torch.int32)
     steps.mask_of = lambda device: mask
-    cuda._workspace = workspace
+    scratch.workspace_for = workspace
     torch.cuda.is_current_stream_capturing = lambda: False
     library = torch.library.Library(NAMESPACE, "DEF")
     globals()["library"] = library

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from helpers.launches import SM90, Launches, write_product
-from pa_ops import calls, cuda, registry, steps
+from pa_ops import calls, registry, scratch, steps
 
 
 @pytest.fixture(scope="session")
@@ -33,7 +33,7 @@ def launches(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Launches:
     monkeypatch.setattr(registry, "capability_of", lambda index: SM90)
     mask = torch.zeros(1, dtype=torch.int32)
     monkeypatch.setattr(steps, "mask_of", lambda device: mask)
-    monkeypatch.setattr(cuda, "_workspace", lambda out: made.workspace)
+    monkeypatch.setattr(scratch, "workspace_for", lambda out: made.workspace)
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
     calls._plans.clear()
     return made

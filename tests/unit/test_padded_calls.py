@@ -13,7 +13,7 @@ from core_rows import declared_rows
 import pa_ops
 from helpers.launches import Launches
 from helpers.padded import MASKS, Padded, expected
-from pa_ops import Capability, InvalidArgument, NoInstance, Problem, padded, trace
+from pa_ops import Capability, InvalidArgument, NoInstance, Problem, padded, scratch, trace
 from pa_ops.arguments import INT64, MASKED
 from pa_ops.capability import MODELS, Feature
 from pa_ops.padding import LAYOUTS
@@ -28,7 +28,7 @@ from pa_ops.unsupported import unsupported
 def room(monkeypatch: pytest.MonkeyPatch) -> None:
     """A workspace that no stream has."""
     made = torch.empty(tickets_at(Capability.of_sm(90).num_sms) // 4 + 1, dtype=torch.int32)
-    monkeypatch.setattr(padded, "_workspace", lambda out: made)
+    monkeypatch.setattr(scratch, "workspace_for", lambda out: made)
 
 
 HALVES = (DType.FP16, DType.BF16)
