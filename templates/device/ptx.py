@@ -158,18 +158,6 @@ def st_shared_f32x2(address, low, high, *, loc=None, ip=None):
     _asm(None, operands, "st.shared.v2.f32 [$0], {$1, $2};", "r,f,f", True, loc, ip)
 
 
-def _load_f32(instruction, kind, letter):
-    @dsl_user_op
-    def op(address, *, loc=None, ip=None):
-        operand = [kind(address).ir_value(loc=loc, ip=ip)]
-        return Float32(_asm(T.f32(), operand, f"{instruction}.f32 $0, [$1];", f"=f,{letter}", True, loc, ip))
-
-    return op
-
-
-ld_shared_f32 = _load_f32("ld.shared", Int32, "r")
-
-
 def _load_floats(count, instruction, kind, letter, otherwise=None):
     """An op that loads `count` neighbouring fp32; with `otherwise`, where its second argument holds, else that."""
     results = ", ".join(f"${i}" for i in range(count))
