@@ -54,11 +54,10 @@ class Decode:
         lane, warp = cute.arch.lane_idx(), cute.arch.make_warp_uniform(cute.arch.warp_idx())
         if args.lengths_ready == 0:
             wait_for_grid(self.chained)
-        self.shares.count(args, smem)
+        begin, end = self.shares.count(args, smem)
         at = self.feed.state()
-        begin, end = self.shares.bounds(smem)
         while begin < end:
-            sequence, base = self.shares.locate(args, smem, begin)
+            sequence, base = self.shares.located(args, smem, begin)
             self.feed.open(args, at, sequence, base, begin, end)
             for slot in cutlass.range_constexpr(self.feed.ahead):
                 self.feed.look_up(args, at, slot, warp, lane)
@@ -180,8 +179,9 @@ class Decode:
         opener, parts, last = Int32(0), Int32(0), stop - unit == tiles
         if not last:
             share = self.shares.get(smem, SHARE)
-            opener = self.shares.owner_of(smem, start)
-            parts = self.shares.owner_of(smem, start + tiles - 1) - opener + 1
+            cut = self.shares.noted(smem)
+            opener = self.shares.owner_of(cut, start)
+            parts = self.shares.owner_of(cut, start + tiles - 1) - opener + 1
             last = self.states.leave(args, smem, outputs, share, opener, parts, live_rows, tid)
         if last:
             self.states.finish(args, smem, outputs, opener, parts, q_start, kv_head, row_first, live_rows, tid)

@@ -25,13 +25,25 @@ MOST_PARTS = 64  # pieces of a head of average length: one block merges them
 # Words of shared memory.
 SUMS = 0  # tiles and places of each warp's sequences
 FOUND = 8  # the sequence in which a share begins, and its first tile
-TOTAL = 10
-BLOCKS = 11  # equal shares, of EACH tiles, then pieces of PIECE
-EACH = 12
-PIECE = 13
-SHARE = 14  # the block's own
-STARTS = 15  # the first tile of each thread's sequences, and the end of the last one's
-WORDS = STARTS + THREADS + 1  # an even number
+CUT = 10  # total tiles; equal shares, their tiles, how many of them have one more; tiles of the pieces that follow
+SHARE = 15  # the block's own
+STARTS = 16  # the first tile of each thread's sequences, and the end of the last one's
+WORDS = STARTS + THREADS + 2  # an even number
+
+
+def _regions(cut):
+    """(first share, its first tile, tiles of a share) of each run of shares of one size."""
+    _, blocks, each, more, piece = cut
+    return (Int32(0), Int32(0), each + 1), (more, more * (each + 1), each), (blocks, blocks * each + more, piece)
+
+
+def _last_below(regions, field, value):
+    """The last of the regions whose `field` is no more than `value`."""
+    found = regions[0]
+    for region in regions[1:]:
+        later = value >= region[field]
+        found = tuple(Int32(cutlass.select_(later, b, a)) for a, b in zip(found, region, strict=True))
+    return found
 
 
 class Shares:
@@ -59,8 +71,12 @@ class Shares:
 
     @cute.jit
     def count(self, args, smem: Int32):
-        """Cut the batch's tiles into shares. Each of the block's threads counts those of a run of sequences."""
+        """Cut the batch's tiles into shares, and find the block's first: (begin, end), empty where there are too few.
+
+        Each of the block's threads counts the tiles of a run of sequences.
+        """
         tid, _, _ = cute.arch.thread_idx()
+        block, _, _ = cute.arch.block_idx()
         warp, lane = tid // 32, tid % 32
         run = self.run_of(args)
         own, own_places = Int32(0), Int32(0)
@@ -81,57 +97,63 @@ class Shares:
             before = before + Int32(cutlass.select_(Int32(w) < warp, sums, Int32(0)))
             total = total + sums
             places = places + self.get(smem, SUMS + 1 + w * 2)
-        self.put(smem, STARTS + 1 + tid, (before + inclusive) * args.kv_heads)
+        cut = self.cut(total * args.kv_heads, places * args.kv_heads)
+        begin, end = self.bounds(cut, block)
+        stop = (before + inclusive) * args.kv_heads
+        self.put(smem, STARTS + 1 + tid, stop)
+        self.mark(args, smem, begin, stop - own * args.kv_heads, stop)
         if tid == 0:
             self.put(smem, STARTS, Int32(0))
-            self.put(smem, SHARE, cute.arch.block_idx()[0])
-            self.cut(smem, total * args.kv_heads, places * args.kv_heads)
+            self.put(smem, SHARE, block)
+            for i in cutlass.range_constexpr(len(cut)):
+                self.put(smem, CUT + i, cut[i])
         cute.arch.barrier()
+        return begin, end
 
     @cute.jit
-    def cut(self, smem: Int32, total: Int32, places: Int32):
-        """Note how `total` tiles, in so many heads and row blocks of sequences, become shares.
+    def cut(self, total: Int32, places: Int32):
+        """How `total` tiles, in so many heads and row blocks of sequences, become shares: the five words of CUT.
 
         No more than there are blocks and tiles, and else one a place, or as many as give each LEAST tiles: a merge
         costs as much as some tiles do, so what is cut is long, and what is short is not put together.
         """
         grid, _, _ = cute.arch.grid_dim()
         blocks = cutlass.max(cutlass.min(grid, cutlass.max(places, total // LEAST)), 1)
-        each = cutlass.max((total + (blocks - 1)) // blocks, 1)
-        piece = Int32(LEAST)
+        each = total // blocks
+        more, piece = total - each * blocks, Int32(LEAST)
         if (blocks == grid) & (each >= LEAST * FINEST):
             kept, room = each - each // KEPT, grid * PIECES_A_BLOCK
             finest = cutlass.max((total - blocks * kept + (room - 1)) // room, total // places // MOST_PARTS)
             finest = cutlass.max(finest, cutlass.max(cutlass.min(each // KEPT, LARGEST), LEAST))
             if finest * FINEST <= each:
-                each, piece = kept, finest
-        self.put(smem, TOTAL, total)
-        self.put(smem, BLOCKS, blocks)
-        self.put(smem, EACH, each)
-        self.put(smem, PIECE, piece)
+                each, more, piece = kept, Int32(0), finest
+        return total, blocks, each, more, piece
 
-    def bounds(self, smem):
-        """(begin, end) of the block's share; nothing beyond the last."""
-        share, total, blocks, each, piece = (self.get(smem, word) for word in (SHARE, TOTAL, BLOCKS, EACH, PIECE))
-        equal = share < blocks
-        begin = Int32(cutlass.select_(equal, share * each, blocks * each + (share - blocks) * piece))
-        return begin, cutlass.min(begin + Int32(cutlass.select_(equal, each, piece)), total)
+    def noted(self, smem):
+        """The same, from shared memory."""
+        return tuple(self.get(smem, CUT + i) for i in range(5))
 
-    def owner_of(self, smem, tile):
+    def bounds(self, cut, share):
+        """(begin, end) of a share; nothing beyond the last."""
+        first, origin, size = _last_below(_regions(cut), 0, share)
+        begin = origin + (share - first) * size
+        return begin, cutlass.min(begin + size, cut[0])
+
+    def owner_of(self, cut, tile):
         """The share that holds `tile`."""
-        blocks, each, piece = (self.get(smem, word) for word in (BLOCKS, EACH, PIECE))
-        beyond = tile - blocks * each
-        return Int32(cutlass.select_(beyond < 0, tile // each, blocks + beyond // piece))
+        first, origin, size = _last_below(_regions(cut), 1, tile)
+        return first + (tile - origin) // size
 
     @cute.jit
-    def locate(self, args, smem: Int32, unit: Int32):
-        """(sequence, its first tile) of tile `unit`; for the whole block at once."""
-        tid, _, _ = cute.arch.thread_idx()
-        start = self.get(smem, STARTS + tid)
-        if (start <= unit) & (unit < self.get(smem, STARTS + 1 + tid)):
+    def mark(self, args, smem: Int32, unit: Int32, start: Int32, stop: Int32):
+        """Note where tile `unit` is, by the thread whose sequences have tiles [start, stop)."""
+        if (start <= unit) & (unit < stop):
+            tid, _, _ = cute.arch.thread_idx()
             self.put(smem, FOUND, tid * self.run_of(args))
             self.put(smem, FOUND + 1, start)
-        cute.arch.barrier()
+
+    def located(self, args, smem, unit):
+        """(sequence, its first tile) of the tile that was marked before the block's last barrier."""
         return self.seek(args, self.get(smem, FOUND), self.get(smem, FOUND + 1), unit)
 
     @cute.jit
@@ -149,21 +171,23 @@ class Shares:
 
     @cute.jit
     def following(self, args, smem: Int32):
-        """(begin, end) of the share after a block's last: a piece, by ticket, if there are any; for the whole block."""
+        """The share after a block's last, as `count` finds the first: a piece by ticket, if there are any."""
         begin, end = Int32(0), Int32(0)
-        blocks = self.get(smem, BLOCKS)
-        beyond = self.get(smem, TOTAL) - blocks * self.get(smem, EACH)
+        cut = self.noted(smem)
+        total, blocks, _, _, piece = cut
+        beyond = total - _regions(cut)[2][1]
         if beyond > 0:
             tid, _, _ = cute.arch.thread_idx()
             if tid == 0:
-                piece = self.get(smem, PIECE)
                 ticket = take(args.tickets)
                 # Every block stops at its first ticket beyond the last piece: this one is the last of all.
                 if ticket == (beyond + (piece - 1)) // piece + blocks - 1:
                     st_global_i32(args.tickets, Int32(0))
                 self.put(smem, SHARE, blocks + ticket)
             cute.arch.barrier()
-            begin, end = self.bounds(smem)
+            begin, end = self.bounds(cut, self.get(smem, SHARE))
+            self.mark(args, smem, begin, self.get(smem, STARTS + tid), self.get(smem, STARTS + 1 + tid))
+            cute.arch.barrier()
         return begin, end
 
     def run_of(self, args):
