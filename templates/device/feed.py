@@ -6,10 +6,9 @@ are looked up one tile before their keys and values are copied.
 
 import cutlass
 import cutlass.cute as cute
-from cutlass import Int32, Int64
+from cutlass import Int32, Int64, Uint32
 
-from pa_ops.templates.device.pages import look_up_key
-from pa_ops.templates.device.ptx import cp_async_16, st_shared_32
+from pa_ops.templates.device.ptx import cp_async_16, ld_global_i32_where, st_shared_32
 
 EVERY = 0x7FFFFFFF  # a limit that no page exceeds
 
@@ -77,13 +76,17 @@ class Feed:
 
     @cute.jit
     def look_up(self, args, at, slot: cutlass.Constexpr, warp: Int32, lane: Int32):
-        """The pages of the next tile's keys, one a lane, into a pending slot: -1 where there is nothing to read."""
+        """The pages of the next tile's keys, one a lane, into a pending slot: -1 where there is nothing to read.
+
+        Nothing here looks at what is read: a warp that did would wait for it, and memory takes as long as a tile.
+        """
         key = at[KEY] + warp * self.warp_keys + lane
         live = (at[UNITS] > 0) & (lane < self.warp_keys) & (key >= at[LOW]) & (key < at[HIGH])
         table = args.block_table + Int64(at[SEQUENCE]) * args.table_stride
-        page, offset = look_up_key(args, table, key, live)
-        at[PENDING + 3 * slot] = page
-        at[PENDING + 3 * slot + 1] = offset
+        logical = Int32(Uint32(key) // Uint32(args.page_size))
+        live = live & (logical < args.max_pages)
+        at[PENDING + 3 * slot] = ld_global_i32_where(table + Int64(logical) * 4, live, -1)
+        at[PENDING + 3 * slot + 1] = key - logical * args.page_size
         at[PENDING + 3 * slot + 2] = at[HEAD]
         at[UNITS] = at[UNITS] - 1
         at[LEFT] = at[LEFT] - 1
@@ -98,6 +101,7 @@ class Feed:
         """
         shape = self.shape
         page_here, offset_here, head = (at[PENDING + 3 * slot + i] for i in range(3))
+        page_here = Int32(cutlass.select_((page_here < 0) | (page_here >= args.num_pages), Int32(-1), page_here))
         row, chunk = lane // shape.lanes_a_row, lane % shape.lanes_a_row
         keys_at = ring + stage * (2 * self.tile_bytes)
         k_base = args.k + Int64(head) * args.k_head_stride
