@@ -27,6 +27,7 @@ struct pa_host {
     int (*call_dispatcher)(const char *, const char *, pa_value *, uint64_t);
     bool (*grad_mode)(void);
     bool (*requires_grad)(const void *); /* or null */
+    void (*hold_object)(const void *);   /* or null */
     int (*current_stream)(int32_t, void **);
     int (*take_gil)(void);
     void (*leave_gil)(int);

@@ -149,8 +149,10 @@ static bool make(DLTensor *result, pa_tensor_handle *handle)
     return false;
 }
 
+/* Where a tensor holds its Python object, whoever leaves it to Python alone takes the GIL: here for all at once. */
 static void release(const struct operator *op, const pa_value *stack)
 {
+    int gil = pa_host.hold_object == NULL ? 0 : pa_host.take_gil();
     for (word i = 0; i < op->arguments; i++) {
         word type = op->argument[i].type;
         void *held = (void *)stack[i];
@@ -164,6 +166,8 @@ static void release(const struct operator *op, const pa_value *stack)
             pa_host.delete(held);
         }
     }
+    if (pa_host.hold_object != NULL)
+        pa_host.leave_gil(gil);
 }
 
 /* What fails is left to Python, which meets the same error and can say it. */

@@ -48,7 +48,9 @@ TORCH = (
     "aoti_torch_grad_mode_is_enabled",
 )
 TORCH_CPU, TORCH_CUDA, C10, STDCXX = "libtorch_cpu.so", "libtorch_cuda.so", "libc10.so", "libstdc++.so.6"
-REQUIRES_GRAD = "_ZNK3c1010TensorImpl13requires_gradEv"
+# Of c10::TensorImpl, beyond the interface: requires_grad, without which calls in grad mode are left to Python, and
+# incref_pyobject, which PyTorch has since tensors hold their Python objects.
+MEMBERS = ("_ZNK3c1010TensorImpl13requires_gradEv", "_ZNK3c1010TensorImpl15incref_pyobjectEv")
 STREAM = "aoti_torch_get_current_cuda_stream"
 PYTHON = (
     "PyGILState_Ensure",
@@ -117,7 +119,7 @@ class Kernels:
         self._watched: Values = ()
         self._held: list[object] = [self._raise]
         others = (*_addresses(None, PYTHON), *_addresses(STDCXX, CXX))
-        addresses = (*_addresses(TORCH_CPU, TORCH), _requires_grad(), stream, *others)
+        addresses = (*_addresses(TORCH_CPU, TORCH), *map(_member, MEMBERS), stream, *others)
         tables = (ctypes.c_void_p * len(addresses))(*addresses), _words(*_dtype_numbers())
         objects = ctypes.py_object(SINKS), ctypes.py_object(self._held[0])
         _check(self._library.pa_attach(ctypes.c_int64(len(addresses)), *tables, *objects))
@@ -212,9 +214,9 @@ def _dtype_numbers() -> Iterator[int]:
     yield from [-1, -1] * (DTYPE_ROWS - len(DTYPES))
 
 
-def _requires_grad() -> int:
-    """c10::TensorImpl::requires_grad, which the interface does not tell; 0 leaves calls in grad mode to Python."""
-    return next(_addresses(C10, [REQUIRES_GRAD])) if _has(C10, REQUIRES_GRAD) else 0
+def _member(name: str) -> int:
+    """Where a function of PyTorch's is that some of its versions have, or 0."""
+    return next(_addresses(C10, [name])) if _has(C10, name) else 0
 
 
 def _addresses(library: str | None, names: Sequence[str]) -> Iterator[int]:
