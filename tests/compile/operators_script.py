@@ -1,6 +1,7 @@
 """Scenes for test_operators.py: a product's kernels behind PyTorch's dispatcher, on CPU tensors and a stand-in driver.
 
-Usage: operators_script.py HOME. Prints a line of JSON for each scene: its name and what went wrong, "" if nothing did.
+Usage: operators_script.py HOME MAKER, which is "directly" or "by the interface": how results are made. Prints a line of
+JSON for each scene: its name and what went wrong, "" if nothing did.
 """
 
 from __future__ import annotations
@@ -10,12 +11,14 @@ import ctypes
 import gc
 import json
 import os
+import resource
 import sys
 import threading
 import traceback
 import warnings
 import weakref
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -336,11 +339,35 @@ def arguments_and_results_are_let_go() -> None:
         assert all(reference() is None for reference in gone), op
 
 
-def main(home: str) -> None:
+@scene
+def a_result_that_there_is_no_memory_for_is_an_error_and_everything_is_let_go() -> None:
+    tensors = paged(1)
+    many = tensors[0].expand(1 << 19, 8, 64), *tensors[1:]
+    call("paged_attention", *many)
+    steady("paged_attention", *many)
+    counts = [tensor._use_count() for tensor in many]
+    launched()
+    limits = resource.getrlimit(resource.RLIMIT_AS)
+    used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+    resource.setrlimit(resource.RLIMIT_AS, (used + (64 << 20), limits[1]))
+    try:
+        steady("paged_attention", *many)
+    except RuntimeError as error:
+        text = str(error)
+    else:
+        text = "no error"
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, limits)
+    assert "can't allocate memory" in text and not launched(), text
+    assert [tensor._use_count() for tensor in many] == counts
+    steady("paged_attention", *many)
+
+
+def main(home: str, maker: str) -> None:
     """Plays every scene."""
     out = os.fdopen(os.dup(1), "w")
     os.dup2(said, 1)
-    stand_in.serve(home, {op: counted(op) for op in SCHEMAS})
+    stand_in.serve(home, {op: counted(op) for op in SCHEMAS}, directly=maker == "directly")
     for name, play in SCENES.items():
         try:
             play()
@@ -350,5 +377,5 @@ def main(home: str) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1])
+    main(*sys.argv[1:])
     os._exit(0)

@@ -17,6 +17,9 @@ from pa_ops.schema import SCHEMAS
 NAMESPACE = "twin"
 LIBRARY = "libcuda.so.1"
 SM90 = pa_ops.Capability.of_sm(90)
+# at::detail::empty_strided_cpu(IntArrayRef, IntArrayRef, ScalarType, bool): the flag, of pinned memory, lies where the
+# device's type is passed to the one for CUDA, and the type of CPUs is 0.
+EMPTY = "_ZN2at6detail17empty_strided_cpuEN3c108ArrayRefIlEES3_NS1_10ScalarTypeEb"
 WORDS = scratch.tickets_at(SM90.num_sms) // 4 + 1
 
 held: list[torch.library.Library] = []  # PyTorch takes an operator back with what has defined it
@@ -34,8 +37,11 @@ def current_stream() -> ctypes.c_void_p:
     return ctypes.c_void_p.in_dll(ctypes.CDLL(LIBRARY), "stand_in_current_stream")
 
 
-def serve(home: str, implementations: native.Implementations = cuda.IMPLEMENTATIONS) -> None:
-    """Attaches the kernels of a home's product, with these operators for whatever they leave to Python."""
+def serve(home: str, implementations: native.Implementations = cuda.IMPLEMENTATIONS, *, directly: bool = True) -> None:
+    """Attaches the kernels of a home's product, with these operators for whatever they leave to Python.
+
+    directly: results are made by PyTorch's own function, as on GPUs, not by its interface's.
+    """
     os.environ["PA_OPS_HOME"] = home
     registry.capability_of = lambda index: SM90
     mask = torch.zeros(1, dtype=torch.int32)
@@ -56,4 +62,6 @@ def serve(home: str, implementations: native.Implementations = cuda.IMPLEMENTATI
     assert path is not None and native.able(path), "this PyTorch has the interface, and the product has kernels"
     told = ctypes.cast(ctypes.CDLL(LIBRARY).stand_in_stream, ctypes.c_void_p).value
     assert told
-    native._kernels = native.Kernels(path, implementations, NAMESPACE, "CPU", told)
+    empty = native._optional(native.TORCH_CPU, EMPTY) if directly else 0
+    assert bool(empty) is directly
+    native._kernels = native.Kernels(path, implementations, NAMESPACE, "CPU", told, empty)
