@@ -84,6 +84,7 @@ def test_product_needs_tvm_ffi_and_the_c_library_only_and_tells_no_paths(product
         "libtvm_ffi.so",
         "libc.so.6",
         "libdl.so.2",
+        "libgcc_s.so.1",  # which libtvm_ffi.so needs too
         "libpthread.so.0",
         "librt.so.1",
         "ld-linux-x86-64.so.2",
