@@ -10,10 +10,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from pa_ops.arguments import PIECES_A_BLOCK
 from pa_ops.program import stream_of
 
 BLOCKS_AN_SM = 2
-SHARES_A_BLOCK = 3  # one of its own, and pieces for whoever is done first (templates/device/shares.py)
+SHARES_A_BLOCK = 1 + PIECES_A_BLOCK
 MAX_STATE_WORDS = 16 * (256 + 2)  # outputs, maximum and sum of a row, as many rows as a tile has
 
 held: dict[tuple[int, int], Tensor] = {}

@@ -11,12 +11,12 @@ import cutlass
 import cutlass.cute as cute
 from cutlass import Int32
 
+from pa_ops.arguments import PIECES_A_BLOCK
 from pa_ops.templates.device.ptx import ld_shared_32, st_global_i32, st_shared_32, take
 from pa_ops.templates.device.worklist import length_at, paged_keys, scan_warp
 
 THREADS = 128
 LEAST = 4  # tiles of a share that is cut
-PIECES_A_BLOCK = 2  # at most; pa_ops/scratch.py has room for that many
 KEPT = 16  # one part in so many of a block's equal share becomes pieces
 FINEST = 16  # parts of a share that a piece must not exceed, or nothing is gained
 LARGEST = 16  # tiles of a piece, where there is room for so many
