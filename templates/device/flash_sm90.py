@@ -166,6 +166,7 @@ class FlashSm90:
         s_v = self.products.tile(pointer + self.shared.v, self.keys, self.head_dim, self.stages)
         acc_s = cute.make_rmem_tensor((self.n_tiles * 4,), Float32)
         factors = cute.make_rmem_tensor((2,), Float32)
+        limits = cute.make_rmem_tensor((2,), Int32)
         probabilities = self.products.probabilities()
         words = self.mask_words.registers() if self.masked else None
 
@@ -179,6 +180,7 @@ class FlashSm90:
         self.release(smem + self.shared.k_empty + stage * BARRIER, lane)
         self.treat(args, acc_s, slot, Int32(0), edges, inner, hole, words)
         softmax.start(acc_s, row_max, row_sum, args.log2_scale, self.n_tiles)
+        limits[0], limits[1] = softmax.limits_of(row_max, args.log2_scale)
         self.products.round(acc_s, probabilities)
         self.clear_tail(smem, slot, stage, parity, group)
 
@@ -199,10 +201,11 @@ class FlashSm90:
             hole = self.take_holes(smem, stage)
             self.release(smem + self.shared.k_empty + stage * BARRIER, lane)
             self.treat(args, acc_s, slot, i, edges, inner, hole, words)
-            outgrown = softmax.outgrown(acc_s, row_max, args.log2_scale, self.n_tiles)
+            outgrown = softmax.outgrown_beyond(limits, acc_s, row_max, args.log2_scale, self.n_tiles)
             for _ in cutlass.range(opaque(outgrown), unroll=1):
                 raised = softmax.raise_maxima(acc_s, row_max, row_sum, args.log2_scale, self.n_tiles)
                 factors[0], factors[1] = raised
+                limits[0], limits[1] = softmax.limits_of(row_max, args.log2_scale)
             softmax.exponentiate(acc_s, row_max, row_sum, args.log2_scale, self.n_tiles)
             # A sum is never negative. To ask keeps the wait below the exponentials, which then hide under the product;
             # the assembler moves it above them otherwise.
