@@ -13,12 +13,17 @@ from pa_ops.capability import Capability
 from pa_ops.manifest import Entry
 from pa_ops.plan import ceil_div
 from pa_ops.problem import Problem
-from pa_ops.spec import Family, Word
+from pa_ops.spec import Family, Layout, Word
 from pa_ops.timings import ShapeClass, Timing, of_card
 
 # Query rows whose mathematics takes as long as bringing one K/V tile in: what a small tile saves in padding it pays
-# again in loads. An estimate; it ranks tiles of one head size, and today each head size has one tile.
+# again in loads. An estimate; it ranks tiles of one head size.
 LOAD_ROWS = 64
+# Keys from which on a tile of more rows pays (docs/performance.md): on sequences of 512 tokens it is 20% slower, on
+# 4096 as fast, on 8192 10% faster.
+SMALL_ROWS = 128
+LONG_KEYS = 4096
+MANY_TOKENS = 1 << 20  # every SM has many tiles of them, of whatever height
 
 DECODE_ROWS = 16  # of a decode tile; beyond so many, one of 64 or 128 query rows is better filled than two
 MIXED_TOKENS = 1024
@@ -31,7 +36,7 @@ SPLITTING = frozenset({Family.DECODE, Family.MEA_DECODE})  # blocks share the ke
 
 TIE = 0.1  # of recorded times: two runs of one kernel differ by up to 5%, on two machines by more
 
-Cost = tuple[int, int, int, int, int, str]
+Cost = tuple[int, int, int, bool, int, int, str]
 
 
 def query_rows(problem: Problem) -> int:
@@ -39,6 +44,19 @@ def query_rows(problem: Problem) -> int:
     if problem.max_q is not None:
         return problem.max_q
     return ceil_div(problem.tokens, max(problem.batch, 1))
+
+
+def likely_keys(problem: Problem) -> int:
+    """Keys of a long sequence as far as the host knows, to the power of two, as choices are kept (registry.size_class).
+
+    Where no bound tells, there are as many as query rows, and in a cache twice as many.
+    """
+    if problem.max_k is not None:
+        return 1 << problem.max_k.bit_length() >> 1
+    rows = 1 << max(problem.tokens.bit_length() - problem.batch.bit_length(), 0)
+    if problem.max_q is not None:
+        rows = 1 << problem.max_q.bit_length() >> 1
+    return 2 * rows if problem.layout is Layout.GATHER else rows
 
 
 def few_rows(problem: Problem) -> bool:
@@ -57,6 +75,11 @@ def extremes(problem: Problem) -> tuple[Problem, Problem]:
     """The same facts with as few query rows as can be, and with more than any tile of a splitting family holds."""
     few = replace(problem, batch=1, tokens=1, max_q=None)
     return few, replace(few, tokens=DECODE_ROWS + 1)
+
+
+def prolonged(problem: Problem) -> Problem:
+    """The same facts with one sequence so long that no tile is too tall for it."""
+    return replace(problem, batch=1, tokens=MANY_TOKENS, max_q=None, max_k=None)
 
 
 class Division(Word):
@@ -116,11 +139,11 @@ def cheapest(able: Sequence[Entry], problem: Problem, capability: Capability) ->
 
 
 def cost(entry: Entry, problem: Problem, capability: Capability) -> Cost:
-    """A total order on rows: the family for as many rows, padded head sizes, how native it is, the busiest SM's work.
+    """A total order on rows: the family, padded head sizes, how native it is, too tall a tile, the busiest SM's work.
 
-    The family comes first, however much it pads. Padding comes early because it costs shared memory and registers as
-    well as work. Code of the device's own target comes before what is translated for it: its tile was chosen there. The
-    name decides what is left, so that the order of the rows carries no meaning.
+    The family for as many rows comes first, however much it pads. Padding comes early because it costs shared memory
+    and registers as well as work. Code of the device's own target comes before what is translated for it: its tile was
+    chosen there. The name decides what is left, so that the order of the rows carries no meaning.
     """
     spec = entry.spec
     tile_m = max(spec.tile.m, 1)
@@ -129,4 +152,5 @@ def cost(entry: Entry, problem: Problem, capability: Capability) -> Cost:
     ranks = [capability.targets.index(target) for target in entry.code_targets if target in capability.targets]
     native = min(ranks, default=len(capability.targets))
     padded = spec.head_dim + spec.head_dim_v
-    return (rank(spec.family, problem), padded, native, slots, entry.smem_bytes, entry.name)
+    tall = spec.tile.m > SMALL_ROWS and likely_keys(problem) < LONG_KEYS
+    return (rank(spec.family, problem), padded, native, tall, slots, entry.smem_bytes, entry.name)

@@ -12,7 +12,7 @@ from pathlib import Path
 from pa_ops.capability import Capability, parse_target
 from pa_ops.environment import settings
 from pa_ops.errors import InvalidArgument, NoInstance
-from pa_ops.heuristics import extremes
+from pa_ops.heuristics import extremes, prolonged
 from pa_ops.homes import destination
 from pa_ops.manifest import Entry
 from pa_ops.problem import Problem
@@ -37,12 +37,13 @@ def declared_entries(capability: Capability) -> tuple[Entry, ...]:
 
 
 def wanted(problem: Problem, capability: Capability, policy: Policy) -> Wanted:
-    """The kernels that a full build would serve calls like `problem` with: those of few query rows and of many.
+    """The kernels that a full build would serve calls like `problem` with: those of few query rows, of
+    many and of long sequences.
 
     Raises NoInstance where a full build has none either.
     """
     rows = declared_entries(capability)
-    sizes = (problem, *(extremes(problem) if problem.kernel_op is KernelOp.ATTN else ()))
+    sizes = (problem, *((*extremes(problem), prolonged(problem)) if problem.kernel_op is KernelOp.ATTN else ()))
     chosen = [select_entry(rows, size, capability, policy).entry for size in sizes]
     names: dict[str, list[str]] = defaultdict(list)
     for entry in dict.fromkeys(chosen):
@@ -60,7 +61,7 @@ def model_needs(words: Sequence[str], target: str) -> list[str]:
     rows = [Entry.declared(spec, target) for spec in declared(PRESET, [target])]
     capability = Capability.of_sm(parse_target(target))
     problem = question(Op.PAGED_ATTENTION, words).problem
-    problems = (*extremes(problem), replace(problem, op=Op.APPEND_KV))
+    problems = (*extremes(problem), prolonged(problem), replace(problem, op=Op.APPEND_KV))
     chosen = [select_entry(rows, each, capability, Policy()).instance for each in problems]
     return list(dict.fromkeys(chosen))
 

@@ -13,7 +13,7 @@ from pa_ops.errors import NoInstance
 from pa_ops.evidence import Key
 from pa_ops.families import device_passes, device_rejections, problem_passes, problem_rejections
 from pa_ops.gates import families_of
-from pa_ops.heuristics import leaders
+from pa_ops.heuristics import MANY_TOKENS, leaders
 from pa_ops.manifest import Entry
 from pa_ops.problem import Problem
 from pa_ops.selection import select_entry
@@ -24,9 +24,13 @@ from pa_ops.unsupported import UNSUPPORTED, Unsupported, covering
 HEAD_DIMS = (8, 40, 64, 72, 96, 104, 128, 136, 192, 200, 256, 264, 512)
 DTYPES = (DType.FP16, DType.BF16, DType.FP32)
 CACHE_DTYPES = (None, DType.E4M3FN, DType.INT8)  # None: the query's
-# Tokens of the sequence and of a page: few query rows and many, which have a family each, and a page that not every
-# family takes. Sizes rank and never refuse, so that page need not be met with both.
-SIZES = {Op.PAGED_ATTENTION: ((1, 16), (512, 16), (512, 1))}
+# Tokens of the sequence and of a page: few query rows, which have a family of their own, many, very many, which have a
+# tile of their own, and a page that not every family takes. Sizes rank and never refuse, so that page need not be met
+# with each.
+SIZES = {
+    Op.PAGED_ATTENTION: ((1, 16), (512, 16), (512, 1), (MANY_TOKENS, 16)),
+    Op.VARLEN_ATTENTION: ((1, None), (MANY_TOKENS, None)),
+}
 ANY_SIZE = ((1, None),)
 # The options by which keys are hidden, of each operator.
 _PLAIN_OPTIONS: tuple[Mapping[str, Any], ...] = ({"causal": False}, {"causal": True}, {"window": True})
@@ -211,8 +215,8 @@ class _Here:
         Code of these kernels for other targets, which ranks behind them on this device, is at least shadowed.
         """
         for problem in asked.problems:
-            sizes = (problem.batch, problem.tokens, problem.max_q, problem.num_heads, problem.num_kv_heads)
-            key = (id(able), *sizes)  # all that `cost` looks at; `able` lives as long as this
+            sizes = (problem.batch, problem.tokens, problem.max_q, problem.max_k)
+            key = (id(able), *sizes, problem.layout, problem.num_heads, problem.num_kv_heads)  # all that `cost` reads
             if key not in self._seen:
                 self._seen.add(key)
                 for place, row in enumerate(leaders(able, problem, self._capability).values()):

@@ -2,7 +2,7 @@
 
 Warp-specialised and persistent: one warp lists the block's tiles, two keep the copy engine busy, two or three
 warpgroups compute. A warpgroup starts Q K^T of a block of keys and, behind it, P V of the block before, whose time the
-softmax then has; the groups take turns, so that one's softmax hides under another's products too. Outputs go from
+maxima then have; the groups take turns, so that one's exponentials hide under the others' products. Outputs go from
 registers to memory, so that the next tile's queries and keys arrive meanwhile.
 The scheme is FlashAttention-3's (Shah et al., arXiv 2407.08608); work list, pages, masks and epilogue are this
 project's.
@@ -166,6 +166,7 @@ class FlashSm90:
         s_v = self.products.tile(pointer + self.shared.v, self.keys, self.head_dim, self.stages)
         acc_s = cute.make_rmem_tensor((self.n_tiles * 4,), Float32)
         factors = cute.make_rmem_tensor((2,), Float32)
+        limits = cute.make_rmem_tensor((2,), Int32)
         probabilities = self.products.probabilities()
         words = self.mask_words.registers() if self.masked else None
 
@@ -179,6 +180,7 @@ class FlashSm90:
         self.release(smem + self.shared.k_empty + stage * BARRIER, lane)
         self.treat(args, acc_s, slot, Int32(0), edges, inner, hole, words)
         softmax.start(acc_s, row_max, row_sum, args.log2_scale, self.n_tiles)
+        limits[0], limits[1] = softmax.limits_of(row_max, args.log2_scale)
         self.products.round(acc_s, probabilities)
         self.clear_tail(smem, slot, stage, parity, group)
 
@@ -199,19 +201,18 @@ class FlashSm90:
             hole = self.take_holes(smem, stage)
             self.release(smem + self.shared.k_empty + stage * BARRIER, lane)
             self.treat(args, acc_s, slot, i, edges, inner, hole, words)
-            outgrown = softmax.outgrown(acc_s, row_max, args.log2_scale, self.n_tiles)
+            outgrown = softmax.outgrown_beyond(limits, acc_s, row_max, args.log2_scale, self.n_tiles)
             for _ in cutlass.range(opaque(outgrown), unroll=1):
                 raised = softmax.raise_maxima(acc_s, row_max, row_sum, args.log2_scale, self.n_tiles)
                 factors[0], factors[1] = raised
-            softmax.exponentiate(acc_s, row_max, row_sum, args.log2_scale, self.n_tiles)
-            # A sum is never negative. To ask keeps the wait below the exponentials, which then hide under the product;
-            # the assembler moves it above them otherwise.
-            outgrown = outgrown | (row_sum[0] + row_sum[1] < 0.0)
-            for _ in cutlass.range(opaque(outgrown), unroll=1):
-                warpgroup.wait_group(0)
-                softmax.scale_rows(acc_o, [factors[0], factors[1]], self.d_tiles)
+                limits[0], limits[1] = softmax.limits_of(row_max, args.log2_scale)
+            # Before the exponentials, under which the next products of the other groups run: so they are rounded one by
+            # one as they come, where the registers of the last ones are free.
             warpgroup.wait_group(0)
             self.release(smem + self.shared.v_empty + last * BARRIER, lane)
+            for _ in cutlass.range(opaque(outgrown), unroll=1):
+                softmax.scale_rows(acc_o, [factors[0], factors[1]], self.d_tiles)
+            softmax.exponentiate(acc_s, row_max, row_sum, args.log2_scale, self.n_tiles)
             self.products.round(acc_s, probabilities)
 
         self.release(smem + self.shared.q_empty, lane)  # while the last block's values are still to be multiplied

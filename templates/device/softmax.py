@@ -10,6 +10,7 @@ from cutlass import Float32, Int32, Int64
 from pa_ops.templates.device.ptx import ex2, fma, ld_global_f32, ld_global_half, lg2, pack_pair, rcp
 
 RESCALE_BITS = 8.0
+NO_LIMIT = 0x7FFFFFFF
 
 
 def fresh_state(m_tiles, d_tiles):
@@ -41,14 +42,14 @@ def cap(acc_s, scale_in):
         acc_s[i] = fma(Float32(-2.0), rcp(ex2(acc_s[i] * slope) + 1.0), Float32(1.0))
 
 
-def largest(values):
+def largest(values, greater=cute.arch.fmax):
     """The maximum of many values, by four chains: one alone would wait for every comparison before it."""
     chains = list(values[:4])
     for i in range(4, len(values)):
-        chains[i % 4] = cute.arch.fmax(chains[i % 4], values[i])
+        chains[i % 4] = greater(chains[i % 4], values[i])
     top = chains[0]
     for chain in chains[1:]:
-        top = cute.arch.fmax(top, chain)
+        top = greater(top, chain)
     return top
 
 
@@ -69,6 +70,32 @@ def outgrown(acc_s, row_max, log2_scale, n_tiles):
         top = largest([acc_s[i] for i in row_elements(row, n_tiles)])
         some = some | ((top - row_max[row]) * log2_scale > RESCALE_BITS)
     return cute.arch.vote_any_sync(some)
+
+
+def limits_of(row_max, log2_scale):
+    """Bits of the score at which each row outgrows its maximum; what nothing exceeds for a row without a say."""
+    limits = []
+    for row in range(cute.size(row_max)):
+        limit = (row_max[row] + RESCALE_BITS / log2_scale).bitcast(Int32)
+        limits.append(cutlass.select_(row_max[row] == Float32.inf, Int32(NO_LIMIT), limit))
+    return limits
+
+
+@cute.jit
+def outgrown_beyond(limits, acc_s, row_max, log2_scale: Float32, n_tiles: cutlass.Constexpr):
+    """`outgrown`, asked only where a score exceeds its row's limit, or the limit is negative.
+
+    Floats that are not negative order as their bits do, as integers, of which SM 9.0 takes the largest of three in one
+    instruction: half the maxima of the softmax.
+    """
+    words = cute.recast_tensor(acc_s, Int32)
+    some = (limits[0] | limits[1]) < 0
+    for row in cutlass.range_constexpr(2):
+        some = some | (largest([words[i] for i in row_elements(row, n_tiles)], cutlass.max) > limits[row])
+    some = cute.arch.vote_any_sync(some)
+    if some:
+        some = outgrown(acc_s, row_max, log2_scale, n_tiles)
+    return some
 
 
 def base_of(top, log2_scale):

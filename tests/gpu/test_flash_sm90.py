@@ -10,7 +10,7 @@ import torch
 
 import pa_ops
 from helpers.chosen import problem_of
-from helpers.hopper import FAMILY, HEAD_DIMS, MASKS, MIXED, OPERATORS, on_sm90, tickets
+from helpers.hopper import FAMILY, HEAD_DIMS, MASKS, MIXED, OPERATORS, instances_of, on_sm90, tickets
 from helpers.parity import Evidence, error_of, expected
 from helpers.problems import Call, Shape, paged, prefix_sums, sinks, varlen
 from pa_ops.registry import current_capability
@@ -93,12 +93,13 @@ def test_D6_lengths_around_the_edges_of_tiles(
 ) -> None:
     shape = Shape(head_dim, kv_heads=1, group=2, dtype=torch.bfloat16)
     for (mask, options), softcap in product(MASKS.items(), (0.0, 20.0)):
-        tile = tile_of(OPERATORS[operator]([(1, 1)], shape, device, **options))
-        rows = [size + more for size in (64, tile.m, 2 * tile.m) for more in (-1, 0, 1)]
-        keys = [size + more for size in (tile.n, 2 * tile.n, 4 * tile.n) for more in (-1, 0, 1)]
-        extra = {**options, "softcap": softcap, "sinks": sinks(shape, device) if softcap else None}
-        call = OPERATORS[operator]([*product(rows, keys), (1, 0), (0, 9)], shape, device, **extra)
-        on_sm90(call, evidence, f"{mask}, softcap {softcap}, tile {tile}")
+        for entry in instances_of(OPERATORS[operator]([(1, 1)], shape, device, **options)):
+            tile = entry.spec.tile
+            rows = [size + more for size in (64, tile.m, 2 * tile.m) for more in (-1, 0, 1)]
+            keys = [size + more for size in (tile.n, 2 * tile.n, 4 * tile.n) for more in (-1, 0, 1)]
+            extra = {**options, "softcap": softcap, "sinks": sinks(shape, device) if softcap else None}
+            call = OPERATORS[operator]([*product(rows, keys), (1, 0), (0, 9)], shape, device, **extra)
+            on_sm90(call, evidence, f"{mask}, softcap {softcap}, tile {tile}")
 
 
 def test_B10_B12_batches_of_0_1_and_300_sequences(device: torch.device, evidence: Evidence) -> None:

@@ -7,9 +7,11 @@ from typing import Any
 from torch import Tensor
 
 import pa_ops
-from helpers.parity import Evidence, check
+from helpers.chosen import problem_of
+from helpers.parity import Evidence, check, expected
 from helpers.problems import Call, paged, varlen
 from pa_ops import scratch
+from pa_ops.manifest import Entry
 from pa_ops.registry import current_capability
 
 FAMILY = "flash_sm90"
@@ -29,10 +31,26 @@ def tickets() -> list[int]:
     return [int(room[place]) for room in scratch.held.values()]
 
 
+def instances_of(call: Call) -> list[Entry]:
+    """The kernels of the family for calls like this, by the lengths of sequences; first the one for short ones."""
+    chosen = pa_ops.select(problem_of(call), backend=FAMILY)
+    able = [verdict.entry for verdict in chosen.reasons if verdict.eligible]
+    return [chosen.entry, *(e for e in able if e.spec.head_dim == chosen.entry.spec.head_dim and e != chosen.entry)]
+
+
 def on_sm90(call: Call, evidence: Evidence, what: object = "") -> tuple[Tensor, Tensor]:
-    """Checks a call that the family must serve alone, and that it puts its tickets back."""
+    """Checks a call that the family must serve alone, by each of its kernels, and that it puts its tickets back."""
+    want = expected(call)
+    found = [checked(call, entry.name, evidence, what, want) for entry in instances_of(call)]
+    return found[0]
+
+
+def checked(
+    call: Call, instance: str, evidence: Evidence, what: object, want: tuple[Tensor, Tensor]
+) -> tuple[Tensor, Tensor]:
+    """Checks a call by one kernel of the family."""
     with pa_ops.trace.recording() as calls:
-        found = check(call.with_options(backend=FAMILY), evidence, what)
-    assert [made.family for made in calls] == [FAMILY]
+        found = check(call.with_options(backend=instance), evidence, what, want)
+    assert [made.instance for made in calls] == [instance]
     assert not any(tickets()), f"{what}: tickets must end as they began"
     return found

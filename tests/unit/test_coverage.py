@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from dataclasses import dataclass, replace
 
 import pytest
@@ -12,8 +13,9 @@ from pa_ops.errors import InvalidArgument
 from pa_ops.evidence import Evidence, Timed
 from pa_ops.gates import attention_families
 from pa_ops.generator import matrix
+from pa_ops.heuristics import MANY_TOKENS
 from pa_ops.manifest import Entry, Manifest
-from pa_ops.spec import Family, InstanceSpec, Layout, Mask, Op
+from pa_ops.spec import Family, InstanceSpec, Layout, Mask, Op, Tile
 from pa_ops.survey import Reach, domain, survey
 
 SMALL = [row for row in declared_rows() if row.target == "sm_90a"][:4]
@@ -107,9 +109,14 @@ def test_G4_the_domain_holds_every_option() -> None:
 
 @pytest.mark.parametrize(
     ("tokens", "page_size", "family"),
-    [(1, 16, Family.DECODE), (512, 16, Family.FLASH_SM90), (512, 1, Family.FLASH_SM80)],
+    [
+        (1, 16, Family.DECODE),
+        (512, 16, Family.FLASH_SM90),
+        (MANY_TOKENS, 16, Family.FLASH_SM90),
+        (512, 1, Family.FLASH_SM80),
+    ],
 )
-def test_G4_each_size_of_the_domain_has_a_family_of_its_own(
+def test_G4_each_size_of_the_domain_has_kernels_of_its_own(
     tokens: int, page_size: int, family: Family, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     families = (Family.DECODE, Family.FLASH_SM90, Family.FLASH_SM80)
@@ -120,7 +127,14 @@ def test_G4_each_size_of_the_domain_has_a_family_of_its_own(
     monkeypatch.setattr("pa_ops.survey.domain", lambda head_dims: problems)
     reached, _ = survey(rows, [90])
     best = {name for (name, _), how in reached.items() if how is Reach.AUTO}
-    assert best == {row.name for row in rows if row.spec.family is family}
+    tiles: dict[InstanceSpec, list[Tile]] = defaultdict(list)
+    for row in rows:
+        if row.spec.family is family:
+            tiles[replace(row.spec, tile=Tile(0, 0, 0, 0))].append(row.spec.tile)
+    fitting = max if tokens == MANY_TOKENS else min
+    assert best == {
+        replace(spec, tile=fitting(several, key=lambda tile: tile.m)).name for spec, several in tiles.items()
+    }
 
 
 def test_G4_a_kernel_that_only_an_override_reaches_is_told_apart() -> None:
