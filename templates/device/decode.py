@@ -55,6 +55,8 @@ class Decode:
         if args.lengths_ready == 0:
             wait_for_grid(self.chained)
         begin, end = self.shares.count(args, smem)
+        if begin >= end:  # who waits for this grid waits for the last one, by blocks without a share too
+            wait_for_grid(self.chained)
         at = self.feed.state()
         while begin < end:
             sequence, base = self.shares.located(args, smem, begin)
@@ -76,7 +78,6 @@ class Decode:
                 sequence, base = self.shares.seek(args, sequence, base, cutlass.min(unit, end - 1))
             cute.arch.cp_async_wait_group(0)
             begin, end = self.shares.following(args, smem)
-        wait_for_grid(self.chained)  # for blocks without a share too: who waits for this grid waits for the last one
 
     @cute.jit
     def attend(self, args, smem: Int32, at, stage: Int32, sequence: Int32, unit: Int32, limit: Int32):

@@ -9,7 +9,7 @@ the others (docs/performance.md). Where a share begins and ends depends on the l
 
 import cutlass
 import cutlass.cute as cute
-from cutlass import Int32
+from cutlass import Int32, Int64
 
 from pa_ops.arguments import PIECES_A_BLOCK
 from pa_ops.templates.device.ptx import ld_shared_32, st_global_i32, st_shared_32, take
@@ -29,21 +29,6 @@ CUT = 10  # total tiles; equal shares, their tiles, how many of them have one mo
 SHARE = 15  # the block's own
 STARTS = 16  # the first tile of each thread's sequences, and the end of the last one's
 WORDS = STARTS + THREADS + 2  # an even number
-
-
-def _regions(cut):
-    """(first share, its first tile, tiles of a share) of each run of shares of one size."""
-    _, blocks, each, more, piece = cut
-    return (Int32(0), Int32(0), each + 1), (more, more * (each + 1), each), (blocks, blocks * each + more, piece)
-
-
-def _last_below(regions, field, value):
-    """The last of the regions whose `field` is no more than `value`."""
-    found = regions[0]
-    for region in regions[1:]:
-        later = value >= region[field]
-        found = tuple(Int32(cutlass.select_(later, b, a)) for a, b in zip(found, region, strict=True))
-    return found
 
 
 class Shares:
@@ -133,16 +118,30 @@ class Shares:
         """The same, from shared memory."""
         return tuple(self.get(smem, CUT + i) for i in range(5))
 
+    def start_of(self, cut, share):
+        """The first tile of a share. Those with one tile more are spread evenly, or else neighbours would have them.
+
+        Blocks next to each other run on SMs next to each other, which share a way to memory: 2% of 1 x 128k.
+        """
+        _, blocks, each, more, piece = cut
+        equal = share * each + share * more // blocks
+        return Int32(cutlass.select_(share < blocks, equal, self.whole(cut) + (share - blocks) * piece))
+
+    def whole(self, cut):
+        """Tiles of all equal shares, which is where pieces begin."""
+        _, blocks, each, more, _ = cut
+        return blocks * each + more
+
     def bounds(self, cut, share):
         """(begin, end) of a share; nothing beyond the last."""
-        first, origin, size = _last_below(_regions(cut), 0, share)
-        begin = origin + (share - first) * size
-        return begin, cutlass.min(begin + size, cut[0])
+        return self.start_of(cut, share), cutlass.min(self.start_of(cut, share + 1), cut[0])
 
     def owner_of(self, cut, tile):
         """The share that holds `tile`."""
-        first, origin, size = _last_below(_regions(cut), 1, tile)
-        return first + (tile - origin) // size
+        _, blocks, _, _, piece = cut
+        whole = self.whole(cut)
+        among_equal = Int32(((Int64(tile) + 1) * Int64(blocks) - 1) // Int64(whole))
+        return Int32(cutlass.select_(tile < whole, among_equal, blocks + (tile - whole) // piece))
 
     @cute.jit
     def mark(self, args, smem: Int32, unit: Int32, start: Int32, stop: Int32):
@@ -175,7 +174,7 @@ class Shares:
         begin, end = Int32(0), Int32(0)
         cut = self.noted(smem)
         total, blocks, _, _, piece = cut
-        beyond = total - _regions(cut)[2][1]
+        beyond = total - self.whole(cut)
         if beyond > 0:
             tid, _, _ = cute.arch.thread_idx()
             if tid == 0:
