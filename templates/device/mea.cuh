@@ -65,6 +65,10 @@ using Statistics = Softmax<Path, PIECES, KEY_TILES>;
 using Scores = Rows::Scores;
 using Outputs = float[PIECES][OUTPUT_TILES][Path::REGISTERS];
 
+// Whether lanes' addresses are computed for each product, or kept around the loop: the other choice spills 8 to 32 B, at
+// head size 128 for sm_75 or for sm_90a.
+constexpr bool ANEW = SHARED || __CUDA_ARCH__ >= 900;
+
 // The first row of the tile that a thread's warp has.
 __device__ inline int warp_row(int thread)
 {
@@ -148,19 +152,13 @@ __device__ inline void store(const Arguments &args, Shared shared, const Outputs
 {
     const int lane = threadIdx.x % LANES, first = column_group(threadIdx.x) * CHANNELS;
     const float sink = sink_of(args, head);
-    float sums[PIECES][2];
-#pragma unroll
-    for (int piece = 0; piece < PIECES; piece++)
-#pragma unroll
-        for (int slot = 0; slot < 2; slot++)
-            sums[piece][slot] = softmax.total(piece, slot);
-    rows.agree(sums, [](float a, float b) { return a + b; });
 #pragma unroll
     for (int piece = 0; piece < PIECES; piece++)
 #pragma unroll
         for (int slot = 0; slot < 2; slot++) {
             const float top = softmax.top[piece][slot] * args.log2_scale;
-            const Finish end = finish_of(top, sums[piece][slot], sink);
+            const float sum = rows.agree(softmax.total(piece, slot), [](float a, float b) { return a + b; });
+            const Finish end = finish_of(top, sum, sink);
             const int row = warp_row(threadIdx.x) + piece * Path::PIECE_ROWS + Path::row(lane) + slot * Path::ROW_STEP;
 #pragma unroll
             for (int out = 0; out < OUTPUT_TILES; out++)
@@ -189,12 +187,9 @@ __device__ inline void store(const Arguments &args, Shared shared, const Outputs
 // The block's scores become probabilities, and older outputs relative to the same maxima.
 __device__ inline void weigh(Scores &s, Outputs &o, Statistics &softmax, const Rows &rows, float log2_scale)
 {
-    if (rows.any(softmax.outgrown(s, log2_scale))) {
-        float most[PIECES][2];
-        softmax.maxima(s, most);
-        rows.agree(most, [](float a, float b) { return fmaxf(a, b); });
-        softmax.rescale(most, o, log2_scale);
-    }
+    const auto larger = [](float a, float b) { return fmaxf(a, b); };
+    if (rows.any(softmax.outgrown(s, log2_scale)))
+        softmax.rescale(s, o, log2_scale, [&](float most) { return rows.agree(most, larger); });
     softmax.exponentiate(s, log2_scale);
 }
 
@@ -212,8 +207,20 @@ __device__ inline void accumulate(Outputs &o, Scores &s, const Rows &rows, Share
     }
 }
 
-__device__ inline void run_tile(const Arguments &args, const Tile &tile, int head, Shared q)
+// What is known of a block's place, at the edges of the keys and at the end: found anew by a few loads where registers
+// around the loop are scarcest, else what was found before.
+__device__ inline Tile tile_again(const Arguments &args, const Work &work, const Tile &tile)
 {
+    if constexpr (SHARED || !PAGED)
+        return tile_of(args, {opaque(work.sequence), opaque(work.block)});
+    else
+        return tile;
+}
+
+__device__ inline void run_tile(const Arguments &args, const Work &work, Shared q)
+{
+    const Tile tile = tile_of(args, work);
+    const int head = blockIdx.y;
     const Shared slices = q + ROWS * PITCH; // two, in turn those of K and then those of V
     const Rows rows = {slices + 2 * SLICE};
     const Band band = band_of(args, tile);
@@ -236,7 +243,7 @@ __device__ inline void run_tile(const Arguments &args, const Tile &tile, int hea
     }
 #pragma unroll 1
     for (int block = block_end - 1; block >= block_first; block--) {
-        const int key_first = opaque(block) * KEYS;
+        const int key_first = (SHARED || WINDOW ? opaque(block) : block) * KEYS;
         clear(s);
 #pragma unroll 1
         for (int part = 0; part < PARTS; part++) {
@@ -247,7 +254,7 @@ __device__ inline void run_tile(const Arguments &args, const Tile &tile, int hea
                 fetch_slice(stage.keys, keys_of(args, tile, kv_head), key_first, 0, (part + 1) * KEY_WIDTH, band, pages);
             if constexpr (PAGED && !SHARED)
                 next.look_up(args, table_of(args, tile), key_first - KEYS, band.low, band.high);
-            const int thread = opaque(threadIdx.x);
+            const int thread = ANEW ? opaque(threadIdx.x) : threadIdx.x;
             const Shared own = slices + part % 2 * SLICE + Rows::member(thread) * WARP_KEYS * KEY_WIDTH * 2;
             Path::scores<KEY_WIDTH>(s, q + warp_row(thread) * PITCH + part * KEY_WIDTH * 2, own, thread % LANES);
             if (last) {
@@ -259,7 +266,7 @@ __device__ inline void run_tile(const Arguments &args, const Tile &tile, int hea
                 if constexpr (PAGED)
                     edge |= pages.has_hole();
                 if (edge)
-                    mask(s, args, tile, head, key_first, pages);
+                    mask(s, args, tile_again(args, work, tile), head, key_first, pages);
                 stage.values.store(slices + PARTS % 2 * SLICE);
             } else {
                 stage.keys.store(slices + (part + 1) % 2 * SLICE);
@@ -301,7 +308,7 @@ __device__ inline void run_tile(const Arguments &args, const Tile &tile, int hea
             store_next(part);
         }
     }
-    store(args, q, o, softmax, rows, tile, head);
+    store(args, q, o, softmax, rows, tile_again(args, work, tile), head);
 }
 
 } // namespace pa
@@ -316,6 +323,6 @@ __device__ inline void attend(const Arguments &args)
     pa::start_next_grid();
     const pa::Work work = pa::find_tile(args, ROWS, blockIdx.x);
     if (work.sequence >= 0)
-        pa::run_tile(args, pa::tile_of(args, work), blockIdx.y, pa::shared_address(room));
+        pa::run_tile(args, work, pa::shared_address(room));
 #endif
 }

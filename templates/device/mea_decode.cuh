@@ -184,11 +184,8 @@ __device__ inline void walk(const Arguments &args, const Segment &segment, unsig
         pages = next;
         if (i + 1 < segment.count)
             fetch_keys(stage, args, keys, pages);
-        if (__any_sync(ALL_LANES, softmax.outgrown(s, args.log2_scale))) {
-            float most[1][2];
-            softmax.maxima(s, most);
-            softmax.rescale(most, o, args.log2_scale);
-        }
+        if (__any_sync(ALL_LANES, softmax.outgrown(s, args.log2_scale)))
+            softmax.rescale(s, o, args.log2_scale, [](float most) { return most; });
         softmax.exponentiate(s, args.log2_scale);
         Path::accumulate<WARP_KEYS>(o, s, tile, first_channel, lane);
         __syncwarp(); // every lane has read the values
@@ -237,9 +234,11 @@ __device__ inline void attend(const Arguments &args)
     __trap();
 #else
     extern __shared__ __align__(1024) unsigned char room[];
+    if (args.lengths_ready == 0)
+        pa::wait_for_grid();
+    pa::Share share = pa::find_share<ROWS, pa::STEP_KEYS, WINDOW>(args);
     pa::wait_for_grid();
     pa::start_next_grid();
-    pa::Share share = pa::find_share<ROWS, pa::STEP_KEYS, WINDOW>(args);
     for (int unit = share.begin; unit < share.end;) {
         const pa::Sequence sequence = pa::sequence_at<ROWS, pa::STEP_KEYS, WINDOW>(args, share.sequence);
         const int whole = sequence.tiles * sequence.blocks * args.kv_heads;

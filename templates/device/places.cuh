@@ -88,24 +88,26 @@ template <class Args> __device__ inline Address queries_of(const Args &args, con
 
 // K and V of one KV head. They are asked for anew for every block of keys, by opaque numbers: an address that is kept
 // takes two registers around the loop, of which there are none to spare, a number one.
+__device__ inline Source source_of(const Tile &tile, int kv_head, Address base, long long head_stride,
+                                   long long page_stride, long long token_stride, int width)
+{
+    base += opaque(kv_head) * head_stride;
+    if constexpr (TENSOR)
+        base += opaque(tile.sequence) * page_stride;
+    else if constexpr (!PAGED)
+        base += opaque(tile.k_start) * token_stride;
+    return {base, page_stride, token_stride, width};
+}
+
 __device__ inline Source keys_of(const Arguments &args, const Tile &tile, int kv_head)
 {
-    Address base = args.k + opaque(kv_head) * args.k_head_stride;
-    if constexpr (TENSOR)
-        base += opaque(tile.sequence) * args.k_page_stride;
-    else if constexpr (!PAGED)
-        base += opaque(tile.k_start) * args.k_token_stride;
-    return {base, args.k_page_stride, args.k_token_stride, args.head_dim};
+    return source_of(tile, kv_head, args.k, args.k_head_stride, args.k_page_stride, args.k_token_stride, args.head_dim);
 }
 
 __device__ inline Source values_of(const Arguments &args, const Tile &tile, int kv_head)
 {
-    Address base = args.v + opaque(kv_head) * args.v_head_stride;
-    if constexpr (TENSOR)
-        base += opaque(tile.sequence) * args.v_page_stride;
-    else if constexpr (!PAGED)
-        base += opaque(tile.k_start) * args.v_token_stride;
-    return {base, args.v_page_stride, args.v_token_stride, args.head_dim_v};
+    return source_of(tile, kv_head, args.v, args.v_head_stride, args.v_page_stride, args.v_token_stride,
+                     args.head_dim_v);
 }
 
 __device__ inline Address table_of(const Arguments &args, const Tile &tile)

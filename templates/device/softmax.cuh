@@ -132,31 +132,23 @@ template <class Path, int PIECES, int TILES> struct Softmax {
         return some;
     }
 
-    // The maxima of the rows, this block included, of all keys that the warp has.
-    __device__ void maxima(const Scores &s, float (&most)[PIECES][2]) const
+    // Move outputs and sums to the maxima of the rows, this block included. agree: from the largest of a warp's own keys to
+    // that of all keys of the block.
+    template <int OUTPUTS, class Agree>
+    __device__ void rescale(const Scores &s, float (&o)[PIECES][OUTPUTS][Path::REGISTERS], float log2_scale,
+                            const Agree &agree)
     {
 #pragma unroll
         for (int piece = 0; piece < PIECES; piece++)
 #pragma unroll
             for (int slot = 0; slot < 2; slot++) {
-                most[piece][slot] = fmaxf(top[piece][slot], largest(s, piece, slot));
+                float most = fmaxf(top[piece][slot], largest(s, piece, slot));
 #pragma unroll
                 for (int sharer = Path::FIRST_SHARER; sharer <= 2; sharer *= 2)
-                    most[piece][slot] = fmaxf(most[piece][slot], __shfl_xor_sync(ALL_LANES, most[piece][slot], sharer));
-            }
-    }
-
-    // Move outputs and sums to new maxima.
-    template <int OUTPUTS>
-    __device__ void rescale(const float (&most)[PIECES][2], float (&o)[PIECES][OUTPUTS][Path::REGISTERS],
-                            float log2_scale)
-    {
-#pragma unroll
-        for (int piece = 0; piece < PIECES; piece++)
-#pragma unroll
-            for (int slot = 0; slot < 2; slot++) {
-                const float shrink = exp2_fast(top[piece][slot] * log2_scale - base_of(most[piece][slot], log2_scale));
-                top[piece][slot] = most[piece][slot];
+                    most = fmaxf(most, __shfl_xor_sync(ALL_LANES, most, sharer));
+                most = agree(most);
+                const float shrink = exp2_fast(top[piece][slot] * log2_scale - base_of(most, log2_scale));
+                top[piece][slot] = most;
                 sum[piece][slot] *= shrink;
 #pragma unroll
                 for (int tile = 0; tile < OUTPUTS; tile++)

@@ -12,9 +12,8 @@
 namespace pa {
 
 template <class Path, int PIECES, int MEMBERS, int MEMBER_KEYS> struct Team {
-    static constexpr int ROWS_OF_ALL = PIECES * Path::PIECE_ROWS;
     static constexpr int ROW_BYTES = MEMBERS * MEMBER_KEYS * 2; // of a row of probabilities
-    static constexpr int ROOM_BYTES = MEMBERS > 1 ? ROWS_OF_ALL * ROW_BYTES : 0;
+    static constexpr int ROOM_BYTES = MEMBERS > 1 ? PIECES * Path::PIECE_ROWS * ROW_BYTES : 0;
 
     using Scores = float[PIECES][MEMBER_KEYS / 8][Path::REGISTERS];
 
@@ -56,33 +55,22 @@ template <class Path, int PIECES, int MEMBERS, int MEMBER_KEYS> struct Team {
         return there != 0;
     }
 
-    // What `join` makes of the members' values of each row: the same in all of them, for it goes in their order.
-    template <class Join> __device__ void agree(float (&values)[PIECES][2], const Join &join) const
+    // What `join` makes of the members' values of a thread's row: the same in all of them, for it goes in their order.
+    template <class Join> __device__ float agree(float value, const Join &join) const
     {
         if constexpr (MEMBERS > 1) {
             const int thread = opaque(threadIdx.x), lane = thread % LANES;
-            const Shared mine = room(thread) + Path::row(lane) * 4;
-#pragma unroll
-            for (int piece = 0; piece < PIECES; piece++)
-#pragma unroll
-                for (int slot = 0; slot < 2; slot++) {
-                    const int row = member(thread) * ROWS_OF_ALL + piece * Path::PIECE_ROWS + slot * Path::ROW_STEP;
-                    if (Path::column(lane) == 0)
-                        store_shared(mine + row * 4, __float_as_uint(values[piece][slot]));
-                }
+            const Shared row = room(thread) + Path::row(lane) * 4;
+            if (Path::column(lane) == 0)
+                store_shared(row + member(thread) * Path::PIECE_ROWS * 4, __float_as_uint(value));
             meet();
+            value = load_shared_float(row);
 #pragma unroll
-            for (int piece = 0; piece < PIECES; piece++)
-#pragma unroll
-                for (int slot = 0; slot < 2; slot++) {
-                    const Shared row = mine + (piece * Path::PIECE_ROWS + slot * Path::ROW_STEP) * 4;
-                    values[piece][slot] = load_shared_float(row);
-#pragma unroll
-                    for (int i = 1; i < MEMBERS; i++)
-                        values[piece][slot] = join(values[piece][slot], load_shared_float(row + i * ROWS_OF_ALL * 4));
-                }
+            for (int i = 1; i < MEMBERS; i++)
+                value = join(value, load_shared_float(row + i * Path::PIECE_ROWS * 4));
             meet(); // they have been read
         }
+        return value;
     }
 
     // Put this warp's probabilities, rounded to 16 bits, where all members read them.

@@ -12,7 +12,6 @@ namespace pa {
 constexpr int CHUNK = 16; // bytes, of one access
 constexpr int ELEMENTS = 8;
 constexpr int PITCH = HEAD_DIM * 2;
-constexpr int LANES_A_ROW = 8;
 constexpr int CHUNKS = HEAD_DIM / ELEMENTS; // of a row
 
 template <int ROW_BYTES = PITCH> __device__ inline Shared tile_address(Shared tile, int row, int chunk)
@@ -53,6 +52,7 @@ template <int PIECES, int TILES, int REGISTERS> __device__ inline void clear(flo
 
 // This thread's part of R rows of WIDTH elements on their way to a tile that THREADS threads load: a block, or a warp.
 template <int R, int WIDTH, int THREADS> struct Stage {
+    static constexpr int LANES_A_ROW = THREADS / R > 8 ? THREADS / R : 8; // eight read 128 bytes, a run of memory
     static constexpr int CHUNKS_A_LANE = WIDTH / ELEMENTS / LANES_A_ROW;
     static constexpr int ROWS_A_PASS = THREADS / LANES_A_ROW;
     static constexpr int PASSES = R / ROWS_A_PASS;
