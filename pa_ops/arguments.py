@@ -141,7 +141,7 @@ MEA = Record(
 
 # Kernels of all languages agree on a record's size only if it is a multiple of 8 bytes: no count here without a use.
 DECODE = Record(
-    addresses=(*ATTENTION.addresses, "partials", "counters"),
+    addresses=(*ATTENTION.addresses, "partials", "counters", "tickets"),
     strides=ATTENTION.strides,
     counts=(
         *(name for name in ATTENTION.counts if name != "heads"),

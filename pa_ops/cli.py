@@ -80,7 +80,7 @@ def parser() -> argparse.ArgumentParser:
 
     bench = commands.add_parser("bench", help="time the built instances on the GPU")
     bench.add_argument(
-        "--case", default="all", metavar="NAME", help="prefill, chunk, decode, swa, serving, padded or all"
+        "--case", default="all", metavar="NAME", help="prefill, chunk, decode, swa, serving, padded, mea or all"
     )
     bench.add_argument("--ctx", type=int, metavar="N", help="keys of each sequence")
     bench.add_argument("--window", type=int, metavar="N", help="sliding window")

@@ -102,7 +102,8 @@ class Copier:
             tma.wait_for(smem + empty_at + stage * BARRIER, parity ^ 1)
             if cutlass.const_expr(self.paged and ring == self.k_ring):
                 missing = cute.arch.vote_ballot_sync((page < 0) & (cute.arch.lane_idx() < self.keys // args.box_rows))
-                st_shared_32(smem + self.shared.holes + stage * 4, Int32(missing))
+                if cute.arch.lane_idx() == 0:  # whose arrival tells of the stage
+                    st_shared_32(smem + self.shared.holes + stage * 4, Int32(missing))
             self.copy_tile(args, smem, tiles_at, full_at, tensor_map, stage, row, page, kv_head)
             # The next look-up is under way, and what it brings not looked at, while the next stage is waited for.
             row, page = self.box_of(args, slot, block - 1 - i)

@@ -158,18 +158,6 @@ def st_shared_f32x2(address, low, high, *, loc=None, ip=None):
     _asm(None, operands, "st.shared.v2.f32 [$0], {$1, $2};", "r,f,f", True, loc, ip)
 
 
-def _load_f32(instruction, kind, letter):
-    @dsl_user_op
-    def op(address, *, loc=None, ip=None):
-        operand = [kind(address).ir_value(loc=loc, ip=ip)]
-        return Float32(_asm(T.f32(), operand, f"{instruction}.f32 $0, [$1];", f"=f,{letter}", True, loc, ip))
-
-    return op
-
-
-ld_shared_f32 = _load_f32("ld.shared", Int32, "r")
-
-
 def _load_floats(count, instruction, kind, letter, otherwise=None):
     """An op that loads `count` neighbouring fp32; with `otherwise`, where its second argument holds, else that."""
     results = ", ".join(f"${i}" for i in range(count))
@@ -283,6 +271,17 @@ def ld_global_i32(address, *, loc=None, ip=None):
     """Load one int32 from global memory through the read-only path."""
     operand = [Int64(address).ir_value(loc=loc, ip=ip)]
     return Int32(_asm(T.i32(), operand, "ld.global.nc.b32 $0, [$1];", "=r,l", True, loc, ip))
+
+
+@dsl_user_op
+def ld_global_i32_where(address, where, otherwise, *, loc=None, ip=None):
+    """Load one int32 as `ld_global_i32` does where `where` holds, else give `otherwise`; no branch, so no wait."""
+    text = "{ .reg .pred p; setp.ne.b32 p, $2, 0; mov.b32 $0, $3; @p ld.global.nc.b32 $0, [$1]; }"
+    operands = [
+        Int64(address).ir_value(loc=loc, ip=ip),
+        *(Int32(x).ir_value(loc=loc, ip=ip) for x in (where, otherwise)),
+    ]
+    return Int32(_asm(T.i32(), operands, text, "=&r,l,r,r", True, loc, ip))
 
 
 @dsl_user_op
