@@ -26,7 +26,7 @@ VERSION_SCRIPT = f"{{ global: {SYMBOL_PREFIX}*; {' '.join(f'{name};' for name in
 FLAGS = (
     "-shared",
     "-fPIC",
-    "-O2",
+    "-O3",  # 3% of a call's host time
     "-fvisibility=hidden",
     "-fexceptions",  # raise.c's pass through operators.c
     "-Wl,--gc-sections",

@@ -140,7 +140,10 @@ static int patch(struct pa_call *call, char *record)
         return patch_map(call, record + offset);
     word value = value_of(call);
     int32_t narrow = (int32_t)min(value, INT32_MAX);
-    memcpy(record + offset, width == 4 ? (void *)&narrow : (void *)&value, (size_t)width);
+    if (width == sizeof narrow)
+        memcpy(record + offset, &narrow, sizeof narrow);
+    else
+        memcpy(record + offset, &value, sizeof value);
     return 0;
 }
 

@@ -106,8 +106,10 @@ def test_B25_choices_coexist_and_auto_is_no_choice(device: torch.device) -> None
     assert torch.equal(serve(twin({**call, "backend": "auto"})), plain)
     with pa_ops.backend("reference"):
         other = serve(twin(call))
-        with pa_ops.backend("flash"):
-            error_of(serve(twin(call)), other, plain.dtype, "flash")
+        for family in ("flash", "mea"):
+            with pa_ops.backend(family), pa_ops.trace.recording() as decisions:
+                error_of(serve(twin(call)), other, plain.dtype, family)
+            assert decisions[-1].family.startswith(family)
         with pa_ops.backend("auto"):
             assert torch.equal(serve(twin(call)), plain)
     error_of(plain, other, plain.dtype, "the reference")

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 from pa_ops.capability import MODELS, Capability
 from pa_ops.errors import InvalidArgument, NoInstance
-from pa_ops.families import rejections
+from pa_ops.families import device_rejections, rejections
 from pa_ops.gates import GATES, attention_families
 from pa_ops.manifest import Entry
 from pa_ops.problem import Problem
@@ -75,6 +75,21 @@ def test_B5_rows_without_a_family_still_answer_or_say_what_to_build() -> None:
     assert "pa-ops build --arch sm_90a --filter 'pa_attn_flash_sm80_bf16_kvbf16_*_gather_causal_*'" in text
     _, _, families = text.partition("flash_sm80:\n")
     assert families and refusal(paged(), 90, ()).partition("flash_sm80:\n")[2] == families
+
+
+@pytest.mark.parametrize("tokens", [1, 512])
+def test_B5_without_a_family_the_next_one_serves_or_the_error_has_every_gate(tokens: int) -> None:
+    newer = ("flash_sm80", "flash_sm90", "decode")
+    problem = paged(dtype="fp16", tokens=tokens)
+    mea = tuple(row for row in ROWS if row.spec.family not in newer)
+    assert select_entry(mea, problem, H200).family is (Family.MEA_DECODE if tokens == 1 else Family.MEA)
+    without = tuple(row for row in ROWS if row.spec.family not in (Family.MEA, Family.MEA_DECODE))
+    assert select_entry(without, problem, H200).family in newer
+    text = refusal(problem, 75, without)
+    for family in attention_families():
+        assert f"\n{family}:\n" in text
+    assert "device: needs sm >= 80 for fp16" in text and "got sm 75" in text and "PA_OPS_BACKEND" in text
+    assert "pa-ops build --arch sm_75 --filter 'pa_attn_mea_fp16_" in text
 
 
 @pytest.mark.parametrize("mask", ["full", "causal", "window"])
@@ -342,13 +357,15 @@ def test_X1_pages_that_no_box_of_eight_keys_divides_go_to_flash_sm80(page_size: 
     assert select_entry(ROWS, dense, H200).family is Family.FLASH_SM90
 
 
-def test_B9_no_declared_row_is_selected_where_it_cannot_launch() -> None:
-    for sm in MODELS:
-        capability = Capability.of_sm(sm)
-        for row in ROWS:
-            problem = paged(head_dim=row.spec.head_dim or 8, dtype=row.spec.dtype)
-            if not list(rejections(row, problem, capability)):
-                assert row.smem_bytes <= capability.smem_optin_bytes
+@pytest.mark.parametrize("sm", MODELS)
+def test_B9_G6_a_row_runs_where_its_code_loads_and_its_block_has_room(sm: int) -> None:
+    capability = Capability.of_sm(sm)
+    rejected = {row: [reason.gate for reason in device_rejections(row, capability)] for row in ROWS}
+    for row, gates in rejected.items():
+        assert ("code target" in gates) == set(row.code_targets).isdisjoint(capability.targets)
+        assert ("shared memory" in gates) == (row.smem_bytes > capability.smem_optin_bytes)
+    loaded = [row for row, gates in rejected.items() if not gates]
+    assert bool(loaded) == (sm >= 53 and sm // 10 != 11)
 
 
 @pytest.mark.parametrize("head_dim", [8, 16, 64])
