@@ -26,8 +26,10 @@ struct pa_host {
     int (*delete_string)(void *);
     int (*call_dispatcher)(const char *, const char *, pa_value *, uint64_t);
     bool (*grad_mode)(void);
-    bool (*requires_grad)(const void *); /* or null */
     int (*current_stream)(int32_t, void **);
+    bool (*requires_grad)(const void *); /* or null */
+    void (*hold_object)(const void *);   /* or null */
+    void (*empty_here)(void *, const int64_t *, size_t, const int64_t *, size_t, int8_t, uint32_t); /* or null */
     int (*take_gil)(void);
     void (*leave_gil)(int);
     pa_object (*dict_item)(pa_object, pa_object);
@@ -38,6 +40,7 @@ struct pa_host {
     pa_object (*call_nothing)(pa_object);
     void (*drop)(pa_object);
     void (*clear_error)(void);
+    void *(*new)(size_t);
     void (*delete)(void *);
     void *(*allocate_exception)(size_t);
     void (*throw)(void *, const void *, void (*)(void *));

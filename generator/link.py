@@ -1,4 +1,4 @@
-"""Turns cubins into one library that needs nothing but libtvm_ffi and the C library.
+"""Turns cubins into one library that needs nothing but libtvm_ffi, the C library and what those need.
 
 Each image lies in the library as it is, beside the C code that launches it through the driver, so a product runs with
 any CUDA of its driver's generation, any torch and any Python. It exports a symbol a kernel and the one that calls them.

@@ -20,6 +20,7 @@ INT32 = "i"
 FLOAT32 = "f"
 MAP_BYTES = 128
 MAP_ALIGNMENT = 64
+PIECES_A_BLOCK = 2  # at most, beside its share, for whoever is done first; the workspace has room for that many
 CONSTANT_BASE = 0x210  # where SM 9.0 keeps the record in its constant bank; a map is aligned there, not in the record
 
 
@@ -141,7 +142,7 @@ MEA = Record(
 
 # Kernels of all languages agree on a record's size only if it is a multiple of 8 bytes: no count here without a use.
 DECODE = Record(
-    addresses=(*ATTENTION.addresses, "partials", "counters"),
+    addresses=(*ATTENTION.addresses, "partials", "counters", "tickets"),
     strides=ATTENTION.strides,
     counts=(
         *(name for name in ATTENTION.counts if name != "heads"),

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn.attention.bias import causal_lower_right
 from torch.nn.functional import scaled_dot_product_attention
 
-from pa_ops import bench_padded, bench_serving, evidence, functions, reference, registry, trace
+from pa_ops import bench_mea, bench_padded, bench_serving, evidence, functions, reference, registry, trace
 from pa_ops.errors import InvalidArgument
 from pa_ops.evidence import Key, Timed
 
@@ -78,6 +78,7 @@ CASES: dict[str, Case] = {
 TABLES: dict[str, Callable[[Console, torch.device, Path | None], int]] = {
     "serving": bench_serving.run,
     "padded": bench_padded.run,
+    "mea": bench_mea.run,
 }
 """Cases that are a table of their own."""
 

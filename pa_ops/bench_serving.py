@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 from rich.console import Console
+from rich.progress import track
 from rich.table import Table
 from torch import Tensor
 
@@ -56,6 +57,11 @@ class ServingCase:
         return sum(self.lengths)
 
     @property
+    def short(self) -> bool:
+        """Whether no sequence has more new tokens than a decode step with speculation."""
+        return max(self.lengths) <= 16
+
+    @property
     def longest_by_heuristic(self) -> int:
         """What remains for one sequence when every other has a token."""
         return max(self.tokens - (len(self.lengths) - 1), 1)
@@ -76,13 +82,16 @@ CASES: tuple[ServingCase, ...] = (
 
 @dataclass(frozen=True)
 class ServingRow:
-    """Times in microseconds of back-to-back calls: ours, attention alone, the two emulations; the largest error."""
+    """Times in microseconds of back-to-back calls: ours, attention alone, the two emulations, ours with the families
+    of older SMs forced (None for long sequences); the largest error.
+    """
 
     case: str
     ours: float
     attention: float
     heuristic: float
     host_copy: float
+    mea: float | None
     worst_error: float
 
     @property
@@ -208,25 +217,30 @@ def measure(case: ServingCase, device: torch.device) -> ServingRow:
     worst = error_of(inputs)
     out = torch.empty(case.tokens, HEADS * HEAD_DIM, dtype=torch.float16, device=device)
     made, emulated = prepare(inputs, out, AUTO), prepare(inputs, out, Family.FLASH_SM80)
+
+    def operator(**forced: str) -> Callable[[], object]:
+        return lambda: torch.ops.pa_ops.paged_attention_(*inputs.tensors, **inputs.options, **forced)
+
     return ServingRow(
         case.name,
-        time_of(lambda: torch.ops.pa_ops.paged_attention_(*inputs.tensors, **inputs.options)),
+        time_of(operator()),
         time_of(made.call(made.steps[1:])),
         time_of(heuristic_call(case, emulated)),
         time_of(host_copy_call(emulated)),
+        time_of(operator(backend=Family.MEA)) if case.short else None,
         worst,
     )
 
 
 def run(console: Console, device: torch.device, output: Path | None) -> int:
     """Time every case, print the table, write the rows to `output`; 1 where a result is wrong."""
-    rows = [measure(case, device) for case in CASES]
+    rows = [measure(case, device) for case in track(CASES, "cases", console=console, transient=True)]
     title = f"paged_attention_, {HEADS}/{KV_HEADS} heads of {HEAD_DIM}, fp16, pages of {PAGE_SIZE}; us a call"
-    table = Table("case", "ours", "attention alone", "heuristic", "host copy", "worst error", title=title)
+    table = Table("case", "ours", "attention alone", "heuristic", "host copy", "mea", "worst error", title=title)
     for row in rows:
         error = f"{row.worst_error:.1e}" + ("" if row.right else " WRONG")
-        times = (row.ours, row.attention, row.heuristic, row.host_copy)
-        table.add_row(row.case, *(f"{time:.1f}" for time in times), error)
+        times = (row.ours, row.attention, row.heuristic, row.host_copy, row.mea)
+        table.add_row(row.case, *("" if time is None else f"{time:.1f}" for time in times), error)
     console.print(table)
     if output is not None:
         output.parent.mkdir(parents=True, exist_ok=True)

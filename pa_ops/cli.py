@@ -22,6 +22,7 @@ from pa_ops.coverage import Coverage, cover
 from pa_ops.errors import InvalidArgument, PaOpsError
 from pa_ops.homes import destination, home, homes
 from pa_ops.spec import Op
+from pa_ops.survey import Reach
 from pa_ops.words import question
 
 if TYPE_CHECKING:
@@ -79,7 +80,7 @@ def parser() -> argparse.ArgumentParser:
 
     bench = commands.add_parser("bench", help="time the built instances on the GPU")
     bench.add_argument(
-        "--case", default="all", metavar="NAME", help="prefill, chunk, decode, swa, serving, padded or all"
+        "--case", default="all", metavar="NAME", help="prefill, chunk, decode, swa, serving, padded, mea or all"
     )
     bench.add_argument("--ctx", type=int, metavar="N", help="keys of each sequence")
     bench.add_argument("--window", type=int, metavar="N", help="sliding window")
@@ -226,7 +227,9 @@ def run_report(arguments: argparse.Namespace, console: Console) -> int:
         for row in rows:
             table.add_row(*map(str, row))
         console.print(table)
-        console.print(f"{len(coverage.holes)} holes, {len(coverage.unreachable)} unreachable kernels")
+        shadowed = len(coverage.reached(Reach.SHADOWED))
+        more = f"; {shadowed} shadowed by code for another target" if shadowed else ""
+        console.print(f"{len(coverage.holes)} holes, {len(coverage.unreachable)} unreachable kernels{more}")
     elif arguments.diff is None:
         print(report.to_markdown(coverage), end="")
     if arguments.diff is not None:

@@ -42,6 +42,16 @@ class Evidence:
 
 
 @dataclass(frozen=True)
+class Machine:
+    """Where a run was made: the card, its driver's version, and those of the software."""
+
+    card: str
+    driver: str
+    torch: str
+    python: str
+
+
+@dataclass(frozen=True)
 class Timed:
     """One shape that a kernel was timed on: microseconds a call, what that means, and peers' times of the same run."""
 
@@ -70,16 +80,26 @@ def joined(parts: Iterable[Mapping[Key, Evidence]]) -> dict[Key, Evidence]:
     return rows
 
 
-def document(rows: Mapping[Key, Evidence]) -> dict[str, Any]:
-    """The rows as a JSON file holds them, by name, then target."""
+def document(rows: Mapping[Key, Evidence], machine: Machine | None = None) -> dict[str, Any]:
+    """The rows as a JSON file holds them, by name, then target, and where they were seen if that is told."""
     listed = [{"name": name, "target": target, **asdict(row)} for (name, target), row in sorted(rows.items())]
-    return {"schema": SCHEMA, "rows": [{**row, "by": list(row["by"]), "tools": dict(row["tools"])} for row in listed]}
+    told = {} if machine is None else {"machine": asdict(machine)}
+    plain = [{**row, "by": list(row["by"]), "tools": dict(row["tools"])} for row in listed]
+    return {"schema": SCHEMA, **told, "rows": plain}
 
 
-def write(path: Path, rows: Mapping[Key, Evidence]) -> None:
+def write(path: Path, rows: Mapping[Key, Evidence], machine: Machine | None = None) -> None:
     """Writes the file; its folder is made."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(document(rows), indent=1, sort_keys=True) + "\n", encoding="utf-8")
+    path.write_text(json.dumps(document(rows, machine), indent=1, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def machine_of(path: Path) -> Machine:
+    """Where the rows of a file were seen; raises InvalidArgument naming the file if that is not told."""
+    try:
+        return Machine(**json.loads(path.read_text(encoding="utf-8"))["machine"])
+    except (OSError, json.JSONDecodeError, KeyError, TypeError) as error:
+        raise InvalidArgument(f"{path} machine", "must tell where the tests ran", repr(error)) from None
 
 
 def write_timed(path: Path, rows: Iterable[tuple[Key, Timed]]) -> None:

@@ -192,6 +192,7 @@ def decode_launch(
         **call.sources(),
         "partials": Address("workspace"),
         "counters": Address("workspace", counters_at(capability.num_sms)),
+        "tickets": Address("workspace", tickets_at(capability.num_sms)),
         "kv_heads": call.keys.kv_heads,
         "causal": int(causal),
         "skip_up_to": 0,

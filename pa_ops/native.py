@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import ctypes
 import os
+import platform
 import sys
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -48,8 +49,13 @@ TORCH = (
     "aoti_torch_grad_mode_is_enabled",
 )
 TORCH_CPU, TORCH_CUDA, C10, STDCXX = "libtorch_cpu.so", "libtorch_cuda.so", "libc10.so", "libstdc++.so.6"
-REQUIRES_GRAD = "_ZNK3c1010TensorImpl13requires_gradEv"
+# Of c10::TensorImpl, beyond the interface: requires_grad, without which calls in grad mode are left to Python, and
+# incref_pyobject, which PyTorch has since tensors hold their Python objects.
+MEMBERS = ("_ZNK3c1010TensorImpl13requires_gradEv", "_ZNK3c1010TensorImpl15incref_pyobjectEv")
 STREAM = "aoti_torch_get_current_cuda_stream"
+# at::detail::empty_strided_cuda(IntArrayRef, IntArrayRef, ScalarType, optional<Device>), called as x86-64 passes these.
+EMPTY = "_ZN2at6detail18empty_strided_cudaEN3c108ArrayRefIlEES3_NS1_10ScalarTypeESt8optionalINS1_6DeviceEE"
+CALLED_AS = "x86_64"
 PYTHON = (
     "PyGILState_Ensure",
     "PyGILState_Release",
@@ -63,7 +69,8 @@ PYTHON = (
     "PyErr_Clear",
 )
 CXX = (
-    "_ZdlPv",  # operator delete
+    "_Znwm",  # operator new, and delete
+    "_ZdlPv",
     "__cxa_allocate_exception",
     "__cxa_throw",
     "_ZNSt13runtime_errorC1EPKc",
@@ -104,10 +111,13 @@ Values = tuple[object, ...]
 class Kernels:
     """The kernels of one library, serving `key` in `namespace`; for good, for PyTorch forgets no such kernel.
 
-    stream: the address of the function that tells a device's stream.
+    stream, empty: the addresses of the functions that tell a device's stream and make a tensor of it, 0 for the
+    interface's own.
     """
 
-    def __init__(self, library: Path, python: Implementations, namespace: str, key: str, stream: int) -> None:
+    def __init__(
+        self, library: Path, python: Implementations, namespace: str, key: str, stream: int, empty: int = 0
+    ) -> None:
         self._library = ctypes.PyDLL(str(library))
         self._library.pa_operator.restype = ctypes.c_void_p
         self._raised = threading.local()
@@ -117,7 +127,8 @@ class Kernels:
         self._watched: Values = ()
         self._held: list[object] = [self._raise]
         others = (*_addresses(None, PYTHON), *_addresses(STDCXX, CXX))
-        addresses = (*_addresses(TORCH_CPU, TORCH), _requires_grad(), stream, *others)
+        members = (_optional(C10, name) for name in MEMBERS)
+        addresses = (*_addresses(TORCH_CPU, TORCH), stream, *members, empty, *others)
         tables = (ctypes.c_void_p * len(addresses))(*addresses), _words(*_dtype_numbers())
         objects = ctypes.py_object(SINKS), ctypes.py_object(self._held[0])
         _check(self._library.pa_attach(ctypes.c_int64(len(addresses)), *tables, *objects))
@@ -212,9 +223,9 @@ def _dtype_numbers() -> Iterator[int]:
     yield from [-1, -1] * (DTYPE_ROWS - len(DTYPES))
 
 
-def _requires_grad() -> int:
-    """c10::TensorImpl::requires_grad, which the interface does not tell; 0 leaves calls in grad mode to Python."""
-    return next(_addresses(C10, [REQUIRES_GRAD])) if _has(C10, REQUIRES_GRAD) else 0
+def _optional(library: str, name: str) -> int:
+    """Where a function is that some versions of PyTorch have, or 0."""
+    return next(_addresses(library, [name])) if _has(library, name) else 0
 
 
 def _addresses(library: str | None, names: Sequence[str]) -> Iterator[int]:
@@ -261,7 +272,8 @@ def attach(device: int, python: Implementations) -> None:
         library = for_device(device).library()
         if _kernels is None and library is not None and able(library) and _has(TORCH_CUDA, STREAM):
             stream = next(_addresses(TORCH_CUDA, [STREAM]))
-            _kernels = Kernels(library, python, NAMESPACE, "CUDA", stream)
+            empty = _optional(TORCH_CUDA, EMPTY) if platform.machine() == CALLED_AS else 0
+            _kernels = Kernels(library, python, NAMESPACE, "CUDA", stream, empty)
 
 
 def attached() -> bool:

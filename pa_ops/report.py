@@ -47,9 +47,12 @@ def _row(cell: Cell) -> dict[str, object]:
         "mask": str(spec.mask),
         "tile": str(spec.tile),
     }
-    words = {key: str(value) if isinstance(value, Word) else value for key, value in vars(cell).items()}
     times = [{**asdict(timed), "ratio": timed.ratio} for timed in cell.times]
-    return {**words, "times": times, **axes}
+    return {**_plain(cell), "times": times, **axes}
+
+
+def _plain(cell: Cell) -> dict[str, object]:
+    return {key: str(value) if isinstance(value, Word) else value for key, value in vars(cell).items()}
 
 
 def to_json(coverage: Coverage) -> str:
@@ -70,9 +73,15 @@ def _lines(texts: Iterable[str]) -> str:
 
 
 def to_html(coverage: Coverage) -> str:
-    """One page with its data, style and script inside: filters, a heat map, a sortable table."""
-    data = json.dumps(json.loads(to_json(coverage)), separators=(",", ":")).replace("</", "<\\/")
-    return PAGE.replace("/*DATA*/", data)
+    """One page with its data, style and script inside: filters, a heat map, a sortable table.
+
+    What most cells share is said once: nine in ten of them are refused, and nothing else is known of those.
+    """
+    told = json.loads(to_json(coverage))
+    usual = json.loads(json.dumps(_plain(Cell("", "", State.REFUSED))))
+    cells = [{key: value for key, value in row.items() if usual.get(key) != value} for row in told["cells"]]
+    data = json.dumps({**told, "defaults": usual, "cells": cells}, separators=(",", ":"))
+    return PAGE.replace("/*DATA*/", data.replace("</", "<\\/"))
 
 
 def targets_of(coverage: Coverage) -> tuple[str, ...]:
@@ -176,7 +185,8 @@ def to_markdown(coverage: Coverage) -> str:
         "",
         f"{len(coverage.cells)} cells, {attention} of them attention; {len(coverage.holes)} undeclared holes, "
         f"{len(coverage.unreachable)} unreachable kernels, {len(coverage.reached(Reach.NAMED))} that are reached by "
-        "their family's name alone.",
+        f"their family's name alone, {len(coverage.reached(Reach.SHADOWED))} that are shadowed: wherever they load, "
+        "code for another target goes first.",
         "",
         *_table(*summary(coverage)),
         "## Kernels by target",

@@ -16,7 +16,7 @@ from pa_ops.survey import Reach
 ORDER = {
     "state": (*map(str, (State.REFUSED, State.DECLARED, State.GENERATED, State.STALE, State.COMPILED, State.TESTED)),
               str(State.BENCHMARKED)),
-    "reach": tuple(map(str, (Reach.NONE, Reach.NAMED, Reach.AUTO))),
+    "reach": tuple(map(str, (Reach.NONE, Reach.SHADOWED, Reach.NAMED, Reach.AUTO))),
     "fit": tuple(map(str, (Fit.NONE, Fit.STALE, Fit.SOURCES, Fit.HERE))),
 }  # fmt: skip
 """What of a cell may not get worse, each from the worst on."""

@@ -10,9 +10,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from pa_ops.arguments import PIECES_A_BLOCK
 from pa_ops.program import stream_of
 
 BLOCKS_AN_SM = 2
+SHARES_A_BLOCK = 1 + PIECES_A_BLOCK
 MAX_STATE_WORDS = 16 * (256 + 2)  # outputs, maximum and sum of a row, as many rows as a tile has
 
 held: dict[tuple[int, int], Tensor] = {}
@@ -25,14 +27,19 @@ def blocks_of(num_sms: int) -> int:
     return BLOCKS_AN_SM * num_sms
 
 
+def shares_of(num_sms: int) -> int:
+    """Shares into which they cut the keys, at most."""
+    return SHARES_A_BLOCK * blocks_of(num_sms)
+
+
 def counters_at(num_sms: int) -> int:
-    """Where the arrival counters begin, in bytes: after two states a block."""
-    return 2 * blocks_of(num_sms) * MAX_STATE_WORDS * 4
+    """Where the arrival counters begin, in bytes: after two states a share."""
+    return 2 * shares_of(num_sms) * MAX_STATE_WORDS * 4
 
 
 def tickets_at(num_sms: int) -> int:
     """Where the counter of tiles that blocks have taken lies, in bytes: after the arrival counters."""
-    return counters_at(num_sms) + 4 * blocks_of(num_sms)
+    return counters_at(num_sms) + 4 * shares_of(num_sms)
 
 
 def workspace(device: int) -> Tensor:

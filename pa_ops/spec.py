@@ -211,9 +211,9 @@ def _query_stages_and_mask(spec: InstanceSpec) -> int:
 
 
 def _stages_and_stats(spec: InstanceSpec) -> int:
-    """Every stage of the K and V tiles with a word a warp's stage, (maximum, sum) of each warp's rows, 56 B of news."""
+    """Every stage of K and V with a word a warp's stage, (maximum, sum) of each warp's rows, 600 B about shares."""
     tile = spec.tile
-    return _stages(spec) + 4 * tile.warps * tile.stages + 8 * tile.warps * tile.m + 56
+    return _stages(spec) + 4 * tile.warps * tile.stages + 8 * tile.warps * tile.m + 600
 
 
 def _query_stages_and_barriers(spec: InstanceSpec) -> int:
@@ -227,10 +227,19 @@ def _query_and_tile_or_state(spec: InstanceSpec) -> int:
     return max((spec.tile.m + spec.tile.n) * head_dim * spec.dtype.itemsize, spec.tile.m * (head_dim + 2) * 4)
 
 
+def _query_slices_and_room(spec: InstanceSpec) -> int:
+    """The Q tile, which O reuses, and two slices of K or V, of 8 KiB or 16 keys; where a block has more, P."""
+    row = max(spec.head_dim, spec.head_dim_v) * spec.dtype.itemsize
+    block, piece = spec.tile.n * row, max(8192, 16 * row)
+    room = spec.tile.m * spec.tile.n * spec.dtype.itemsize if block > piece else 0
+    return spec.tile.m * row + 2 * min(block, piece) + room
+
+
 _SMEM: dict[Family, Callable[[InstanceSpec], int]] = {
     Family.DECODE: _stages_and_stats,
     Family.FLASH_SM80: _query_stages_and_mask,
     Family.FLASH_SM90: _query_stages_and_barriers,
+    Family.MEA: _query_slices_and_room,
     Family.MEA_DECODE: _query_and_tile_or_state,
 }
 

@@ -54,6 +54,7 @@ class Reach(Word):
 
     AUTO = "auto"  # it is the best for some problem
     NAMED = "named"  # some problem gets it when its family is asked for by name; no other one
+    SHADOWED = "shadowed"  # where it loads, the same kernel's code for another target loads too, and goes first
     NONE = "none"
 
 
@@ -209,19 +210,20 @@ class _Here:
         return self._able[key]
 
     def reach(self, able: tuple[Entry, ...], asked: _Asked, reached: dict[Key, Reach]) -> None:
-        """Notes the row that runs, and the one that each other family would serve the problem with if asked for."""
+        """Notes the row that runs, and the one that each other family would serve the problem with if asked for.
+
+        Code of these kernels for other targets, which ranks behind them on this device, is at least shadowed.
+        """
         for problem in asked.problems:
             sizes = (problem.batch, problem.tokens, problem.max_q, problem.max_k)
             key = (id(able), *sizes, problem.layout, problem.num_heads, problem.num_kv_heads)  # all that `cost` reads
             if key not in self._seen:
                 self._seen.add(key)
-                _reach(able, problem, self._capability, reached)
-
-
-def _reach(able: Iterable[Entry], problem: Problem, capability: Capability, reached: dict[Key, Reach]) -> None:
-    for place, row in enumerate(leaders(able, problem, capability).values()):
-        if reached.get((row.name, row.target)) is not Reach.AUTO:
-            reached[row.name, row.target] = Reach.NAMED if place else Reach.AUTO
+                for place, row in enumerate(leaders(able, problem, self._capability).values()):
+                    for twin in self._running[row.name]:
+                        reached.setdefault((twin.name, twin.target), Reach.SHADOWED)
+                    if reached[row.name, row.target] is not Reach.AUTO:
+                        reached[row.name, row.target] = Reach.NAMED if place else Reach.AUTO
 
 
 def _refusal(rows: Iterable[Entry], problem: Problem, capability: Capability) -> str:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import platform
 import subprocess
 import sys
 import xml.etree.ElementTree as ElementTree
@@ -13,7 +12,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from pa_ops import evidence as files
-from pa_ops.evidence import Evidence, Key
+from pa_ops.evidence import Evidence, Key, Machine
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -31,16 +30,6 @@ class Tests:
         return sum(counts[outcome] for counts in self.outcomes.values())
 
 
-@dataclass(frozen=True)
-class Machine:
-    """Where the run was made."""
-
-    card: str
-    driver: str
-    torch: str
-    python: str
-
-
 def read_tests(paths: Iterable[Path]) -> Tests:
     """The outcomes in junit XML files as pytest writes them."""
     tests = Tests()
@@ -56,13 +45,12 @@ def read_tests(paths: Iterable[Path]) -> Tests:
     return tests
 
 
-def this_machine() -> Machine:
-    """The card, its driver and the software of this process."""
-    import torch
-
-    query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
-    driver = subprocess.run(query, capture_output=True, text=True, check=True).stdout.splitlines()[0].strip()
-    return Machine(torch.cuda.get_device_name(), driver, torch.__version__, platform.python_version())
+def machine_of(paths: Iterable[Path]) -> Machine:
+    """The one machine of all runs; raises where there are several."""
+    machines = {files.machine_of(path) for path in paths}
+    if len(machines) != 1:
+        raise SystemExit(f"gpu_report: the runs must be of one machine, not {machines}")
+    return machines.pop()
 
 
 def commit_here() -> str:
@@ -136,12 +124,12 @@ def main() -> int:
     parser.add_argument("--commit", help="the commit that was tested; default: git's")
     arguments = parser.parse_args()
     commit = arguments.commit or commit_here()
-    tests, machine = read_tests(arguments.junit), this_machine()
+    tests, machine = read_tests(arguments.junit), machine_of(arguments.evidence)
     if not tests.outcomes:
         raise SystemExit("gpu_report: no test ran, so there is nothing to report")
     seen = files.joined(files.load(path) for path in arguments.evidence)
     rows = {key: replace(row, commit=commit, card=machine.card) for key, row in seen.items()}
-    files.write(arguments.docs / "gpu-evidence.json", rows)
+    files.write(arguments.docs / "gpu-evidence.json", rows, machine)
     page = markdown(tests, rows, machine, commit)
     (arguments.docs / "gpu-report.md").write_text(page, encoding="utf-8")
     print(f"{tests.total('passed')} passed, {tests.total('failed')} failed -> {arguments.docs / 'gpu-report.md'}")

@@ -10,6 +10,7 @@ import pytest
 import torch
 from hypothesis import settings
 
+from helpers.machine import this_machine
 from helpers.parity import Evidence
 from pa_ops import evidence as files
 
@@ -43,7 +44,7 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
     if hasattr(config, "workeroutput"):
         config.workeroutput[SENT] = files.document(config.stash[SEEN])
     elif path is not None:
-        files.write(path, config.stash[SEEN])
+        files.write(path, config.stash[SEEN], this_machine() if torch.cuda.is_available() else None)
 
 
 @pytest.fixture(autouse=True)

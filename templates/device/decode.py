@@ -13,7 +13,7 @@ from cutlass import Float32, Int32, Int64
 from pa_ops.templates.device import products, softmax
 from pa_ops.templates.device.feed import Feed
 from pa_ops.templates.device.ptx import ld_global_pair, ld_shared_32, opaque, start_next_grid, wait_for_grid
-from pa_ops.templates.device.shares import WORDS, find_share, owner_of, seek, span
+from pa_ops.templates.device.shares import SHARE, WORDS, Shares
 from pa_ops.templates.device.states import ROWS, STATS_BYTES, THREADS, WARPS, States
 from pa_ops.templates.device.tiles import Fragments, TileShape
 
@@ -27,12 +27,13 @@ class Decode:
         self.warp_keys = keys // WARPS
         self.n_tiles, self.d_tiles = self.warp_keys // 8, head_dim // 8
         self.shape = TileShape(head_dim, 32)
-        self.feed = Feed(self.shape, keys, self.warp_keys, stages, ROWS, window)
-        self.stage_bytes = 2 * self.feed.tile_bytes
-        # After the rings: hole words of each warp's stages, the share's scratch, maxima and sums, a word of news.
+        # After the rings: hole words of each warp's stages, the shares' scratch, maxima and sums, a word of news.
+        self.stage_bytes = 2 * self.warp_keys * self.shape.pitch
         self.holes_at = WARPS * stages * self.stage_bytes
-        self.share_at = self.holes_at + WARPS * stages * 4
-        stats_at = self.share_at + WORDS * 4
+        shares_at = self.holes_at + WARPS * stages * 4
+        stats_at = shares_at + WORDS * 4
+        self.shares = Shares(ROWS, keys, window, shares_at)
+        self.feed = Feed(self.shape, self.shares, self.warp_keys, stages)
         # Outputs of warps meet in the stage computed last: 16 keys of K and V are the bytes of 16 rows in fp32.
         self.states = States(dtype, head_dim, stages * self.stage_bytes, stats_at)
         self.smem_bytes = stats_at + STATS_BYTES + 16
@@ -53,28 +54,30 @@ class Decode:
         lane, warp = cute.arch.lane_idx(), cute.arch.make_warp_uniform(cute.arch.warp_idx())
         if args.lengths_ready == 0:
             wait_for_grid(self.chained)
-        scratch = smem + self.share_at
-        begin, end, total, shares, sequence, base = find_share(args, scratch, ROWS, self.keys, self.window)
+        begin, end = self.shares.count(args, smem)
+        if begin >= end:  # who waits for this grid waits for the last one, by blocks without a share too
+            wait_for_grid(self.chained)
         at = self.feed.state()
-        if begin < end:
-            sequence, base = seek(args, sequence, base, begin, ROWS, self.keys, self.window)
+        while begin < end:
+            sequence, base = self.shares.located(args, smem, begin)
             self.feed.open(args, at, sequence, base, begin, end)
             for slot in cutlass.range_constexpr(self.feed.ahead):
                 self.feed.look_up(args, at, slot, warp, lane)
-        wait_for_grid(self.chained)
-        start_next_grid(self.chained)
-        if begin < end:
+            wait_for_grid(self.chained)
+            start_next_grid(self.chained)
             ring, holes = self.ring_of(smem, warp), self.holes_of(smem, warp)
-            for slot in cutlass.range_constexpr(self.feed.ahead):
-                self.feed.copy(args, at, slot, ring, holes, slot, lane)
+            for stage in cutlass.range(self.feed.ahead, unroll=1):
+                self.feed.copy(args, at, 0, ring, holes, stage, lane)
+                self.feed.shift(at)
             self.feed.look_up(args, at, 0, warp, lane)
             stage = Int32(0)
             unit = begin
             while unit < end:
-                sequence, base = seek(args, sequence, base, unit, ROWS, self.keys, self.window)
                 stage, outputs = self.attend(args, smem, at, stage, sequence, unit - base, end - unit)
-                unit = self.conclude(args, smem, outputs, total, shares, sequence, base, unit, end)
+                unit = self.conclude(args, smem, outputs, sequence, base, unit, end)
+                sequence, base = self.shares.seek(args, sequence, base, cutlass.min(unit, end - 1))
             cute.arch.cp_async_wait_group(0)
+            begin, end = self.shares.following(args, smem)
 
     @cute.jit
     def attend(self, args, smem: Int32, at, stage: Int32, sequence: Int32, unit: Int32, limit: Int32):
@@ -85,7 +88,7 @@ class Decode:
         """
         lane = cute.arch.lane_idx()
         warp = cute.arch.make_warp_uniform(cute.arch.warp_idx())
-        q_start, q_len, k_len, first, tiles, blocks = span(args, sequence, ROWS, self.keys, self.window)
+        q_start, q_len, k_len, first, tiles, blocks = self.shares.span(args, sequence)
         place = unit // tiles
         tile = unit - place * tiles
         kv_head = place // blocks
@@ -155,8 +158,6 @@ class Decode:
         args,
         smem: Int32,
         outputs: Int32,
-        total: Int32,
-        shares: Int32,
         sequence: Int32,
         base: Int32,
         unit: Int32,
@@ -169,19 +170,22 @@ class Decode:
         """
         tid, _, _ = cute.arch.thread_idx()
         cute.arch.barrier()
-        q_start, q_len, _, _, tiles, blocks = span(args, sequence, ROWS, self.keys, self.window)
+        q_start, q_len, _, _, tiles, blocks = self.shares.span(args, sequence)
         place = (unit - base) // tiles
         start = base + place * tiles
         stop = cutlass.min(start + tiles, end)
         kv_head = place // blocks
         row_first = (place - kv_head * blocks) * ROWS
-        rows = (q_start, kv_head, row_first, cutlass.min(q_len * args.group - row_first, ROWS))
-        if stop - unit == tiles:
-            self.states.finish(args, smem, outputs, Int64(0), Int32(0), *rows, tid)
-        else:
-            opener = owner_of(start, total, shares)
-            parts = owner_of(start + tiles - 1, total, shares) - opener + 1
-            self.states.settle(args, smem, outputs, opener, parts, *rows, tid)
+        live_rows = cutlass.min(q_len * args.group - row_first, ROWS)
+        opener, parts, last = Int32(0), Int32(0), stop - unit == tiles
+        if not last:
+            share = self.shares.get(smem, SHARE)
+            cut = self.shares.noted(smem)
+            opener = self.shares.owner_of(cut, start)
+            parts = self.shares.owner_of(cut, start + tiles - 1) - opener + 1
+            last = self.states.leave(args, smem, outputs, share, opener, parts, live_rows, tid)
+        if last:
+            self.states.finish(args, smem, outputs, opener, parts, q_start, kv_head, row_first, live_rows, tid)
         cute.arch.barrier()
         return stop
 

@@ -6,11 +6,9 @@ are looked up one tile before their keys and values are copied.
 
 import cutlass
 import cutlass.cute as cute
-from cutlass import Int32, Int64
+from cutlass import Int32, Int64, Uint32
 
-from pa_ops.templates.device.pages import look_up_key
-from pa_ops.templates.device.ptx import cp_async_16, st_shared_32
-from pa_ops.templates.device.shares import seek, span
+from pa_ops.templates.device.ptx import cp_async_16, ld_global_i32_where, st_shared_32
 
 EVERY = 0x7FFFFFFF  # a limit that no page exceeds
 
@@ -27,11 +25,10 @@ PENDING = 8  # page, offset and head of each tile between look-up and copy
 
 
 class Feed:
-    """Tiles of `keys` keys, `warp_keys` of them this warp's, through rings of `stages` tiles a warp."""
+    """Tiles of a share, `warp_keys` keys of each being this warp's, through rings of `stages` tiles a warp."""
 
-    def __init__(self, shape, keys, warp_keys, stages, rows, window):
-        self.shape, self.keys, self.warp_keys, self.stages = shape, keys, warp_keys, stages
-        self.rows, self.window = rows, window
+    def __init__(self, shape, shares, warp_keys, stages):
+        self.shape, self.shares, self.warp_keys, self.stages = shape, shares, warp_keys, stages
         self.tile_bytes = warp_keys * shape.pitch
         self.ahead = stages - 1  # tiles that are on their way while one is computed
 
@@ -42,45 +39,58 @@ class Feed:
     @cute.jit
     def open(self, args, at, sequence: Int32, base: Int32, begin: Int32, end: Int32):
         """Stand before tile `begin` of the share [begin, end), in the sequence whose tiles begin at `base`."""
-        _, _, _, _, tiles, _ = span(args, sequence, self.rows, self.keys, self.window)
+        _, q_len, k_len, first, tiles, blocks = self.shares.span(args, sequence)
         place = (begin - base) // tiles
         skipped = begin - base - place * tiles
         at[UNITS] = end - begin
-        self.enter(args, at, sequence, place)
-        at[KEY] = at[KEY] + skipped * self.keys
-        at[LEFT] = at[LEFT] - skipped
+        self.stand(args, at, sequence, place, q_len, k_len, first + skipped, tiles - skipped, blocks)
 
     @cute.jit
     def enter(self, args, at, sequence: Int32, place: Int32):
         """Stand before the first tile of a place; beyond the last one, of the next sequence's first."""
-        _, q_len, k_len, first, tiles, blocks = span(args, sequence, self.rows, self.keys, self.window)
-        if place == blocks * args.kv_heads:
+        found = sequence < 0  # a loop that tests at its end has `span` in it once
+        while not found:
+            _, q_len, k_len, first, tiles, blocks = self.shares.span(args, sequence)
+            found = place < blocks * args.kv_heads
+            if found:
+                self.stand(args, at, sequence, place, q_len, k_len, first, tiles, blocks)
+            sequence = sequence + 1
             place = Int32(0)
-            sequence, _ = seek(args, sequence + 1, Int32(0), Int32(0), self.rows, self.keys, self.window)
-            _, q_len, k_len, first, tiles, blocks = span(args, sequence, self.rows, self.keys, self.window)
+
+    def stand(self, args, at, sequence, place, q_len, k_len, first, tiles, blocks):
+        """Note where the stream stands: before tile `first`, with `tiles` left of the place."""
         at[SEQUENCE] = sequence
         at[PLACE] = place
         at[HEAD] = place // blocks
         at[LEFT] = tiles
-        at[KEY] = first * self.keys
+        at[KEY] = first * self.shares.keys
         at[HIGH] = k_len
         at[LOW] = Int32(0)
-        if cutlass.const_expr(self.window):
+        if self.shares.window:
             at[LOW] = cutlass.max(k_len - q_len - args.window + 1, 0)
+
+    def shift(self, at):
+        """The tile looked up second is now the first."""
+        for i in range(3 * (self.ahead - 1)):
+            at[PENDING + i] = at[PENDING + 3 + i]
 
     @cute.jit
     def look_up(self, args, at, slot: cutlass.Constexpr, warp: Int32, lane: Int32):
-        """The pages of the next tile's keys, one a lane, into a pending slot: -1 where there is nothing to read."""
+        """The pages of the next tile's keys, one a lane, into a pending slot: -1 where there is nothing to read.
+
+        Nothing here looks at what is read: a warp that did would wait for it, and memory takes as long as a tile.
+        """
         key = at[KEY] + warp * self.warp_keys + lane
         live = (at[UNITS] > 0) & (lane < self.warp_keys) & (key >= at[LOW]) & (key < at[HIGH])
         table = args.block_table + Int64(at[SEQUENCE]) * args.table_stride
-        page, offset = look_up_key(args, table, key, live)
-        at[PENDING + 3 * slot] = page
-        at[PENDING + 3 * slot + 1] = offset
+        logical = Int32(Uint32(key) // Uint32(args.page_size))
+        live = live & (logical < args.max_pages)
+        at[PENDING + 3 * slot] = ld_global_i32_where(table + Int64(logical) * 4, live, -1)
+        at[PENDING + 3 * slot + 1] = key - logical * args.page_size
         at[PENDING + 3 * slot + 2] = at[HEAD]
         at[UNITS] = at[UNITS] - 1
         at[LEFT] = at[LEFT] - 1
-        at[KEY] = at[KEY] + self.keys
+        at[KEY] = at[KEY] + self.shares.keys
         if (at[LEFT] == 0) & (at[UNITS] > 0):
             self.enter(args, at, at[SEQUENCE], at[PLACE] + 1)
 
@@ -91,6 +101,7 @@ class Feed:
         """
         shape = self.shape
         page_here, offset_here, head = (at[PENDING + 3 * slot + i] for i in range(3))
+        page_here = Int32(cutlass.select_((page_here < 0) | (page_here >= args.num_pages), Int32(-1), page_here))
         row, chunk = lane // shape.lanes_a_row, lane % shape.lanes_a_row
         keys_at = ring + stage * (2 * self.tile_bytes)
         k_base = args.k + Int64(head) * args.k_head_stride

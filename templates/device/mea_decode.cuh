@@ -34,8 +34,8 @@ static_assert(ROWS <= Path::PIECE_ROWS, "a warp has one piece of rows");
 using Scores = float[1][KEY_TILES][Path::REGISTERS];
 using Outputs = float[1][OUTPUT_TILES][Path::REGISTERS];
 using Statistics = Softmax<Path, 1, KEY_TILES>;
-using KeyStage = Stage<WARP_KEYS, LANES>;
-using QueryStage = Stage<ROWS, WARPS * LANES>;
+using KeyStage = Stage<WARP_KEYS, HEAD_DIM, LANES>;
+using QueryStage = Stage<ROWS, HEAD_DIM, WARPS * LANES>;
 
 struct Source {
     Address base;
@@ -56,7 +56,7 @@ __device__ inline void fetch_keys(KeyStage &stage, const Arguments &args, const 
 #pragma unroll
     for (int i = 0; i < stage.PASSES; i++) {
         const Slot slot = pages.slot_of(stage.row(), i * stage.ROWS_A_PASS);
-        const Address from = source.base + slot.page * source.page_stride + slot.offset * source.token_stride;
+        const Address from = source.base + strides(slot.page, source.page_stride) + strides(slot.offset, source.token_stride);
         stage.template fetch_row<true>(i, from, slot.page >= 0, args.head_dim);
     }
 }
@@ -166,14 +166,11 @@ __device__ inline void walk(const Arguments &args, const Segment &segment, unsig
     Statistics softmax;
     Scores s;
     Outputs o;
-#pragma unroll
-    for (int out = 0; out < OUTPUT_TILES; out++)
-#pragma unroll
-        for (int i = 0; i < Path::REGISTERS; i++)
-            o[0][out][i] = 0.0f;
+    clear(o);
 #pragma unroll 1
     for (int i = 0; i < segment.count; i++, key += STEP_KEYS) {
-        Path::scores<1>(s, q, tile, 0, lane);
+        clear(s);
+        Path::scores<HEAD_DIM>(s, q, tile, lane);
         if (args.softcap_in > 0.0f)
             softmax.cap(s, args.softcap_in);
         bool edge = key + WARP_KEYS > segment.safe_high || pages.has_hole();
@@ -187,10 +184,13 @@ __device__ inline void walk(const Arguments &args, const Segment &segment, unsig
         pages = next;
         if (i + 1 < segment.count)
             fetch_keys(stage, args, keys, pages);
-        if (softmax.outgrown(s, args.log2_scale))
-            softmax.rescale(s, o, args.log2_scale);
+        if (__any_sync(ALL_LANES, softmax.outgrown(s, args.log2_scale))) {
+            float most[1][2];
+            softmax.maxima(s, most);
+            softmax.rescale(most, o, args.log2_scale);
+        }
         softmax.exponentiate(s, args.log2_scale);
-        Path::accumulate<1>(o, s, tile, 0, first_channel, lane);
+        Path::accumulate<WARP_KEYS>(o, s, tile, first_channel, lane);
         __syncwarp(); // every lane has read the values
         if (i + 1 < segment.count) {
             stage.store(tile);

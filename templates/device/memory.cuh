@@ -36,6 +36,12 @@ __device__ inline void start_next_grid()
 #endif
 }
 
+// What lies `index` strides on, neither being negative: half of the instructions that signs take.
+__device__ inline Address strides(int index, long long stride)
+{
+    return static_cast<unsigned>(index) * static_cast<Address>(stride);
+}
+
 __device__ inline int load_int(Address base, long long index)
 {
     return reinterpret_cast<const int *>(base)[index];
@@ -82,6 +88,13 @@ __device__ inline void store_shared(Shared address, const uint4 &run)
 {
     asm volatile("st.shared.v4.u32 [%0], {%1, %2, %3, %4};" ::"r"(address), "r"(run.x), "r"(run.y), "r"(run.z),
                  "r"(run.w));
+}
+
+__device__ inline float load_shared_float(Shared address)
+{
+    float value;
+    asm volatile("ld.shared.f32 %0, [%1];" : "=f"(value) : "r"(address));
+    return value;
 }
 
 __device__ inline void store_shared(Shared address, unsigned pair)

@@ -12,6 +12,14 @@ struct Slot {
     int page, offset;
 };
 
+// The page of a key in its sequence. A division is 20 instructions, a factor that the compiler keeps around a loop and
+// one correction are five: the product is the quotient, or one less.
+__device__ inline int page_of(unsigned key, unsigned page_size)
+{
+    const unsigned quotient = __umulhi(key, 0xFFFFFFFFu / page_size);
+    return quotient + (key - quotient * page_size >= page_size);
+}
+
 template <int COUNT> struct Pages {
     static constexpr int WORDS = (COUNT + LANES - 1) / LANES;
     int page[WORDS], offset[WORDS];
@@ -31,7 +39,7 @@ template <int COUNT> struct Pages {
             page[w] = -1;
             offset[w] = 0;
             if (has_key(w) && key >= low && key < high) {
-                const int logical = static_cast<unsigned>(key) / static_cast<unsigned>(args.page_size);
+                const int logical = page_of(key, args.page_size);
                 offset[w] = key - logical * args.page_size;
                 if (logical < args.max_pages)
                     page[w] = load_int(table, logical);
@@ -40,11 +48,15 @@ template <int COUNT> struct Pages {
         }
     }
 
-    // The slot of block row `row + step`, `step` a constant multiple of the rows of a pass.
+    // The slot of block row `row + step`, `step` a multiple of the rows of a pass and the same in all lanes.
     __device__ Slot slot_of(int row, int step) const
     {
         const int lane = (row + step) % LANES;
-        return {__shfl_sync(ALL_LANES, page[step / LANES], lane), __shfl_sync(ALL_LANES, offset[step / LANES], lane)};
+        Slot slot = {page[0], offset[0]};
+#pragma unroll
+        for (int w = 1; w < WORDS; w++) // an index that is no constant would put both into local memory
+            slot = step < w * LANES ? slot : Slot{page[w], offset[w]};
+        return {__shfl_sync(ALL_LANES, slot.page, lane), __shfl_sync(ALL_LANES, slot.offset, lane)};
     }
 
     // Whether some key of the block has no page: the same answer in every lane.

@@ -10,6 +10,8 @@
 namespace pa {
 
 struct Path : Accumulators {
+    static constexpr int WARP_PIECES = 1; // that share what was read of K and V
+
     // The channel of registers 2 slot and 2 slot + 1 of output tile `tile`. A thread's eight channels in four tiles are
     // neighbours, so that one access brings the values of all.
     __device__ static int channel(int lane, int tile, int)
@@ -30,21 +32,12 @@ struct Path : Accumulators {
         }
     };
 
-    // s = Q K^T: the warp's rows of the query tile, which begin at `q`, by the tile of keys at `k`. One of PARTS calls
-    // has its part of the channels; the first clears s.
-    template <int PARTS, int PIECES, int TILES>
-    __device__ static void scores(float (&s)[PIECES][TILES][REGISTERS], Shared q, Shared k, int part, int lane)
+    // s += Q K^T: the warp's rows of the query tile, which begin at `q`, by the keys at `k`, whose rows are WIDTH channels.
+    template <int WIDTH, int PIECES, int TILES>
+    __device__ static void scores(float (&s)[PIECES][TILES][REGISTERS], Shared q, Shared k, int lane)
     {
-#pragma unroll
-        for (int piece = 0; piece < PIECES; piece++)
-#pragma unroll
-            for (int tile = 0; tile < TILES; tile++)
-#pragma unroll
-                for (int i = 0; i < REGISTERS; i++)
-                    s[piece][tile][i] = part == 0 ? 0.0f : s[piece][tile][i];
 #pragma unroll 1
-        for (int step = 0; step < CHUNKS / PARTS; step++) {
-            const int chunk = part * (CHUNKS / PARTS) + step;
+        for (int chunk = 0; chunk < WIDTH / ELEMENTS; chunk++) {
 #pragma unroll
             for (int piece = 0; piece < PIECES; piece++) {
                 const int first = piece * PIECE_ROWS + row(lane);
@@ -54,7 +47,7 @@ struct Path : Accumulators {
                 for (int tile = 0; tile < TILES; tile++)
 #pragma unroll
                     for (int c = 0; c < 2; c++) {
-                        const Eight key(tile_address(k, tile * 8 + column(lane) + c, chunk));
+                        const Eight key(tile_address<WIDTH * 2>(k, tile * 8 + column(lane) + c, chunk));
 #pragma unroll
                         for (int i = 0; i < ELEMENTS; i++)
 #pragma unroll
@@ -67,15 +60,14 @@ struct Path : Accumulators {
         }
     }
 
-    // o += P V for the channels from `first` on, a multiple of 64. One of PARTS calls, in order, has its part of the
-    // keys; `p` is used up: its tiles move through the first, so that the loop over them need not be unrolled.
-    template <int PARTS, int PIECES, int TILES, int OUTPUTS>
+    // o += P V for the channels from `first` on, a multiple of 64, by the COUNT keys whose rows are at `v`. `p` is used
+    // up: its tiles move through the first, so that the loop over them need not be unrolled.
+    template <int COUNT, int PIECES, int TILES, int OUTPUTS>
     __device__ static void accumulate(float (&o)[PIECES][OUTPUTS][REGISTERS], float (&p)[PIECES][TILES][REGISTERS],
-                                      Shared v, int part, int first, int lane)
+                                      Shared v, int first, int lane)
     {
 #pragma unroll 1
-        for (int step = 0; step < TILES / PARTS; step++) {
-            const int tile = part * (TILES / PARTS) + step;
+        for (int tile = 0; tile < COUNT / 8; tile++) {
 #pragma unroll
             for (int key = 0; key < 8; key++) {
                 const int owner = lane / 4 * 4 + key / 2;

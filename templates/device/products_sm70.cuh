@@ -11,6 +11,8 @@ namespace pa {
 
 struct Path {
     static constexpr int PIECE_ROWS = 32;
+    static constexpr int WARP_PIECES = 1;  // that share what was read of K and V
+    static constexpr int OPERAND_KEYS = 8; // of two multiplications by V
     static constexpr int REGISTERS = 8;    // of a 32 x 8 tile of an accumulator
     static constexpr int ROW_STEP = 2;     // from a thread's first row of a piece to its second
     static constexpr int FIRST_SHARER = 2; // lanes that share a row differ in this bit alone
@@ -56,30 +58,21 @@ struct Path {
                 : "r"(a0), "r"(a1), "r"(b0), "r"(b1));
     }
 
-    // s = Q K^T: the warp's rows of the query tile, which begin at `q`, by the tile of keys at `k`. One of PARTS calls
-    // has its part of the channels; the first clears s.
-    template <int PARTS, int PIECES, int TILES>
-    __device__ static void scores(float (&s)[PIECES][TILES][REGISTERS], Shared q, Shared k, int part, int lane)
+    // s += Q K^T: the warp's rows of the query tile, which begin at `q`, by the keys at `k`, whose rows are WIDTH channels.
+    template <int WIDTH, int PIECES, int TILES>
+    __device__ static void scores(float (&s)[PIECES][TILES][REGISTERS], Shared q, Shared k, int lane)
     {
         // Rows beyond those of the tile are copies of others, and nobody writes them.
         const int q_row = (four_rows(lane) + lane % 4) % ROWS, k_row = lane / 16 * 4 + lane % 4;
-#pragma unroll
-        for (int piece = 0; piece < PIECES; piece++)
-#pragma unroll
-            for (int tile = 0; tile < TILES; tile++)
-#pragma unroll
-                for (int i = 0; i < REGISTERS; i++)
-                    s[piece][tile][i] = part == 0 ? 0.0f : s[piece][tile][i];
 #pragma unroll 8
-        for (int step = 0; step < CHUNKS / PARTS; step++) {
-            const int chunk = part * (CHUNKS / PARTS) + step;
+        for (int chunk = 0; chunk < WIDTH / ELEMENTS; chunk++) {
             uint4 a[PIECES];
 #pragma unroll
             for (int piece = 0; piece < PIECES; piece++)
                 a[piece] = load_shared(tile_address(q, q_row, chunk) + piece * PIECE_ROWS * PITCH);
 #pragma unroll
             for (int tile = 0; tile < TILES; tile++) {
-                const uint4 b = load_shared(tile_address(k, k_row, chunk) + tile * 8 * PITCH);
+                const uint4 b = load_shared(tile_address<WIDTH * 2>(k, k_row + tile * 8, chunk));
 #pragma unroll
                 for (int piece = 0; piece < PIECES; piece++) {
                     multiply_884<false>(s[piece][tile], a[piece].x, a[piece].y, b.x, b.y);
@@ -91,8 +84,10 @@ struct Path {
 
     // Half `half` of a tile of probabilities as an operand: a thread has pairs of keys of two rows, and needs four keys
     // of one, so it swaps a pair with the lane that has the same two rows.
-    __device__ static uint2 operand(const float (&p)[REGISTERS], int half, int lane)
+    template <int TILES>
+    __device__ static uint2 operand(const float (&tiles)[TILES][REGISTERS], int tile, int half, int lane)
     {
+        const float(&p)[REGISTERS] = tiles[tile];
         const bool second = lane / 2 % 2;
         const unsigned first_row = pair_of(p[half * 4], p[half * 4 + 1]);
         const unsigned second_row = pair_of(p[half * 4 + 2], p[half * 4 + 3]);
@@ -101,22 +96,39 @@ struct Path {
         return second ? uint2{got, kept} : uint2{kept, got};
     }
 
-    // o += P V, P being `p` rounded to 16 bits, for the channels from `first` on, a multiple of 64. One
-    // of PARTS calls has its part of the keys.
-    template <int PARTS, int PIECES, int TILES, int OUTPUTS>
-    __device__ static void accumulate(float (&o)[PIECES][OUTPUTS][REGISTERS], float (&p)[PIECES][TILES][REGISTERS],
-                                      Shared v, int part, int first, int lane)
+    // The same of a tile that has been rounded and traded.
+    template <int TILES> __device__ static uint2 operand(const uint4 (&p)[TILES], int tile, int half, int)
+    {
+        return half ? uint2{p[tile].z, p[tile].w} : uint2{p[tile].x, p[tile].y};
+    }
+
+    // Operands from a tile of probabilities, keys from those of `chunk` on.
+    template <int ROW_BYTES, int PIECES, int TILES>
+    __device__ static void load(uint4 (&p)[PIECES][TILES], Shared tile, int chunk, int lane)
     {
 #pragma unroll
-        for (int step = 0; step < TILES / PARTS; step++)
+        for (int piece = 0; piece < PIECES; piece++)
+#pragma unroll
+            for (int i = 0; i < TILES; i++) {
+                const int row = piece * PIECE_ROWS + four_rows(lane) + lane % 4;
+                p[piece][i] = load_shared(tile_address<ROW_BYTES>(tile, row, chunk + i));
+            }
+    }
+
+    // o += P V for the channels from `first` on, a multiple of 64, by the COUNT keys whose rows are at `v`.
+    template <int COUNT, int PIECES, int OUTPUTS, class Weights>
+    __device__ static void accumulate(float (&o)[PIECES][OUTPUTS][REGISTERS], const Weights &p, Shared v, int first,
+                                      int lane)
+    {
+#pragma unroll
+        for (int step = 0; step < COUNT / OPERAND_KEYS; step++)
 #pragma unroll
             for (int half = 0; half < 2; half++) {
-                const int tile = part * (TILES / PARTS) + step;
                 uint2 a[PIECES];
 #pragma unroll
                 for (int piece = 0; piece < PIECES; piece++)
-                    a[piece] = operand(p[piece][tile], half, lane);
-                const int row = tile * 8 + half * 4 + lane % 4;
+                    a[piece] = operand(p[piece], step, half, lane);
+                const int row = step * OPERAND_KEYS + half * 4 + lane % 4;
 #pragma unroll
                 for (int out = 0; out < OUTPUTS; out += 2) {
                     const uint4 b = load_shared(tile_address(v, row, first / ELEMENTS + out + lane / 16));

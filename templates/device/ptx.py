@@ -274,6 +274,17 @@ def ld_global_i32(address, *, loc=None, ip=None):
 
 
 @dsl_user_op
+def ld_global_i32_where(address, where, otherwise, *, loc=None, ip=None):
+    """Load one int32 as `ld_global_i32` does where `where` holds, else give `otherwise`; no branch, so no wait."""
+    text = "{ .reg .pred p; setp.ne.b32 p, $2, 0; mov.b32 $0, $3; @p ld.global.nc.b32 $0, [$1]; }"
+    operands = [
+        Int64(address).ir_value(loc=loc, ip=ip),
+        *(Int32(x).ir_value(loc=loc, ip=ip) for x in (where, otherwise)),
+    ]
+    return Int32(_asm(T.i32(), operands, text, "=&r,l,r,r", True, loc, ip))
+
+
+@dsl_user_op
 def ld_global_pair(address, where, *, loc=None, ip=None):
     """Load two 16-bit elements as one register where `where` holds, else zeros."""
     text = "{ .reg .pred p; setp.ne.b32 p, $2, 0; mov.b32 $0, 0; @p ld.global.b32 $0, [$1]; }"

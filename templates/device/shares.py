@@ -1,112 +1,202 @@
-"""Equal shares of a batch's key tiles: turns lengths on the device into the range of tiles that one block works on.
+"""Shares of a batch's key tiles: turns lengths on the device into the ranges of tiles that blocks work on.
 
 Tiles of all sequences lie in one row: sequence by sequence, in each head by head, row block by row block, then by key.
-Every block takes an equal part of that row, so that long and short sequences load the device alike (stream-K, Osama
-et al., PPoPP 2023). Each block finds its part by itself: one trip to memory and one scan of the batch.
+Every block has an equal part of that row, so that long and short sequences load the device alike (stream-K, Osama et
+al., PPoPP 2023), and finds it by itself: one trip to memory and one scan of the batch. Of a long row the last
+sixteenth is cut into pieces, for whoever is done first: on an H200, 24 of the SMs read memory a quarter faster than
+the others (docs/performance.md). Where a share begins and ends depends on the lengths alone, and so do all results.
 """
 
 import cutlass
 import cutlass.cute as cute
 from cutlass import Int32, Int64
 
-from pa_ops.templates.device.ptx import ld_shared_32, st_shared_32
+from pa_ops.arguments import PIECES_A_BLOCK
+from pa_ops.templates.device.ptx import ld_shared_32, st_global_i32, st_shared_32, take
 from pa_ops.templates.device.worklist import length_at, paged_keys, scan_warp
 
-WORDS = 10  # of shared memory that `find_share` needs
+THREADS = 128
 LEAST = 4  # tiles of a share that is cut
+KEPT = 16  # one part in so many of a block's equal share becomes pieces
+FINEST = 16  # parts of a share that a piece must not exceed, or nothing is gained
+LARGEST = 16  # tiles of a piece, where there is room for so many
+MOST_PARTS = 64  # pieces of a head of average length: one block merges them
+
+# Words of shared memory.
+SUMS = 0  # tiles and places of each warp's sequences
+FOUND = 8  # the sequence in which a share begins, and its first tile
+CUT = 10  # total tiles; equal shares, their tiles, how many of them have one more; tiles of the pieces that follow
+SHARE = 15  # the block's own
+STARTS = 16  # the first tile of each thread's sequences, and the end of the last one's
+WORDS = STARTS + THREADS + 2  # an even number
 
 
-@cute.jit
-def span(args, sequence: Int32, rows: cutlass.Constexpr, keys: cutlass.Constexpr, window: cutlass.Constexpr):
-    """(first query row, queries, keys, first tile, tiles, row blocks) of a sequence; no row blocks where it has none.
+class Shares:
+    """Shares of tiles of `rows` query rows and `keys` keys; WORDS words of shared memory at `at` tell of them."""
 
-    A sequence with more than `skip_above` queries is another kernel's. One that sees no key has one tile all the same,
-    so that its rows are written.
-    """
-    q_start, q_len = length_at(args.cu_seqlens_q, sequence, args.tokens)
-    k_len = paged_keys(args, sequence, q_len)
-    first = Int32(0)
-    if cutlass.const_expr(window):
-        first = cutlass.max(k_len - q_len - args.window + 1, 0) // keys
-    tiles = cutlass.max((k_len + (keys - 1)) // keys - first, 1)
-    blocks = (q_len * args.group + (rows - 1)) // rows
-    blocks = Int32(cutlass.select_(q_len > args.skip_above, Int32(0), blocks))
-    return q_start, q_len, k_len, first, tiles, blocks
+    def __init__(self, rows, keys, window, at):
+        self.rows, self.keys, self.window, self.at = rows, keys, window, at
 
+    @cute.jit
+    def span(self, args, sequence: Int32):
+        """(first query row, queries, keys, first tile, tiles, row blocks) of a sequence; no row blocks of an empty one.
 
-@cute.jit
-def find_share(args, smem: Int32, rows: cutlass.Constexpr, keys: cutlass.Constexpr, window: cutlass.Constexpr):
-    """(begin, end, total, shares, sequence, base): this block's of so many shares of all tiles, and where to seek them.
+        A sequence with more than `skip_above` queries is another kernel's. One that sees no key has one tile all the
+        same, so that its rows are written.
+        """
+        q_start, q_len = length_at(args.cu_seqlens_q, sequence, args.tokens)
+        k_len = paged_keys(args, sequence, q_len)
+        first = Int32(0)
+        if cutlass.const_expr(self.window):
+            first = cutlass.max(k_len - q_len - args.window + 1, 0) // self.keys
+        tiles = cutlass.max((k_len + (self.keys - 1)) // self.keys - first, 1)
+        blocks = (q_len * args.group + (self.rows - 1)) // self.rows
+        blocks = Int32(cutlass.select_(q_len > args.skip_above, Int32(0), blocks))
+        return q_start, q_len, k_len, first, tiles, blocks
 
-    `sequence`, whose tiles begin at `base`, is not after the share's first. A thread of the block's 128 counts the
-    tiles of a run of sequences; `smem` is WORDS words of scratch.
-    """
-    tid, _, _ = cute.arch.thread_idx()
-    block, _, _ = cute.arch.block_idx()
-    warp, lane = tid // 32, tid % 32
-    run = (args.sequences + 127) // 128
-    first = tid * run
-    own, own_places = Int32(0), Int32(0)
-    for i in cutlass.range(run, unroll=1):
-        sequence = first + i
-        if sequence < args.sequences:
-            _, _, _, _, tiles, row_blocks = span(args, sequence, rows, keys, window)
-            own = own + tiles * row_blocks
-            own_places = own_places + row_blocks
-    inclusive, places_here = scan_warp(own), scan_warp(own_places)
-    if lane == 31:
-        st_shared_32(smem + warp * 8, inclusive)
-        st_shared_32(smem + warp * 8 + 4, places_here)
-    cute.arch.barrier()
-    before, total, places = Int32(0), Int32(0), Int32(0)
-    for w in cutlass.range_constexpr(4):
-        sums = ld_shared_32(smem + w * 8)
-        before = before + Int32(cutlass.select_(Int32(w) < warp, sums, Int32(0)))
-        total = total + sums
-        places = places + ld_shared_32(smem + w * 8 + 4)
-    total = total * args.kv_heads
-    shares = shares_of(total, places * args.kv_heads)
-    begin, end = Int32(0), Int32(0)
-    if block < shares:
-        begin = Int32(Int64(block) * Int64(total) // Int64(shares))
-        end = Int32(Int64(block + 1) * Int64(total) // Int64(shares))
-    start = (before + inclusive - own) * args.kv_heads
-    if (start <= begin) & (begin < start + own * args.kv_heads):
-        st_shared_32(smem + 32, first)
-        st_shared_32(smem + 36, start)
-    cute.arch.barrier()
-    return begin, end, total, shares, ld_shared_32(smem + 32), ld_shared_32(smem + 36)
+    @cute.jit
+    def count(self, args, smem: Int32):
+        """Cut the batch's tiles into shares, and find the block's first: (begin, end), empty where there are too few.
 
+        Each of the block's threads counts the tiles of a run of sequences.
+        """
+        tid, _, _ = cute.arch.thread_idx()
+        block, _, _ = cute.arch.block_idx()
+        warp, lane = tid // 32, tid % 32
+        run = self.run_of(args)
+        own, own_places = Int32(0), Int32(0)
+        for i in cutlass.range(run, unroll=1):
+            sequence = tid * run + i
+            if sequence < args.sequences:
+                _, _, _, _, tiles, row_blocks = self.span(args, sequence)
+                own = own + tiles * row_blocks
+                own_places = own_places + row_blocks
+        inclusive, places_here = scan_warp(own), scan_warp(own_places)
+        if lane == 31:
+            self.put(smem, SUMS + warp * 2, inclusive)
+            self.put(smem, SUMS + 1 + warp * 2, places_here)
+        cute.arch.barrier()
+        before, total, places = Int32(0), Int32(0), Int32(0)
+        for w in cutlass.range_constexpr(THREADS // 32):
+            sums = self.get(smem, SUMS + w * 2)
+            before = before + Int32(cutlass.select_(Int32(w) < warp, sums, Int32(0)))
+            total = total + sums
+            places = places + self.get(smem, SUMS + 1 + w * 2)
+        cut = self.cut(total * args.kv_heads, places * args.kv_heads)
+        begin, end = self.bounds(cut, block)
+        stop = (before + inclusive) * args.kv_heads
+        self.put(smem, STARTS + 1 + tid, stop)
+        self.mark(args, smem, begin, stop - own * args.kv_heads, stop)
+        if tid == 0:
+            self.put(smem, STARTS, Int32(0))
+            self.put(smem, SHARE, block)
+            for i in cutlass.range_constexpr(len(cut)):
+                self.put(smem, CUT + i, cut[i])
+        cute.arch.barrier()
+        return begin, end
 
-@cute.jit
-def seek(
-    args,
-    sequence: Int32,
-    base: Int32,
-    unit: Int32,
-    rows: cutlass.Constexpr,
-    keys: cutlass.Constexpr,
-    window: cutlass.Constexpr,
-):
-    """(sequence, its first tile) of tile `unit`, at or after the sequence whose tiles begin at `base`."""
-    _, _, _, _, tiles, blocks = span(args, sequence, rows, keys, window)
-    while unit >= base + tiles * blocks * args.kv_heads:
-        base = base + tiles * blocks * args.kv_heads
-        sequence = sequence + 1
-        _, _, _, _, tiles, blocks = span(args, sequence, rows, keys, window)
-    return sequence, base
+    @cute.jit
+    def cut(self, total: Int32, places: Int32):
+        """How `total` tiles, in so many heads and row blocks of sequences, become shares: the five words of CUT.
 
+        No more than there are blocks and tiles, and else one a place, or as many as give each LEAST tiles: a merge
+        costs as much as some tiles do, so what is cut is long, and what is short is not put together.
+        """
+        grid, _, _ = cute.arch.grid_dim()
+        blocks = cutlass.max(cutlass.min(grid, cutlass.max(places, total // LEAST)), 1)
+        each = total // blocks
+        more, piece = total - each * blocks, Int32(LEAST)
+        if (blocks == grid) & (each >= LEAST * FINEST):
+            kept, room = each - each // KEPT, grid * PIECES_A_BLOCK
+            finest = cutlass.max((total - blocks * kept + (room - 1)) // room, total // places // MOST_PARTS)
+            finest = cutlass.max(finest, cutlass.max(cutlass.min(each // KEPT, LARGEST), LEAST))
+            if finest * FINEST <= each:
+                each, more, piece = kept, Int32(0), finest
+        return total, blocks, each, more, piece
 
-def shares_of(total, places):
-    """How many blocks have a share of `total` tiles, in so many heads and row blocks of sequences.
+    def noted(self, smem):
+        """The same, from shared memory."""
+        return tuple(self.get(smem, CUT + i) for i in range(5))
 
-    No more than there are blocks and tiles, and else one a place, or as many as give each LEAST tiles: a merge costs as
-    much as some tiles do, so what is cut is long, and what is short is not put together.
-    """
-    blocks, _, _ = cute.arch.grid_dim()
-    return cutlass.max(cutlass.min(blocks, cutlass.max(places, total // LEAST)), 1)
+    def start_of(self, cut, share):
+        """The first tile of a share. Those with one tile more are spread evenly, or else neighbours would have them.
 
+        Blocks next to each other run on SMs next to each other, which share a way to memory: 2% of 1 x 128k.
+        """
+        _, blocks, each, more, piece = cut
+        equal = share * each + share * more // blocks
+        return Int32(cutlass.select_(share < blocks, equal, self.whole(cut) + (share - blocks) * piece))
 
-def owner_of(tile, total, shares):
-    """The block whose share holds `tile`."""
-    return Int32(((Int64(tile) + 1) * Int64(shares) - 1) // Int64(total))
+    def whole(self, cut):
+        """Tiles of all equal shares, which is where pieces begin."""
+        _, blocks, each, more, _ = cut
+        return blocks * each + more
+
+    def bounds(self, cut, share):
+        """(begin, end) of a share; nothing beyond the last."""
+        return self.start_of(cut, share), cutlass.min(self.start_of(cut, share + 1), cut[0])
+
+    def owner_of(self, cut, tile):
+        """The share that holds `tile`."""
+        _, blocks, _, _, piece = cut
+        whole = self.whole(cut)
+        among_equal = Int32(((Int64(tile) + 1) * Int64(blocks) - 1) // Int64(whole))
+        return Int32(cutlass.select_(tile < whole, among_equal, blocks + (tile - whole) // piece))
+
+    @cute.jit
+    def mark(self, args, smem: Int32, unit: Int32, start: Int32, stop: Int32):
+        """Note where tile `unit` is, by the thread whose sequences have tiles [start, stop)."""
+        if (start <= unit) & (unit < stop):
+            tid, _, _ = cute.arch.thread_idx()
+            self.put(smem, FOUND, tid * self.run_of(args))
+            self.put(smem, FOUND + 1, start)
+
+    def located(self, args, smem, unit):
+        """(sequence, its first tile) of the tile that was marked before the block's last barrier."""
+        return self.seek(args, self.get(smem, FOUND), self.get(smem, FOUND + 1), unit)
+
+    @cute.jit
+    def seek(self, args, sequence: Int32, base: Int32, unit: Int32):
+        """(sequence, its first tile) of tile `unit`, at or after the sequence whose tiles begin at `base`."""
+        found = unit < 0  # a loop that tests at its end has `span` in it once
+        while not found:
+            _, _, _, _, tiles, blocks = self.span(args, sequence)
+            after = base + tiles * blocks * args.kv_heads
+            found = unit < after
+            if not found:
+                base = after
+                sequence = sequence + 1
+        return sequence, base
+
+    @cute.jit
+    def following(self, args, smem: Int32):
+        """The share after a block's last, as `count` finds the first: a piece by ticket, if there are any."""
+        begin, end = Int32(0), Int32(0)
+        cut = self.noted(smem)
+        total, blocks, _, _, piece = cut
+        beyond = total - self.whole(cut)
+        if beyond > 0:
+            tid, _, _ = cute.arch.thread_idx()
+            if tid == 0:
+                ticket = take(args.tickets)
+                # Every block stops at its first ticket beyond the last piece: this one is the last of all.
+                if ticket == (beyond + (piece - 1)) // piece + blocks - 1:
+                    st_global_i32(args.tickets, Int32(0))
+                self.put(smem, SHARE, blocks + ticket)
+            cute.arch.barrier()
+            begin, end = self.bounds(cut, self.get(smem, SHARE))
+            self.mark(args, smem, begin, self.get(smem, STARTS + tid), self.get(smem, STARTS + 1 + tid))
+            cute.arch.barrier()
+        return begin, end
+
+    def run_of(self, args):
+        """Sequences that one thread counts."""
+        return (args.sequences + (THREADS - 1)) // THREADS
+
+    def put(self, smem, word, value):
+        """Store a word of the scratch."""
+        st_shared_32(smem + self.at + word * 4, value)
+
+    def get(self, smem, word):
+        """Load a word of the scratch."""
+        return ld_shared_32(smem + self.at + word * 4)

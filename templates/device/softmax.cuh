@@ -120,7 +120,7 @@ template <class Path, int PIECES, int TILES> struct Softmax {
         return most;
     }
 
-    // Whether some row of the warp outgrew the maximum in use, or has just seen its first key.
+    // Whether some row of this thread outgrew the maximum in use, or has just seen its first key.
     __device__ bool outgrown(const Scores &s, float log2_scale) const
     {
         bool some = false;
@@ -129,23 +129,34 @@ template <class Path, int PIECES, int TILES> struct Softmax {
 #pragma unroll
             for (int slot = 0; slot < 2; slot++)
                 some |= (largest(s, piece, slot) - top[piece][slot]) * log2_scale > RESCALE_BITS;
-        return __any_sync(ALL_LANES, some);
+        return some;
     }
 
-    // Move outputs and sums to the maxima of the rows, this block included.
-    template <int OUTPUTS>
-    __device__ void rescale(const Scores &s, float (&o)[PIECES][OUTPUTS][Path::REGISTERS], float log2_scale)
+    // The maxima of the rows, this block included, of all keys that the warp has.
+    __device__ void maxima(const Scores &s, float (&most)[PIECES][2]) const
     {
 #pragma unroll
         for (int piece = 0; piece < PIECES; piece++)
 #pragma unroll
             for (int slot = 0; slot < 2; slot++) {
-                float most = fmaxf(top[piece][slot], largest(s, piece, slot));
+                most[piece][slot] = fmaxf(top[piece][slot], largest(s, piece, slot));
 #pragma unroll
                 for (int sharer = Path::FIRST_SHARER; sharer <= 2; sharer *= 2)
-                    most = fmaxf(most, __shfl_xor_sync(ALL_LANES, most, sharer));
-                const float shrink = exp2_fast(top[piece][slot] * log2_scale - base_of(most, log2_scale));
-                top[piece][slot] = most;
+                    most[piece][slot] = fmaxf(most[piece][slot], __shfl_xor_sync(ALL_LANES, most[piece][slot], sharer));
+            }
+    }
+
+    // Move outputs and sums to new maxima.
+    template <int OUTPUTS>
+    __device__ void rescale(const float (&most)[PIECES][2], float (&o)[PIECES][OUTPUTS][Path::REGISTERS],
+                            float log2_scale)
+    {
+#pragma unroll
+        for (int piece = 0; piece < PIECES; piece++)
+#pragma unroll
+            for (int slot = 0; slot < 2; slot++) {
+                const float shrink = exp2_fast(top[piece][slot] * log2_scale - base_of(most[piece][slot], log2_scale));
+                top[piece][slot] = most[piece][slot];
                 sum[piece][slot] *= shrink;
 #pragma unroll
                 for (int tile = 0; tile < OUTPUTS; tile++)

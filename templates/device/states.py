@@ -51,8 +51,12 @@ class States:
         self.floats = ROWS * (head_dim + 2)
         self.lanes = min(32, runs & -runs)
         self.rows_a_pass = THREADS // self.lanes
-        self.passes = range(ROWS // self.rows_a_pass)
         self.runs = range(runs // self.lanes)
+        self.batch = 16 // len(self.runs)  # parts that are on their way at a time: 16 bytes each and run
+
+    def passes_of(self, live_rows):
+        """Rounds in which the block's threads come by all live rows; a loop, because every copy of it is fetched."""
+        return (live_rows + (self.rows_a_pass - 1)) // self.rows_a_pass
 
     def row_of(self, step, tid):
         """The row that a thread works on in a pass."""
@@ -88,41 +92,23 @@ class States:
         return smem + self.stats_at + (warp * ROWS + row) * 8
 
     @cute.jit
-    def settle(
+    def leave(
         self,
         args,
         smem: Int32,
         outputs: Int32,
+        share: Int32,
         opener: Int32,
         parts: Int32,
-        q_start: Int32,
-        kv_head: Int32,
-        row_first: Int32,
         live_rows: Int32,
         tid: Int32,
     ):
-        """Leave this part in the workspace; of the `parts` blocks from `opener` on, the last to arrive merges them."""
-        block, _, _ = cute.arch.block_idx()
-        slot = Int32(cutlass.select_(block == opener, Int32(1), Int32(0)))
-        self.leave(args, smem, outputs, Int64(block * 2 + slot), live_rows, tid)
-        cute.arch.barrier()
-        counter = args.counters + Int64(opener) * 4
-        if tid == 0:  # releases what the whole block has left, and acquires what the others did
-            st_shared_32(smem + self.news_at, arrive(counter))
-        cute.arch.barrier()
-        if ld_shared_32(smem + self.news_at) == parts - 1:
-            if tid == 0:
-                st_global_i32(counter, Int32(0))
-            self.finish(args, smem, outputs, Int64(opener), parts, q_start, kv_head, row_first, live_rows, tid)
+        """Leave a share's part in the workspace; whether it was the last to arrive of `parts` from share `opener` on.
 
-    def slot(self, args, slot):
-        """The address of a state in the workspace."""
-        return args.partials + slot * (self.floats * 4)
-
-    def leave(self, args, smem, outputs, slot, live_rows, tid):
-        """Merge the warps' states and write the result to the workspace: outputs, then (maximum, sum) a row."""
-        target = self.slot(args, slot)
-        for step in self.passes:
+        A part is the sum of the warps' outputs, then (maximum, sum) a row. Whoever comes last is to finish the rows.
+        """
+        target = self.slot(args, share, opener)
+        for step in cutlass.range(self.passes_of(live_rows), unroll=1):
             row = self.row_of(step, tid)
             live = row < live_rows
             weights, top, total = self.warp_weights(smem, row)
@@ -134,6 +120,20 @@ class States:
             first = live & (tid % self.lanes == 0)
             st_global_f32(stats, top, first)
             st_global_f32(stats + 4, total, first)
+        cute.arch.barrier()
+        counter = args.counters + Int64(opener) * 4
+        if tid == 0:  # releases what the whole block has left, and acquires what the others did
+            st_shared_32(smem + self.news_at, arrive(counter))
+        cute.arch.barrier()
+        last = ld_shared_32(smem + self.news_at) == parts - 1
+        if last & (tid == 0):
+            st_global_i32(counter, Int32(0))
+        return last
+
+    def slot(self, args, share, opener):
+        """The address of a share's part in the workspace: it has two, of the place that it opens and the one before."""
+        place = share * 2 + Int32(cutlass.select_(share == opener, Int32(1), Int32(0)))
+        return args.partials + Int64(place) * (self.floats * 4)
 
     def warp_weights(self, smem, row):
         """(factor of each warp's outputs, common maximum, sum) of a row; base 2."""
@@ -162,7 +162,7 @@ class States:
         args,
         smem: Int32,
         outputs: Int32,
-        opener: Int64,
+        opener: Int32,
         parts: Int32,
         q_start: Int32,
         kv_head: Int32,
@@ -171,79 +171,44 @@ class States:
         tid: Int32,
     ):
         """Write output rows and LSE, from the warps' states (no parts) or from the parts in the workspace."""
-        rows = (q_start, kv_head, row_first, live_rows, tid)
-        if live_rows <= self.rows_a_pass:
-            self.finish_rows(args, smem, outputs, opener, parts, *rows, 1)
-        else:
-            self.finish_rows(args, smem, outputs, opener, parts, *rows, len(self.passes))
-
-    @cute.jit
-    def finish_rows(
-        self,
-        args,
-        smem: Int32,
-        outputs: Int32,
-        opener: Int64,
-        parts: Int32,
-        q_start: Int32,
-        kv_head: Int32,
-        row_first: Int32,
-        live_rows: Int32,
-        tid: Int32,
-        passes: cutlass.Constexpr,
-    ):
-        """The same for the rows of so many passes: where one will do, four times as many parts are on their way."""
-        runs = len(self.runs)
-        values = cute.make_rmem_tensor((passes * runs * 4,), Float32)
-        tops = cute.make_rmem_tensor((passes,), Float32)
-        sums = cute.make_rmem_tensor((passes,), Float32)
-        values.fill(0.0)
-        tops.fill(-Float32.inf)
-        sums.fill(0.0)
-        if parts == 0:
-            for step in cutlass.range_constexpr(passes):
-                self.take_warps(smem, outputs, values, tops, sums, step, tid)
-        batch = max(64 // (passes * runs * 4), 1)
-        for first in cutlass.range(0, parts, batch, unroll=1):
-            self.take_parts(args, opener, first, parts, values, tops, sums, live_rows, tid, range(batch), range(passes))
-        for step in cutlass.range_constexpr(passes):
+        values = cute.make_rmem_tensor((len(self.runs) * 4,), Float32)
+        stats = cute.make_rmem_tensor((2,), Float32)  # maximum and sum
+        for step in cutlass.range(self.passes_of(live_rows), unroll=1):
             row = self.row_of(step, tid)
+            values.fill(0.0)
+            stats[0], stats[1] = -Float32.inf, Float32(0.0)
+            if parts == 0:
+                self.take_warps(smem, outputs, row, values, stats, tid)
+            for first in cutlass.range(0, parts, self.batch, unroll=1):
+                self.take_parts(args, opener, first, parts, row, live_rows, values, stats, tid)
             if row < live_rows:
-                mine = [values[step * runs * 4 + i] for i in range(runs * 4)]
-                self.write_row(args, mine, tops[step], sums[step], q_start, kv_head, row_first + row, tid)
+                self.write_row(args, values, stats[0], stats[1], q_start, kv_head, row_first + row, tid)
 
-    def take_warps(self, smem, outputs, values, tops, sums, step, tid):
-        """Put the sums of the warps' outputs into `values`, the rows' maxima and sums beside them."""
-        row = self.row_of(step, tid)
-        weights, tops[step], sums[step] = self.warp_weights(smem, row)
+    def take_warps(self, smem, outputs, row, values, stats, tid):
+        """Put the sums of the warps' outputs into `values`, the row's maximum and sum into `stats`."""
+        weights, stats[0], stats[1] = self.warp_weights(smem, row)
         for run in self.runs:
             mixed = self.mix_warps(outputs, row, self.column_of(run, tid), weights)
             for k in range(4):
-                values[(step * len(self.runs) + run) * 4 + k] = mixed[k]
+                values[run * 4 + k] = mixed[k]
 
-    def take_parts(self, args, opener, first, parts, values, tops, sums, live_rows, tid, batch, passes):
+    def take_parts(self, args, opener, first, parts, row, live_rows, values, stats, tid):
         """Add parts from number `first` on to `values`; all loads of the batch are on their way before one is used."""
-        loaded = [
-            [self.load_part(args, opener, first + i, parts, self.row_of(step, tid), live_rows, tid) for step in passes]
-            for i in batch
-        ]
-        for part in loaded:
-            for step, (top, total, outputs) in zip(passes, part, strict=True):
-                peak = cute.arch.fmax(tops[step], top)
-                base = Float32(cutlass.select_(peak == -Float32.inf, Float32(0.0), peak))
-                keep, gain = ex2(tops[step] - base), ex2(top - base)
-                tops[step] = peak
-                sums[step] = sums[step] * keep + total * gain
-                for i, output in enumerate(outputs):
-                    at = step * len(outputs) + i
-                    values[at] = values[at] * keep + output * gain
+        loaded = [self.load_part(args, opener, first + i, parts, row, live_rows, tid) for i in range(self.batch)]
+        for top, total, outputs in loaded:
+            peak = cute.arch.fmax(stats[0], top)
+            base = Float32(cutlass.select_(peak == -Float32.inf, Float32(0.0), peak))
+            keep, gain = ex2(stats[0] - base), ex2(top - base)
+            stats[0] = peak
+            stats[1] = stats[1] * keep + total * gain
+            for i, output in enumerate(outputs):
+                values[i] = values[i] * keep + output * gain
 
     def load_part(self, args, opener, part, parts, row, live_rows, tid):
         """(maximum, sum, outputs) of a thread in a row of a part: those of no keys where there is no such part."""
         there = part < parts
         wanted = there & (row < live_rows)
-        slot = opener * 2 + Int64(part) * 2 + Int64(cutlass.select_(part == 0, Int32(1), Int32(0)))
-        source = self.slot(args, slot)
+        source = self.slot(args, opener + part, opener)
         top, total = ld_global_f32x2(source + Int64((ROWS * self.head_dim + row * 2) * 4), wanted)
         outputs = []
         for run in self.runs:
@@ -271,7 +236,6 @@ class States:
         st_global_f32(lse_at, lse, (tid % self.lanes == 0) & (args.lse != 0))
         target = args.out + Int64(token) * args.out_token_stride + Int64(head) * args.out_head_stride
         for run in cutlass.range_constexpr(len(self.runs)):
-            four = values[run * 4 : run * 4 + 4]
-            words = [softmax.scaled_pair(self.dtype, *four[i : i + 2], scale) for i in (0, 2)]
+            words = [softmax.scaled_pair(self.dtype, values[i], values[i + 1], scale) for i in (run * 4, run * 4 + 2)]
             column = self.column_of(run, tid)
             st_global_64(target + Int64(column) * 2, words, column < args.head_dim)

@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 import shutil
-import subprocess
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
+from helpers import stand_in
 from pa_ops import sources
 from pa_ops.generator.build import Request, build
 from pa_ops.generator.layout import Layout
 from pa_ops.sources import template_folder
 
 TOY = Path(__file__).parent / "toy"
-DRIVER = Path(__file__).parent / "fake_driver.c"
 
 
 @pytest.fixture
@@ -54,7 +53,4 @@ def product(kept: Callable[[str], Path]) -> Layout:
 @pytest.fixture(scope="session")
 def driver(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a stand-in libcuda.so.1."""
-    folder = tmp_path_factory.mktemp("driver")
-    command = ["gcc", "-shared", "-fPIC", "-w", "-Wl,-soname,libcuda.so.1", DRIVER, "-o", folder / "libcuda.so.1"]
-    subprocess.run(command, check=True)
-    return folder
+    return stand_in.compiled(tmp_path_factory.mktemp("driver"))

@@ -1,6 +1,7 @@
 """Scenes for test_operators.py: a product's kernels behind PyTorch's dispatcher, on CPU tensors and a stand-in driver.
 
-Usage: operators_script.py HOME. Prints a line of JSON for each scene: its name and what went wrong, "" if nothing did.
+Usage: operators_script.py HOME MAKER, which is "directly" or "by the interface": how results are made. Prints a line of
+JSON for each scene: its name and what went wrong, "" if nothing did.
 """
 
 from __future__ import annotations
@@ -10,29 +11,29 @@ import ctypes
 import gc
 import json
 import os
+import resource
 import sys
 import threading
 import traceback
 import warnings
 import weakref
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
 import pa_ops
-from pa_ops import InvalidArgument, NoInstance, cuda, native, registry, scratch, steps, trace
+from helpers import stand_in
+from pa_ops import InvalidArgument, NoInstance, cuda, trace
 from pa_ops.schema import SCHEMAS
 
-NAMESPACE = "twin"
 HALF = torch.float16
-SM90 = pa_ops.Capability.of_sm(90)
-WORDS = scratch.tickets_at(SM90.num_sms) // 4 + 1
 SCENES: dict[str, Callable[[], None]] = {}
 
 asked: list[str] = []  # operators that Python was asked to serve
-stream = ctypes.c_void_p(0)  # the current one
+stream = stand_in.current_stream()
 said = os.memfd_create("said")
 place = 0
 
@@ -51,12 +52,6 @@ def launched() -> list[str]:
     return [line for line in text.decode().splitlines() if line.startswith("launch")]
 
 
-@ctypes.CFUNCTYPE(ctypes.c_int, ctypes.c_int32, ctypes.POINTER(ctypes.c_void_p))
-def current_stream(device: int, found: Any) -> int:
-    found[0] = stream.value
-    return 0
-
-
 def counted(op: str) -> Callable[..., Any]:
     def run(*args: Any, **kwargs: Any) -> Any:
         asked.append(op)
@@ -65,33 +60,9 @@ def counted(op: str) -> Callable[..., Any]:
     return run
 
 
-def workspace(out: Tensor) -> Tensor:
-    return scratch.held.setdefault((0, stream.value or 0), torch.zeros(WORDS, dtype=torch.int32))
-
-
-def prepare(home: str) -> None:
-    """Everything as on a GPU, but for the tensors: CPU ones, in a namespace where nothing else serves them."""
-    os.environ["PA_OPS_HOME"] = home
-    registry.capability_of = lambda index: SM90  # type: ignore[assignment]
-    mask = torch.zeros(1, dtype=torch.int32)
-    steps.mask_of = lambda device: mask
-    scratch.workspace_for = workspace
-    torch.cuda.is_current_stream_capturing = lambda: False
-    library = torch.library.Library(NAMESPACE, "DEF")
-    globals()["library"] = library
-    for op, schema in SCHEMAS.items():
-        library.define(op + schema)
-    cuda.IMPLEMENTATIONS["merge_states"](*(2 * states()))
-    path = registry.for_device(0).library()
-    assert path is not None and native.able(path), "this PyTorch has the interface, and the product has kernels"
-    address = ctypes.cast(current_stream, ctypes.c_void_p).value
-    assert address
-    native._kernels = native.Kernels(path, {op: counted(op) for op in SCHEMAS}, NAMESPACE, "CPU", address)
-
-
 def call(op: str, *tensors: Any, **options: Any) -> Any:
     name, _, overload = op.partition(".")
-    return getattr(getattr(getattr(torch.ops, NAMESPACE), name), overload or "default")(*tensors, **options)
+    return getattr(getattr(getattr(torch.ops, stand_in.NAMESPACE), name), overload or "default")(*tensors, **options)
 
 
 def steady(op: str, *tensors: Any, **options: Any) -> Any:
@@ -368,11 +339,35 @@ def arguments_and_results_are_let_go() -> None:
         assert all(reference() is None for reference in gone), op
 
 
-def main(home: str) -> None:
+@scene
+def a_result_that_there_is_no_memory_for_is_an_error_and_everything_is_let_go() -> None:
+    tensors = paged(1)
+    many = tensors[0].expand(1 << 19, 8, 64), *tensors[1:]
+    call("paged_attention", *many)
+    steady("paged_attention", *many)
+    counts = [tensor._use_count() for tensor in many]
+    launched()
+    limits = resource.getrlimit(resource.RLIMIT_AS)
+    used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+    resource.setrlimit(resource.RLIMIT_AS, (used + (64 << 20), limits[1]))
+    try:
+        steady("paged_attention", *many)
+    except RuntimeError as error:
+        text = str(error)
+    else:
+        text = "no error"
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, limits)
+    assert "can't allocate memory" in text and not launched(), text
+    assert [tensor._use_count() for tensor in many] == counts
+    steady("paged_attention", *many)
+
+
+def main(home: str, maker: str) -> None:
     """Plays every scene."""
     out = os.fdopen(os.dup(1), "w")
     os.dup2(said, 1)
-    prepare(home)
+    stand_in.serve(home, {op: counted(op) for op in SCHEMAS}, directly=maker == "directly")
     for name, play in SCENES.items():
         try:
             play()
@@ -382,5 +377,5 @@ def main(home: str) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1])
+    main(*sys.argv[1:])
     os._exit(0)

@@ -8,7 +8,6 @@ import sys
 from pathlib import Path
 
 import pytest
-from core_rows import ROOT
 
 from pa_ops import cli, jit
 from pa_ops.errors import InvalidArgument, NoInstance
@@ -30,23 +29,6 @@ def test_G8_everyday_commands_do_without_torch(words: str, tmp_path: Path, monke
     script = SCRIPT.format(words=words.split())
     run = subprocess.run([sys.executable, "-c", script], cwd=tmp_path, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
-
-
-def test_G8_a_script_times_everyday_things(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("PA_OPS_HOME", str(tmp_path))
-    script = ROOT / "scripts" / "everyday.py"
-    run = subprocess.run([sys.executable, script, "1", "0"], cwd=tmp_path, capture_output=True, text=True)
-    assert run.returncode == 0, run.stderr
-    head, ruler, *rows = (line.strip("| ").split(" | ") for line in run.stdout.splitlines() if line.startswith("|"))
-    assert head == ["what", "median", "fastest", "slowest", "at most"] and ruler == 5 * ["---"]
-    assert [row[0].strip("`").split()[:2] for row in rows] == [
-        ["import", "pa_ops`,"],
-        ["pa-ops", "list"],
-        ["pa-ops", "explain"],
-        ["pa-ops", "report"],
-    ]
-    for _, *times, limit in rows:
-        assert len(set(times)) == 1 and 0 < float(times[0]) < 20 * float(limit), "one run; a loaded machine may be slow"
 
 
 def test_an_unknown_command_is_argparse_s_affair(tmp_path: Path) -> None:

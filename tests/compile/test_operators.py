@@ -13,7 +13,8 @@ import pytest
 from pa_ops.generator.layout import Layout
 
 pytestmark = pytest.mark.compile
-SCRIPT = Path(__file__).with_name("operators_script.py")
+HERE = Path(__file__).parent
+SCRIPT = HERE / "operators_script.py"
 SCENES = [
     line.split()[1].partition("(")[0]
     for mark, line in zip(SCRIPT.read_text().splitlines(), SCRIPT.read_text().splitlines()[1:], strict=False)
@@ -21,11 +22,12 @@ SCENES = [
 ]
 
 
-@pytest.fixture(scope="module")
-def told(product: Layout, driver: Path) -> dict[str, str]:
+@pytest.fixture(scope="module", params=("directly", "by the interface"))
+def told(request: pytest.FixtureRequest, product: Layout, driver: Path) -> dict[str, str]:
     """What went wrong in each scene, of a process in which the driver is a stand-in."""
-    environment = {**os.environ, "LD_LIBRARY_PATH": str(driver)}
-    command = [sys.executable, str(SCRIPT), str(product.root.parent)]
+    paths = os.pathsep.join(map(str, (HERE.parent, os.environ.get("PYTHONPATH", ""))))
+    environment = {**os.environ, "LD_LIBRARY_PATH": str(driver), "PYTHONPATH": paths}
+    command = [sys.executable, str(SCRIPT), str(product.root.parent), request.param]
     run = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
     return dict(map(json.loads, run.stdout.splitlines()))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import subprocess
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -12,6 +13,7 @@ import tvm_ffi
 
 from pa_ops.arguments import record_of
 from pa_ops.capability import parse_target
+from pa_ops.errors import BuildError
 from pa_ops.gates import attention_families
 from pa_ops.generator import matrix
 from pa_ops.generator.build import Request, build
@@ -23,6 +25,7 @@ from pa_ops.generator.plan import Planner
 from pa_ops.generator.toolchain import Toolchain
 from pa_ops.manifest import Entry, Manifest
 from pa_ops.registry import CALLER
+from pa_ops.sources import template_folder
 from pa_ops.spec import Family, InstanceSpec, KernelOp
 
 pytestmark = pytest.mark.compile
@@ -84,6 +87,7 @@ def test_product_needs_tvm_ffi_and_the_c_library_only_and_tells_no_paths(product
         "libtvm_ffi.so",
         "libc.so.6",
         "libdl.so.2",
+        "libgcc_s.so.1",  # which libtvm_ffi.so needs too
         "libpthread.so.0",
         "librt.so.1",
         "ld-linux-x86-64.so.2",
@@ -145,3 +149,26 @@ def test_G5_helpers_compile_for_every_declared_target_and_never_spill(
     assert {entry.code_targets for entry in entries} == {(target,)}
     assert [entry.spill_bytes for entry in entries] == [0, 0]
     assert all(entry.registers * entry.spec.threads <= BLOCK_REGISTERS for entry in entries)
+
+
+def test_E5_a_window_costs_nothing_where_there_is_none(tmp_path: Path, kept: Callable[[str], Path]) -> None:
+    """The kernels without a window, from templates whose arguments have none: byte for byte the same."""
+    names = "pa_attn_decode_bf16_*_d64v64_gather_causal_*"
+    bare = Path(shutil.copytree(template_folder(), tmp_path / "templates"))
+    template = bare / "decode.py.j2"
+    plain = "from pa_ops.arguments import DECODE\n"
+    fields = (
+        "from dataclasses import replace\n\nfrom pa_ops.arguments import DECODE as WHOLE\n\n"
+        'DECODE = replace(WHOLE, counts=tuple("nothing" if x == "window" else x for x in WHOLE.counts))\n'
+    )
+    text = template.read_text()
+    assert plain in text
+    template.write_text(text.replace(plain, fields))
+    images = []
+    for home, templates in ((kept("with-window"), None), (tmp_path / "home", bare)):
+        build(Request(home, "serving", ("sm_90a",), names, templates=templates))
+        layout = Layout(home / "sm_90a")
+        images.append([layout.object(entry.name).read_bytes() for entry in rows(layout)])
+    assert images[0] and images[0] == images[1]
+    with pytest.raises(BuildError, match="window"):
+        build(Request(tmp_path / "home", "serving", ("sm_90a",), names.replace("causal", "window"), templates=bare))

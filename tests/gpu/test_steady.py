@@ -162,6 +162,28 @@ def test_B24_steady_calls_are_checked(device: torch.device) -> None:
         call.run()
 
 
+def test_B16_a_result_without_memory_is_pytorch_s_error_and_everything_is_let_go(device: torch.device) -> None:
+    call = paged(DECODE, Shape(64), device)
+    q = call.tensors["q"].new_zeros(1 << 20, *call.tensors["q"].shape[1:])  # an engine's buffer, of a GiB or more
+    tensors = {**call.tensors, "q": q}
+
+    def run() -> None:
+        torch.ops.pa_ops.paged_attention(*tensors.values())
+
+    warm(run)
+    counts = {name: tensor._use_count() for name, tensor in tensors.items()}
+    torch.cuda.empty_cache()
+    allowed = torch.cuda.memory_reserved(device) + (64 << 20)
+    torch.cuda.set_per_process_memory_fraction(allowed / torch.cuda.get_device_properties(device).total_memory, device)
+    try:
+        with pytest.raises(torch.OutOfMemoryError):
+            run()
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0, device)
+    assert {name: tensor._use_count() for name, tensor in tensors.items()} == counts
+    run()
+
+
 def test_B4_overrides_reach_steady_calls(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
     call = paged(DECODE, Shape(64), device)
     warm(call.run)

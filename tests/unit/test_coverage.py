@@ -80,6 +80,19 @@ def test_G4_a_row_that_nothing_selects_is_unreachable(family: Family) -> None:
     assert (twin.name, "sm_90a") not in reached
 
 
+def test_G4_ptx_behind_native_code_is_shadowed_and_not_unreachable() -> None:
+    native = [(spec, target) for spec, target in declared_pairs() if spec.family is Family.MEA]
+    ptx = [(spec, "compute_75") for spec, target in native if target == "sm_75"]
+    everywhere = cover(Inputs([*native, *ptx]))
+    shadowed = everywhere.reached(Reach.SHADOWED)
+    assert {(cell.name, cell.target) for cell in shadowed} == {(spec.name, target) for spec, target in ptx}
+    assert everywhere.unreachable == ()
+    newer = [(spec, target) for spec, target in native if target in ("sm_53", "sm_60", "sm_70", "sm_80")]
+    without = cover(Inputs([*newer, *ptx]))
+    assert without.reached(Reach.SHADOWED) == (), "a device without native code runs it"
+    assert {cell.name for cell in without.reached(Reach.AUTO) if cell.target == "compute_75"}
+
+
 def test_G4_a_row_of_a_new_head_size_is_met_by_problems_of_it() -> None:
     row = next(row for row in declared_rows() if "_flash_sm80_bf16_kvbf16_d128v128_gather_causal" in row.name)
     new = replace(row, name=row.name.replace("d128v128", "d160v160"), symbol="")

@@ -18,7 +18,7 @@ from pa_ops import Capability, InvalidArgument, NoInstance, cuda, heuristics, re
 from pa_ops.arguments import CONSTANT_BASE, MAP_ALIGNMENT, MAP_BYTES, RECORDS
 from pa_ops.checks import INT32_MAX
 from pa_ops.launch_rows import FILLING_BLOCKS
-from pa_ops.scratch import MAX_STATE_WORDS, blocks_of, tickets_at
+from pa_ops.scratch import MAX_STATE_WORDS, blocks_of, shares_of, tickets_at
 from pa_ops.spec import Family
 
 
@@ -258,11 +258,11 @@ def test_a_decode_step_is_append_and_decode(launches: Launches) -> None:
     serving_call(1, 1, 1, 1, 1, rotary=True)
     assert launches.families == ["append", "decode"]
     made, start = launches[1], launches.workspace.data_ptr()
-    blocks, fields = blocks_of(SM90.num_sms), made.fields
+    blocks, shares, fields = blocks_of(SM90.num_sms), shares_of(SM90.num_sms), made.fields
     assert (made.x, made.y) == (blocks, 1)
     assert (fields["partials"], fields["kv_heads"], fields["causal"]) == (start, 2, 1)
-    assert fields["counters"] == start + 2 * blocks * MAX_STATE_WORDS * 4, "two states a block come first"
-    assert fields["counters"] + 4 * blocks == start + tickets_at(SM90.num_sms)
+    assert fields["counters"] == start + 2 * shares * MAX_STATE_WORDS * 4, "two states a share come first"
+    assert fields["counters"] + 4 * shares == fields["tickets"] == start + tickets_at(SM90.num_sms)
     assert made.serves(1) and made.serves(INT32_MAX), "decode alone takes whatever comes"
 
 
@@ -289,7 +289,7 @@ def test_a_mixed_batch_is_append_and_two_launches_that_share_it(
     shared = many.keys() & few.keys()
     assert {name for name in shared if many[name] != few[name]} == {"skip_up_to"}, "all else is one call's"
     maps = launches[2].maps
-    assert many.keys() - shared == {"heads"} | ({"tickets", "box_rows"} if maps else set())
+    assert many.keys() - shared == {"heads"} | ({"box_rows"} if maps else set())
     for letter, found in zip("qkv", maps.values(), strict=False):
         strides = [few.get(f"{letter}_{step}_stride", 16) for step in ("token", "head", "page")]
         assert found.address == few[letter] and [*found.strides] == strides, "and so are rows in memory"

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from types import ModuleType
 
 import pytest
+import torch
 from core_rows import ROOT
 
-from pa_ops import evidence
-from pa_ops.evidence import Evidence
+from helpers.machine import this_machine
+from pa_ops import InvalidArgument, evidence
+from pa_ops.evidence import Evidence, Machine
 
 CASE = '<testcase classname="tests.gpu.{file}" name="{name}" time="1.5">{inside}</testcase>'
 BAD = '<failure message="no&#10;more">trace</failure>'
@@ -24,17 +28,16 @@ def script(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     module = importlib.util.module_from_spec(spec)
     monkeypatch.setitem(sys.modules, spec.name, module)
     spec.loader.exec_module(module)
-    monkeypatch.setattr(module, "this_machine", lambda: module.Machine("H200", "580", "2.11", "3.12"))
     return module
 
 
-def run(script: ModuleType, tmp_path: Path, *cases: str) -> int:
-    """The script on one junit and one evidence file a case."""
+def run(script: ModuleType, tmp_path: Path, *cases: str, drivers: Sequence[str] = ("580.1", "580.1")) -> int:
+    """The script on one junit and one evidence file a case, each of a machine with the driver."""
     names = ("together", "alone")[: max(len(cases), 1)]
-    for name, case in zip(names, cases or ("",), strict=True):
+    for name, case, driver in zip(names, cases or ("",), drivers, strict=False):
         (tmp_path / f"{name}.xml").write_text(f"<testsuites><testsuite>{case}</testsuite></testsuites>")
         rows = {("pa_x", "sm_90a"): Evidence("a" * 64, 1, 0.5, by=(name,), worst_test=name)}
-        evidence.write(tmp_path / f"{name}.json", rows)
+        evidence.write(tmp_path / f"{name}.json", rows, Machine("H200", driver, "2.11", "3.12"))
     files = [[str(tmp_path / f"{name}.{end}") for name in names] for end in ("xml", "json")]
     more = ["--docs", str(tmp_path / "docs"), "--commit", "c"]
     sys.argv = ["gpu_report", "--junit", *files[0], "--evidence", *files[1], *more]
@@ -48,6 +51,7 @@ def test_G4_two_runs_are_one_report(script: ModuleType, tmp_path: Path, monkeypa
     second = CASE.format(file="test_a", name="two", inside=BAD)
     assert run(script, tmp_path, first, second) == 0
     page = (tmp_path / "docs" / "gpu-report.md").read_text()
+    assert "| card | H200 |" in page and "| driver | 580.1 |" in page
     assert "| `tests/gpu/test_a.py` | 1 | 1 | 0 | 3.0 |" in page
     assert "| tests/gpu/test_a.py::two | no |" in page
     assert "| `pa_x` | sm_90a | 2 | 5.00e-01 | 2 | `aaaaaaaaaaaa` |" in page
@@ -60,3 +64,31 @@ def test_G4_no_test_is_no_report(script: ModuleType, tmp_path: Path, monkeypatch
     with pytest.raises(SystemExit, match="no test ran"):
         run(script, tmp_path)
     assert not (tmp_path / "docs").exists()
+
+
+def test_G4_runs_of_two_machines_are_no_report(
+    script: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "argv", sys.argv)
+    cases = [CASE.format(file="test_a", name=name, inside="") for name in ("one", "two")]
+    with pytest.raises(SystemExit, match=r"one machine, not .*'5[89]0\.[12]'.*'5[89]0\.[12]'"):
+        run(script, tmp_path, *cases, drivers=("580.1", "590.2"))
+    evidence.write(tmp_path / "together.json", {})
+    with pytest.raises(InvalidArgument, match=r"together\.json machine: must tell where the tests ran"):
+        script.machine_of([tmp_path / "together.json"])
+
+
+@pytest.mark.parametrize(
+    ("body", "driver"), [("echo 590.44.01; echo 590.44.01", "590.44.01"), ("exit 9", "of CUDA 13000")]
+)
+def test_G4_the_driver_is_noted_where_tests_run(
+    body: str, driver: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    program = tmp_path / "nvidia-smi"
+    program.write_text(f"#!/bin/sh\n{body}\n")
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "NVIDIA H200")
+    monkeypatch.setattr(torch._C, "_cuda_getDriverVersion", lambda: 13000, raising=False)
+    noted = this_machine()
+    assert (noted.card, noted.driver, noted.torch) == ("NVIDIA H200", driver, torch.__version__)

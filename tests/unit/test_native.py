@@ -18,7 +18,7 @@ HOST = Path(native.__file__).parent.parent / "generator" / "host.h"
 def test_the_tables_name_every_function_of_the_header() -> None:
     body = HOST.read_text().partition("struct pa_host {")[2].partition("};")[0]
     declared = [line for line in body.splitlines() if line.strip().endswith(";") or line.strip().endswith("*/")]
-    named = (*native.TORCH, native.REQUIRES_GRAD, native.STREAM, *native.PYTHON, *native.CXX)
+    named = (*native.TORCH, native.STREAM, *native.MEMBERS, native.EMPTY, *native.PYTHON, *native.CXX)
     assert len(declared) == len(named)
 
 

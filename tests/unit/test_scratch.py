@@ -51,12 +51,12 @@ def test_a_stream_keeps_its_own_and_waits_once(device: Device) -> None:
     device.stream = 0
     assert scratch.workspace(0) is first
     for room in (first, second):
-        assert room.numel() == COUNTERS + scratch.blocks_of(NUM_SMS) + 1 and not room[COUNTERS:].any()
+        assert room.numel() == COUNTERS + scratch.shares_of(NUM_SMS) + 1 and not room[COUNTERS:].any()
 
 
-def test_a_counter_a_block_and_one_of_tickets_are_the_last_words(device: Device) -> None:
+def test_a_counter_a_share_and_one_of_tickets_are_the_last_words(device: Device) -> None:
     size = 4 * scratch.workspace(0).numel()
-    assert scratch.tickets_at(NUM_SMS) == size - 4 == scratch.counters_at(NUM_SMS) + 4 * scratch.blocks_of(NUM_SMS)
+    assert scratch.tickets_at(NUM_SMS) == size - 4 == scratch.counters_at(NUM_SMS) + 4 * scratch.shares_of(NUM_SMS)
 
 
 def test_X6_a_stream_met_under_capture_gets_the_spare_and_shares_it_with_later_graphs(device: Device) -> None:
@@ -75,3 +75,11 @@ def test_X6_without_a_spare_memory_that_a_graph_zeroes_is_not_kept(device: Devic
     device.capturing = False
     kept = scratch.workspace(0)
     assert kept is not first and scratch.workspace(0) is kept and device.waits == 1
+
+
+def test_E11_the_workspace_holds_two_states_of_every_share_and_no_sequence_makes_it_grow() -> None:
+    sms, rows, widest = 132, 16, 256
+    blocks = 2 * sms
+    shares = blocks + 2 * blocks  # one a block, and pieces
+    assert scratch.counters_at(sms) == shares * 2 * rows * (widest + 2) * 4
+    assert scratch.tickets_at(sms) == scratch.counters_at(sms) + shares * 4
