@@ -21,7 +21,7 @@ from pa_ops.templates.device.tiles import Fragments, TileShape
 class Decode:
     """One instance: the compile-time choices and the code that they specialise."""
 
-    def __init__(self, dtype, head_dim, window, keys, stages, chained):
+    def __init__(self, dtype, head_dim, window, keys, stages, pieces, chained):
         self.dtype, self.head_dim, self.window, self.chained = dtype, head_dim, window, chained
         self.keys, self.stages = keys, stages
         self.warp_keys = keys // WARPS
@@ -32,7 +32,7 @@ class Decode:
         self.holes_at = WARPS * stages * self.stage_bytes
         shares_at = self.holes_at + WARPS * stages * 4
         stats_at = shares_at + WORDS * 4
-        self.shares = Shares(ROWS, keys, window, shares_at)
+        self.shares = Shares(ROWS, keys, window, pieces, shares_at)
         self.feed = Feed(self.shape, self.shares, self.warp_keys, stages)
         # Outputs of warps meet in the stage computed last: 16 keys of K and V are the bytes of 16 rows in fp32.
         self.states = States(dtype, head_dim, stages * self.stage_bytes, stats_at)

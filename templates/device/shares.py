@@ -11,7 +11,6 @@ import cutlass
 import cutlass.cute as cute
 from cutlass import Int32, Int64
 
-from pa_ops.arguments import PIECES_A_BLOCK
 from pa_ops.templates.device.ptx import ld_shared_32, st_global_i32, st_shared_32, take
 from pa_ops.templates.device.worklist import length_at, paged_keys, scan_warp
 
@@ -32,10 +31,13 @@ WORDS = STARTS + THREADS + 2  # an even number
 
 
 class Shares:
-    """Shares of tiles of `rows` query rows and `keys` keys; WORDS words of shared memory at `at` tell of them."""
+    """Shares of tiles of `rows` query rows and `keys` keys; WORDS words of shared memory at `at` tell of them.
 
-    def __init__(self, rows, keys, window, at):
-        self.rows, self.keys, self.window, self.at = rows, keys, window, at
+    The workspace has room for `pieces` pieces a block.
+    """
+
+    def __init__(self, rows, keys, window, pieces, at):
+        self.rows, self.keys, self.window, self.pieces, self.at = rows, keys, window, pieces, at
 
     @cute.jit
     def span(self, args, sequence: Int32):
@@ -107,7 +109,7 @@ class Shares:
         each = total // blocks
         more, piece = total - each * blocks, Int32(LEAST)
         if (blocks == grid) & (each >= LEAST * FINEST):
-            kept, room = each - each // KEPT, grid * PIECES_A_BLOCK
+            kept, room = each - each // KEPT, grid * self.pieces
             finest = cutlass.max((total - blocks * kept + (room - 1)) // room, total // places // MOST_PARTS)
             finest = cutlass.max(finest, cutlass.max(cutlass.min(each // KEPT, LARGEST), LEAST))
             if finest * FINEST <= each:
