@@ -8,7 +8,6 @@ tensors, KV heads repeated before the clock runs. Decode: from pages; SDPA's cal
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -24,6 +23,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from pa_ops import functions, homes, trace
 from pa_ops.bench_serving import time_of
+from pa_ops.environment import homed
 from pa_ops.errors import InvalidArgument
 from pa_ops.manifest import FILE_NAME
 
@@ -186,16 +186,9 @@ def only(target: str) -> Iterator[None]:
         raise InvalidArgument(
             "case", f"mea needs pa-ops build --arch {','.join(TARGETS)}", f"no {target} in {built.parent}"
         )
-    before = os.environ.get("PA_OPS_HOME")
-    with TemporaryDirectory() as home:
+    with TemporaryDirectory() as home, homed(home):
         (Path(home) / target).symlink_to(built.absolute())
-        os.environ["PA_OPS_HOME"] = home
-        try:
-            yield
-        finally:
-            os.environ.pop("PA_OPS_HOME")
-            if before is not None:
-                os.environ["PA_OPS_HOME"] = before
+        yield
 
 
 def timed(call: Call) -> float:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
@@ -55,6 +57,19 @@ class Settings:
 def settings() -> Settings:
     """The environment as it is now; raises InvalidArgument naming a variable whose value means nothing."""
     return settings_of(tuple(map(RAW.get, KEYS)))
+
+
+@contextmanager
+def homed(folder: str | Path) -> Iterator[None]:
+    """A block in which PA_OPS_HOME is `folder`, whatever it was."""
+    before = os.environ.get("PA_OPS_HOME")
+    os.environ["PA_OPS_HOME"] = str(folder)
+    try:
+        yield
+    finally:
+        del os.environ["PA_OPS_HOME"]
+        if before is not None:
+            os.environ["PA_OPS_HOME"] = before
 
 
 @lru_cache(maxsize=64)

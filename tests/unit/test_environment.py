@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from core_rows import ROOT
 
-from pa_ops.environment import VARIABLES, Settings, settings
+from pa_ops.environment import VARIABLES, Settings, homed, settings
 from pa_ops.errors import InvalidArgument
 
 
@@ -61,6 +61,17 @@ def test_the_argument_is_stronger_than_the_environment(monkeypatch: pytest.Monke
     assert settings().policy().backend_source == "PA_OPS_BACKEND"
     assert settings().policy("flash").backend == "flash"
     assert settings().policy("flash").backend_source == "backend="
+
+
+@pytest.mark.parametrize("before", [None, "/elsewhere"])
+def test_a_block_has_a_home_of_its_own(before: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("PA_OPS_HOME", raising=False)
+    if before is not None:
+        monkeypatch.setenv("PA_OPS_HOME", before)
+    with pytest.raises(KeyError), homed(tmp_path):
+        assert settings().home == tmp_path
+        raise KeyError
+    assert settings().home == (None if before is None else Path(before))
 
 
 def test_no_other_module_of_the_package_reads_the_environment() -> None:
