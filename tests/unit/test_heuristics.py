@@ -133,6 +133,41 @@ def test_selection_prefers_the_family_made_for_the_rows_of_the_longest_sequence(
         assert select_entry(declared_rows(), replace(problem, page_size=12), Capability.of_sm(90)).family == older
 
 
+@pytest.mark.parametrize(
+    ("sizes", "rows"),
+    [
+        ({"tokens": 16384}, 192),
+        ({"tokens": 16384, "batch": 3}, 192),
+        ({"tokens": 16384, "batch": 4}, 192),
+        ({"tokens": 16384, "batch": 8}, 128),
+        ({"tokens": 16384, "batch": 32}, 128),
+        ({"tokens": 16384, "batch": 32, "max_q": 4095}, 128),
+        ({"tokens": 16384, "batch": 32, "max_q": 4096}, 192),
+        ({"tokens": 4096, "batch": 32, "max_q": 128, "max_k": 16384}, 128),  # two thirds of the taller one would do
+        ({"tokens": 8192, "batch": 1, "max_q": 8192, "max_k": 4095}, 128),
+    ],
+)
+def test_the_taller_tile_is_for_long_sequences(sizes: dict[str, int], rows: int) -> None:
+    problem = Problem(op="varlen_attention", dtype="bf16", head_dim=128, num_heads=32, **sizes)
+    assert select_entry(declared_rows(), problem, Capability.of_sm(90)).entry.spec.tile.m == rows
+    steady = select_entry(declared_rows(), problem, Capability.of_sm(90), Policy(batch_invariant=True))
+    assert steady.entry.spec.tile.m == 128
+
+
+def test_the_keys_of_a_cache_are_likely_more_than_new_tokens() -> None:
+    sizes = {"tokens": 8192, "batch": 4}
+    found = {
+        op: select_entry(
+            declared_rows(),
+            Problem(op=op, dtype="bf16", head_dim=128, num_heads=32, **sizes),
+            Capability.of_sm(90),
+            Policy(backend="flash_sm90"),
+        ).entry.spec.tile.m
+        for op in ("varlen_attention", "paged_attention")
+    }
+    assert found == {"varlen_attention": 128, "paged_attention": 192}
+
+
 @pytest.mark.parametrize("tokens", [1, 16, 500])
 @pytest.mark.parametrize("family", ["mea", "mea_decode"])
 def test_code_of_the_device_s_own_target_comes_before_ptx(family: str, tokens: int) -> None:
