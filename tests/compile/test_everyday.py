@@ -43,14 +43,14 @@ def test_a_reader_that_has_enough_is_no_error() -> None:
 
 
 FAMILIES = {  # of a bf16, or before SM 8.0 fp16, model
-    "sm_90a": ["decode", "flash_sm90", "append"],
+    "sm_90a": ["decode", "flash_sm90", "flash_sm90", "append"],  # a tile for long sequences, too
     "sm_80": ["decode", "flash_sm80", "append"],
     "sm_75": ["mea_decode", "mea", "append"],
 }
 
 
 @pytest.mark.parametrize("target", FAMILIES)
-def test_G1_a_model_needs_three_kernels_of_a_target(
+def test_G1_a_model_needs_few_kernels_of_a_target(
     target: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv("PA_OPS_HOME", str(tmp_path))
