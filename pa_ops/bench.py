@@ -15,6 +15,7 @@ from torch.nn.attention.bias import causal_lower_right
 from torch.nn.functional import scaled_dot_product_attention
 
 from pa_ops import bench_mea, bench_padded, bench_serving, evidence, functions, reference, registry, trace
+from pa_ops.bench_rows import error_cell
 from pa_ops.errors import InvalidArgument
 from pa_ops.evidence import Key, Timed
 
@@ -266,10 +267,9 @@ def run(
     rows = [measure(chosen, device) for chosen in cases]
     table = Table("case", "shape", "us", "TFLOP/s", "KV GB/s", "worst error", "best peer / ours", "instance")
     for row in rows:
-        error = f"{row.worst_error:.1e}" + ("" if row.right else " WRONG")
         rates = (f"{row.microseconds:.1f}", f"{row.tflops:.1f}", f"{row.gigabytes_per_second:.0f}")
         peer = f"{min(row.peers.values()) / row.microseconds:.2f}" if row.peers else ""
-        table.add_row(row.case, row.shape, *rates, error, peer, row.instance)
+        table.add_row(row.case, row.shape, *rates, error_cell(row), peer, row.instance)
     console.print(table)
     if output is not None:
         evidence.write_timed(output, timed(rows))

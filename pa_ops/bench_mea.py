@@ -7,10 +7,9 @@ tensors, KV heads repeated before the clock runs. Decode: from pages; SDPA's cal
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -22,7 +21,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
 from pa_ops import functions, homes, trace
-from pa_ops.bench_serving import time_of
+from pa_ops.bench_rows import error_cell, publish, time_of
 from pa_ops.environment import homed
 from pa_ops.errors import InvalidArgument
 from pa_ops.manifest import FILE_NAME
@@ -221,12 +220,6 @@ def run(console: Console, device: torch.device, output: Path | None) -> int:
         "case", "SDPA", "target", "layout", "ours", "TFLOP/s", "ratio", "worst difference", "instance", title=title
     )
     for row in rows:
-        error = f"{row.worst_error:.1e}" + ("" if row.right else " WRONG")
         times = (f"{row.peer:.1f}", row.target, row.layout, f"{row.microseconds:.1f}", f"{row.tflops:.1f}")
-        table.add_row(row.case, *times, f"{row.ratio:.2f}", error, row.instance)
-    console.print(table)
-    if output is not None:
-        output.parent.mkdir(parents=True, exist_ok=True)
-        rows_json = [{**asdict(row), "ratio": row.ratio} for row in rows]
-        output.write_text(json.dumps(rows_json, indent=1) + "\n", encoding="utf-8")
-    return 0 if all(row.right for row in rows) else 1
+        table.add_row(row.case, *times, f"{row.ratio:.2f}", error_cell(row), row.instance)
+    return publish(console, table, rows, output)

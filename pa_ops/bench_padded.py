@@ -6,8 +6,7 @@ transposed views) and heads first. A padding mask is told to pa_ops as such, and
 
 from __future__ import annotations
 
-import json
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +17,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from pa_ops import functions, reference, trace
-from pa_ops.bench_serving import time_of
+from pa_ops.bench_rows import error_cell, publish, time_of
 from pa_ops.padding import BNSH, BSNH
 
 BATCH, HEADS, TOKENS, HEAD_DIM = 8, 32, 2048, 128
@@ -112,11 +111,5 @@ def run(console: Console, device: torch.device, output: Path | None) -> int:
     for row in rows:
         peers = (f"{time:.1f}" if time is not None else "refuses" for time in row.peers.values())
         ratio = "" if row.ratio is None else f"{row.ratio:.2f}"
-        error = f"{row.worst_error:.1e}" + ("" if row.right else " WRONG")
-        table.add_row(row.case, row.layout, f"{row.ours:.1f}", *peers, ratio, error, row.instance)
-    console.print(table)
-    if output is not None:
-        output.parent.mkdir(parents=True, exist_ok=True)
-        rows_json = [{**asdict(row), "ratio": row.ratio} for row in rows]
-        output.write_text(json.dumps(rows_json, indent=1) + "\n", encoding="utf-8")
-    return 0 if all(row.right for row in rows) else 1
+        table.add_row(row.case, row.layout, f"{row.ours:.1f}", *peers, ratio, error_cell(row), row.instance)
+    return publish(console, table, rows, output)

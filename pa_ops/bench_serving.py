@@ -9,9 +9,8 @@ copied to the host, which waits for them, and the grids are exact. Neither had a
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +21,7 @@ from rich.table import Table
 from torch import Tensor
 
 from pa_ops import reference
+from pa_ops.bench_rows import error_cell, publish, time_of
 from pa_ops.calls import TENSORS, program_of
 from pa_ops.checks import validate
 from pa_ops.plan import attention_tiles, ceil_div
@@ -33,8 +33,6 @@ from pa_ops.selection import AUTO
 from pa_ops.spec import Family, InstanceSpec
 from pa_ops.steps import MAKERS, Step
 
-WARM_UP = 100
-REPEATS = 500
 HEADS, KV_HEADS, HEAD_DIM, PAGE_SIZE = 32, 8, 128, 256
 CACHED = 1024
 MAX_GRID = 2**31 - 1
@@ -188,20 +186,6 @@ def host_copy_call(made: Prepared) -> Callable[[], int]:
     return call
 
 
-def time_of(call: Callable[[], object], warm_up: int = WARM_UP, repeats: int = REPEATS) -> float:
-    """Mean time of back-to-back calls in microseconds, by the GPU's clock."""
-    for _ in range(warm_up):
-        call()
-    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
-    torch.cuda.synchronize()
-    begin.record()
-    for _ in range(repeats):
-        call()
-    end.record()
-    torch.cuda.synchronize()
-    return 1e3 * float(begin.elapsed_time(end)) / repeats
-
-
 def error_of(inputs: Inputs) -> float:
     """The largest difference of output and caches from the reference's."""
     got, want = inputs.clone(), inputs.clone()
@@ -238,11 +222,6 @@ def run(console: Console, device: torch.device, output: Path | None) -> int:
     title = f"paged_attention_, {HEADS}/{KV_HEADS} heads of {HEAD_DIM}, fp16, pages of {PAGE_SIZE}; us a call"
     table = Table("case", "ours", "attention alone", "heuristic", "host copy", "mea", "worst error", title=title)
     for row in rows:
-        error = f"{row.worst_error:.1e}" + ("" if row.right else " WRONG")
         times = (row.ours, row.attention, row.heuristic, row.host_copy, row.mea)
-        table.add_row(row.case, *("" if time is None else f"{time:.1f}" for time in times), error)
-    console.print(table)
-    if output is not None:
-        output.parent.mkdir(parents=True, exist_ok=True)
-        output.write_text(json.dumps([asdict(row) for row in rows], indent=1) + "\n", encoding="utf-8")
-    return 0 if all(row.right for row in rows) else 1
+        table.add_row(row.case, *("" if time is None else f"{time:.1f}" for time in times), error_cell(row))
+    return publish(console, table, rows, output)
