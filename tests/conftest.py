@@ -10,7 +10,7 @@ import pytest
 import torch
 from hypothesis import settings
 
-from helpers.machine import this_machine
+from helpers.machine import this_machine, wait_asleep
 from helpers.parity import Evidence
 from pa_ops import evidence as files
 
@@ -27,6 +27,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 def pytest_configure(config: pytest.Config) -> None:
     config.stash[SEEN] = {}
+    if hasattr(config, "workerinput"):  # one of several beside each other
+        wait_asleep()
 
 
 @pytest.hookimpl(optionalhook=True)
