@@ -74,10 +74,11 @@ def test_B2_bf16_and_older_sms_trap(tmp_path: Path) -> None:
         assert "trap;" in text and "mma.sync" not in text
 
 
-def test_every_cuda_kernel_waits_for_the_grid_before_its_own(tmp_path: Path) -> None:
+def test_every_cuda_kernel_waits_for_the_grid_before_its_own(kept: Callable[[str], Path]) -> None:
     """On SM 9.0 a launch lets blocks start while the grid before them still writes what they read (chaining.py)."""
-    build(Request(tmp_path, "smoke", ("sm_90a",), "*_fp16_*", 1))
-    sources = sorted(Layout(tmp_path / "sm_90a").sources.glob("*.cu"))
+    home = kept("waits")
+    build(Request(home, "smoke", ("sm_90a",), ",".join(f"*_{word}_fp16_*" for word in ("append", "gather", "mea*")), 1))
+    sources = sorted(Layout(home / "sm_90a").sources.glob("*.cu"))
     families = {InstanceSpec.parse(source.stem).family for source in sources}
     assert families == {Family.APPEND, Family.GATHER, Family.MEA, Family.MEA_DECODE}
     for source in sources:
