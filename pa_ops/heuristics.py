@@ -46,16 +46,22 @@ def query_rows(problem: Problem) -> int:
     return ceil_div(problem.tokens, max(problem.batch, 1))
 
 
+def power_of_two(size: int) -> int:
+    """The largest one up to `size`; 0 of 0."""
+    return 1 << size.bit_length() >> 1
+
+
 def likely_keys(problem: Problem) -> int:
     """Keys of a long sequence as far as the host knows, to the power of two, as choices are kept (registry.size_class).
 
     Where no bound tells, there are as many as query rows, and in a cache twice as many.
     """
     if problem.max_k is not None:
-        return 1 << problem.max_k.bit_length() >> 1
-    rows = 1 << max(problem.tokens.bit_length() - problem.batch.bit_length(), 0)
+        return power_of_two(problem.max_k)
     if problem.max_q is not None:
-        rows = 1 << problem.max_q.bit_length() >> 1
+        rows = power_of_two(problem.max_q)
+    else:
+        rows = 1 << max(problem.tokens.bit_length() - problem.batch.bit_length(), 0)
     return 2 * rows if problem.layout is Layout.GATHER else rows
 
 
