@@ -16,8 +16,9 @@ class Gates:
     needs: features by dtype of the query. masks: which masks of a problem a row of each mask serves. head_multiple and
     head_max bind both head sizes. split_heads: K and V may differ in head size. aligned: pointers and strides must be
     multiples of 16 bytes. quantised: the cache may have another type than the query. invariant: what a row makes of a
-    sequence depends on nothing else in the batch, always or when that is asked for. page_multiple: of which the tokens
-    of a page must be a multiple. mask_aligned: the rows of a mask tensor must start and end at multiples of 16 bytes. tensor_masks: what it may hold.
+    sequence depends on nothing else in the batch, always or where that is asked for. page_multiple: of which the tokens
+    of a page must be a multiple. mask_aligned: the rows of a mask tensor must start and end at multiples of 16 bytes.
+    tensor_masks: what it may hold.
     """
 
     op: KernelOp

@@ -1,4 +1,4 @@
-"""How a row of key tiles is cut: turns a share's number into its tiles, and a tile into the share and chunk that hold it.
+"""How a row of key tiles is cut: turns a share into its tiles, and a tile into the share and the chunk that hold it.
 
 Plain arithmetic, the same for whoever asks. A *cut* is five numbers: all tiles; equal shares, their tiles, how many of
 them have one more; tiles of each of the pieces that follow. A *place* is the run of tiles of one head and row block of

@@ -1,4 +1,4 @@
-"""Batch invariance of the decode family on the GPU: a sequence's bits, whatever is beside it, before it and after it."""
+"""Batch invariance of the decode family on the GPU: a sequence has the same bits whatever else is in its batch."""
 
 from __future__ import annotations
 
@@ -151,7 +151,7 @@ def test_X12_a_sequence_has_the_kernel_of_its_own_rows(dtype: torch.dtype, devic
 
 @pytest.mark.parametrize("head_dim", (64, 80, 96, 128, 192, 256))
 def test_X12_results_are_right(head_dim: int, dtype: torch.dtype, device: torch.device, evidence: Evidence) -> None:
-    """From a workspace of NaN, and with so few keys a chunk that each number of chunks is met."""
+    """From a workspace of NaN, by one chunk, by some, by as many as a block has room for."""
     num_sms = torch.cuda.get_device_properties(device).multi_processor_count
     scratch.workspace(device.index)[: scratch.counters_at(num_sms) // 4].view(torch.float32).fill_(torch.nan)
     shape = Shape(head_dim, kv_heads=2, group=4, dtype=dtype)

@@ -44,7 +44,7 @@ def loaded() -> SimpleNamespace:
 cuts = loaded()
 
 
-class Sequence_(NamedTuple):
+class Span(NamedTuple):
     """One sequence as shares.py spans it: the number of its first tile, its tiles, its heads times row blocks."""
 
     first: int
@@ -55,7 +55,7 @@ class Sequence_(NamedTuple):
 class Batch(NamedTuple):
     """Sequences, the blocks of the grid, and what the instance says of chunks."""
 
-    sequences: tuple[Sequence_, ...]
+    sequences: tuple[Span, ...]
     grid: int
     least: int
     most: int
@@ -82,7 +82,7 @@ def batches(draw: st.DrawFn) -> Batch:
     head_dim = draw(st.sampled_from(sorted(DECODE_TILES)))
     least = (CHUNK_KEYS // DECODE_TILES[head_dim].n).bit_length() - 1
     lengths = st.one_of(st.integers(1, 40), st.integers(1, 3000), st.sampled_from((256, 257, 2048, 2049)))
-    sequence = st.builds(Sequence_, st.integers(0, 5000), lengths, st.integers(0, 9))
+    sequence = st.builds(Span, st.integers(0, 5000), lengths, st.integers(0, 9))
     sequences = draw(st.lists(sequence, min_size=1, max_size=12))
     return Batch(tuple(sequences), draw(st.integers(1, 300)), least, most_chunks(head_dim))
 
@@ -104,7 +104,7 @@ def test_X12_chunks_follow_from_a_sequence_alone_and_begin_at_fixed_keys(batch: 
         assert chunks[0][0] == 0 and chunks[-1][1] == place.tiles
         assert all((place.first + begin) % size == 0 for begin, _ in chunks[1:])
         assert len(chunks) <= (1 << batch.most) + (place.first % size > 0)
-        assert place.bits == batch.least or place.tiles > 1 << (place.bits - 1 + batch.most), "no longer than it need be"
+        assert place.bits == batch.least or place.tiles > 1 << (place.bits - 1 + batch.most), "no longer than need be"
         for number, (begin, end) in enumerate(chunks):
             for tile in {begin, (begin + end) // 2, end - 1}:
                 assert cuts.chunk_at(place, tile) == number and cuts.chunk_begin(place, tile) == begin
@@ -182,7 +182,7 @@ def test_E11_a_block_has_room_for_all_states_of_a_place(head_dim: int) -> None:
     room = STATES_A_BLOCK * WIDEST_STATE
     assert ((1 << most_chunks(head_dim)) + 1) * (head_dim + 2) <= room
     assert 2 * (1 + PIECES_A_BLOCK) * (head_dim + 2) <= room
-    assert CHUNK_KEYS % DECODE_TILES[head_dim].n == 0 and ROWS == DECODE_TILES[head_dim].m
+    assert CHUNK_KEYS % DECODE_TILES[head_dim].n == 0 and DECODE_TILES[head_dim].m == ROWS
 
 
 def test_X12_one_long_sequence_fills_the_card_and_a_short_one_is_not_cut() -> None:
