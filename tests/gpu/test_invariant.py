@@ -171,7 +171,7 @@ def test_X12_a_captured_graph_replays_other_lengths(device: torch.device) -> Non
     with torch.cuda.graph(graph):
         call.with_options(backend="decode").run_into(out, lse)
     lengths = call.tensors["seqlens_k"].clone()
-    for keys in (lengths, (lengths // 2).clamp(min=4), lengths):
+    for keys in (lengths, (lengths + 1) // 2, lengths):  # no more than were there: other slots are NaN
         call.tensors["seqlens_k"].copy_(keys)
         graph.replay()
         torch.cuda.synchronize()
