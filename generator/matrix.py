@@ -60,7 +60,7 @@ DECODE_TILES: dict[int, Tile] = {
 MEA_TILES: dict[int, dict[int, Tile]] = {
     64: {53: Tile(128, 64, 1, 4)},
     128: {70: Tile(128, 32, 1, 4), 53: Tile(64, 32, 1, 4)},
-    256: {80: Tile(128, 64, 1, 8), 75: Tile(64, 64, 1, 4), 53: Tile(64, 16, 1, 4)},
+    256: {75: Tile(64, 64, 1, 4), 53: Tile(64, 16, 1, 4)},
     512: {80: Tile(32, 16, 1, 4), 75: Tile(32, 16, 1, 8), 70: Tile(32, 16, 1, 4), 53: Tile(16, 16, 1, 4)},
 }
 # Few query rows: each warp has 16 keys a step.
