@@ -68,7 +68,7 @@ class FlashSm90:
         # At 256 the products are three quarters of the work: waiting for turns costs 4%.
         self.turns = Turns(self.groups, taken=head_dim <= 192)
         sight = Sight(causal, window, masked, keys)
-        self.walk = OwnRows(self.shared, sight, self.turns, rows) if skipping else WholeTile()
+        self.walk = OwnRows(self.shared, sight, self.turns) if skipping else WholeTile()
         self.lister = Lister(self.shared, sight, head_dim, paged, rows)
         self.copier = Copier(self.shared, head_dim, paged, masked, keys)
         self.mask_words = MaskWords(dtype, keys)
@@ -220,7 +220,6 @@ class FlashSm90:
             self.products.round(acc_s, probabilities)
 
         tma.release(smem + self.shared.q_empty)  # while the last block's values are still to be multiplied
-        self.walk.make_up_turns(args, slot, group)
         tma.wait_for(smem + self.shared.v_full + stage * BARRIER, parity)
         if cutlass.const_expr(self.window or self.masked):
             key_first = (ld_shared_32(slot + END) - steps) * self.keys

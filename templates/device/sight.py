@@ -63,28 +63,19 @@ class WholeTile:
         """(edges, inner): every row of the group sees all keys of the tile's blocks [edges, inner), from the last."""
         return ld_shared_32(slot + EDGES), ld_shared_32(slot + INNER)
 
-    def make_up_turns(self, args, slot, group):
-        """Take the turns that the group has left out."""
-
 
 class OwnRows:
-    """A group leaves out blocks at a tile's end that only later rows see, and gives them back unread.
+    """A group leaves out blocks at its tile's end that only later rows see, and gives them back unread.
 
-    Without a window, which has blocks to leave out at the other end, too. No product is under a branch. Each of a
-    tile's blocks but the first is a turn all the same, or the groups would lose step: a group takes those that it
-    leaves out at its end. So the first group may have its first turn in a block as many after the last group's as their
-    rows are apart, and that block must find a stage while the last group still holds the one of its own turn: the
-    blocks apart must be fewer than stages. A group without a row takes its turns as it gives blocks back, because all
-    at once would keep those waiting for stages on whom it waits.
+    Without a window, which has blocks to leave out at the other end, too. No product is under a branch. A group takes
+    the turns of those blocks all the same, with nothing to start: one ahead of the others by a block would hold a stage
+    less than they need.
     """
 
-    def __init__(self, shared, sight, turns, rows):
+    def __init__(self, shared, sight, turns):
         self.shared, self.sight, self.turns = shared, sight, turns
         if sight.window or sight.masked:
-            raise ValueError("a group leaves out blocks at the end of its tile only: it must have no window")
-        apart = -(-(rows - GROUP_ROWS) // sight.keys)
-        if apart >= shared.stages:
-            raise ValueError(f"stages must be more than the {apart} blocks of keys between groups, not {shared.stages}")
+            raise ValueError("groups leave out blocks at the end of a tile only: there must be no window")
 
     def own(self, args, slot, group):
         """What the group's own rows see (`Sight.blocks`), and how many rows it has: 0 and less is none."""
@@ -111,24 +102,16 @@ class OwnRows:
         When they have come: before that an arrival could count for what the stage held last, and whoever has not seen
         one phase of "full" end takes it for the next one's end.
         """
-        none = unseen == ld_shared_32(slot + END)
+        end = ld_shared_32(slot + END)
         for i in cutlass.range(unseen, unroll=1):
-            self.take_turns(group, Int32(cutlass.select_(none, cutlass.min(i, 1), Int32(0))))
             at = stage * BARRIER
             tma.wait_for(smem + self.shared.k_full + at, parity)
             tma.release(smem + self.shared.k_empty + at)
             tma.wait_for(smem + self.shared.v_full + at, parity)
             tma.release(smem + self.shared.v_empty + at)
+            # The turn of the block that follows, if one does. By an `if` the loop over blocks gets 7 instructions more.
+            for _ in cutlass.range(cutlass.min(end - 1 - i, 1), unroll=1):
+                self.turns.take(group)
+                self.turns.give(group)
             stage, parity = self.shared.after(stage, parity)
         return stage, parity
-
-    def make_up_turns(self, args, slot, group):
-        """Take the turns that the group has left out, counted again: kept, they cost a register through the loop."""
-        self.take_turns(group, self.unseen(args, slot, group))
-
-    @cute.jit
-    def take_turns(self, group: Int32, turns: Int32):
-        """Take so many turns in which nothing is started."""
-        for _ in cutlass.range(turns, unroll=1):
-            self.turns.take(group)
-            self.turns.give(group)
