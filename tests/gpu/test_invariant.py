@@ -176,3 +176,11 @@ def test_X12_a_captured_graph_replays_other_lengths(device: torch.device) -> Non
         graph.replay()
         torch.cuda.synchronize()
         same((out.clone(), lse.clone()), on_decode(call), "replay")
+
+
+def test_sanitizer_sample_of_fixed_chunks(device: torch.device, evidence: Evidence) -> None:
+    """Small enough for compute-sanitizer: one chunk, some by one block, some by two and more, doubled ones."""
+    shape = Shape(64, kv_heads=1, group=4)
+    pairs = [(1, CHUNK_KEYS), (2, 5 * CHUNK_KEYS + 3), (0, 40), (1, 65 * CHUNK_KEYS), (4, 3000), (1, 0)]
+    for window in (0, 2000):
+        check(paged(pairs, shape, device, sliding_window=window, backend="decode"), evidence, f"window {window}")
