@@ -45,12 +45,13 @@ print(len(build(Request(Path(home), "smoke", ("sm_80",), pattern, 1, Path(templa
 """
 
 
-def request(home: Path, toy: Path, pattern: str = FEW, lock_seconds: float = 60.0) -> Request:
-    return Request(home, "smoke", (TARGET,), pattern, 2, toy, lock_seconds)
+def request(home: Path, toy: Path, pattern: str = FEW, lock_seconds: float = 60.0, jobs: int = 1) -> Request:
+    """One job, for one import of the DSL."""
+    return Request(home, "smoke", (TARGET,), pattern, jobs, toy, lock_seconds)
 
 
-def run(home: Path, toy: Path, pattern: str = FEW) -> Outcome:
-    return build(request(home, toy, pattern))[0]
+def run(home: Path, toy: Path, pattern: str = FEW, jobs: int = 1) -> Outcome:
+    return build(request(home, toy, pattern, jobs=jobs))[0]
 
 
 def stale(home: Path, toy: Path, pattern: str = FEW) -> list[str]:
@@ -87,7 +88,7 @@ def stamps(root: Path) -> dict[Path, int]:
 
 def test_G1_second_build_rebuilds_nothing_and_an_edit_rebuilds_what_it_touches(tmp_path: Path, toy: Path) -> None:
     home = tmp_path / "home"
-    first = run(home, toy)
+    first = run(home, toy, jobs=2)
     everything = check_whole(Layout(home / TARGET))
     assert sorted(first.compiled) == everything and len(everything) == ALL
     before = stamps(home)
