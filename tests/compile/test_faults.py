@@ -10,6 +10,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 import warnings
 from collections.abc import Callable
@@ -17,6 +18,8 @@ from pathlib import Path
 
 import pytest
 
+from helpers import forked
+from helpers.forked import CLEAN, FAILED
 from pa_ops import homes
 from pa_ops.capability import Capability
 from pa_ops.errors import BuildError, InvalidArgument
@@ -32,7 +35,7 @@ TARGET = "sm_80"
 SM80 = Capability.of_sm(80)
 APPEND = Problem(op="append_kv", dtype="fp16", head_dim=64)
 QUICK = "*append*"  # what `built` holds
-KILLED, CLEAN, FAILED = -signal.SIGKILL, 0, 3
+KILLED = -signal.SIGKILL
 RUN = """
 import sys
 from pathlib import Path
@@ -61,15 +64,8 @@ def check_nothing_half_written(home: Path) -> bool:
 
 def in_child(work: Callable[[], object]) -> int:
     """How a forked process ends that does `work`: KILLED, CLEAN or FAILED."""
-    child = os.fork()
-    if not child:
-        try:
-            work()
-            os._exit(CLEAN)
-        except BaseException:
-            os._exit(FAILED)
-    _, status = os.waitpid(child, 0)
-    return os.waitstatus_to_exitcode(status)
+    with tempfile.TemporaryDirectory() as folder:
+        return forked.start(work, Path(folder, "said")).end()[0]
 
 
 def fail_at(number: int, fail: Callable[[], None], monkeypatch: pytest.MonkeyPatch) -> None:
