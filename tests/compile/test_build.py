@@ -16,8 +16,9 @@ from filelock import FileLock
 
 from pa_ops.arguments import RECORDS
 from pa_ops.errors import BuildError, InvalidArgument
-from pa_ops.generator import matrix, nvrtc
+from pa_ops.generator import link, matrix, nvrtc
 from pa_ops.generator.build import Outcome, Request, build, plans
+from pa_ops.generator.digest import sha256_of
 from pa_ops.generator.language import Language, language_of
 from pa_ops.generator.layout import Layout
 from pa_ops.generator.listener import Listener
@@ -139,6 +140,31 @@ def test_G1_a_damaged_product_is_made_again_and_strays_leave(built: Path, toy: P
     assert run(built, toy, QUICK).compiled == (name,)
     assert not [path for path in strays if path.exists()]
     check_whole(layout)
+
+
+def test_G1_the_host_s_code_is_compiled_once_for_all_links_and_again_where_damaged(
+    built: Path, toy: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    layout = Layout(built / TARGET)
+
+    def host_code() -> Path:
+        """What a link after an edit uses."""
+        with (toy / "append.cu.j2").open("a") as template:
+            template.write("// later\n")
+        assert len(run(built, toy, "*append*fp16*").compiled) == 1
+        check_whole(layout)
+        (found,) = layout.link.glob("host-*.o")
+        assert found.stem.endswith(sha256_of(found)[:16])
+        return found
+
+    first = host_code()
+    written = first.stat().st_mtime_ns
+    assert host_code() == first and first.stat().st_mtime_ns == written
+    first.write_bytes(b"damaged")
+    again = host_code()
+    assert again.stat().st_mtime_ns != written
+    monkeypatch.setattr(link, "COMPILE_FLAGS", (*link.COMPILE_FLAGS, "-DANOTHER"))
+    assert host_code() != again
 
 
 def processes_naming(path: Path) -> list[int]:
