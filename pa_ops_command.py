@@ -5,10 +5,10 @@ from __future__ import annotations
 import sys
 from importlib.util import find_spec, module_from_spec
 
-WITHOUT_TORCH = ("build", "list", "explain", "report", "doctor")
+WITH_TORCH = "bench"
 
 
-def _enter_bare(name: str) -> None:
+def enter_bare(name: str) -> None:
     """Makes a package's modules importable without running its __init__, which for pa_ops registers the operators."""
     spec = find_spec(name)
     if spec is None:
@@ -18,8 +18,8 @@ def _enter_bare(name: str) -> None:
 
 def main() -> int:
     """Run one command; the console script's entry point."""
-    if sys.argv[1:2] and sys.argv[1] in WITHOUT_TORCH:
-        _enter_bare("pa_ops")
+    if WITH_TORCH not in sys.argv[1:2]:
+        enter_bare("pa_ops")
     from pa_ops.cli import main as run
 
     return run()

@@ -58,7 +58,7 @@ class Layout:
 
     @property
     def link(self) -> Path:
-        """Inputs of the link that are not objects: the table of kernels, the version script; and its output."""
+        """Inputs of the link that are no kernels: the host's code, the table of kernels, exports; and its output."""
         return self.root / "link"
 
     @property

@@ -16,13 +16,12 @@ from pa_ops.spec import InstanceSpec
 from . import matrix
 from .digest import Digester, sha256_of
 from .layout import Layout
-from .link import FLAGS, SOURCES
+from .link import FLAGS, HEADERS, SOURCES
 from .render import Renderer
 from .toolchain import Toolchain
 
 HERE = Path(__file__).parent
 COMPILE_SOURCES = (*(HERE / name for name in sources.COMPILING), Path(arguments.__file__))
-LINK_SOURCES = (*SOURCES, *(HERE / name for name in sources.INCLUDED))
 
 
 def select(preset: str, target: str, pattern: str | None) -> tuple[InstanceSpec, ...]:
@@ -109,7 +108,7 @@ class Planner:
 
     def toolchain(self) -> dict[str, str]:
         """What the manifest records of tools and of the link's inputs."""
-        linked = {path.name: sha256_of(path)[:16] for path in LINK_SOURCES}
+        linked = {path.name: sha256_of(path)[:16] for path in (*SOURCES, *HEADERS)}
         return {**self.tools.versions, **linked, "link": " ".join(FLAGS)}
 
     def item(self, spec: InstanceSpec, target: str) -> Item:

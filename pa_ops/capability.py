@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 from enum import Enum
-from functools import cached_property
+from functools import cache, cached_property
 
 from pa_ops.errors import InvalidArgument
 
@@ -85,6 +85,7 @@ def newest_known(sm: int) -> int:
     return max(known for known in MODELS if known <= sm)
 
 
+@cache
 def min_sm(features: frozenset[Feature]) -> int | None:
     """The oldest SM that has all of `features`, None where no single SM has."""
     return min((sm for sm, model in MODELS.items() if features <= model.features), default=None)
@@ -142,6 +143,11 @@ class Capability:
         plain = [f"sm_{sm}" for sm in minors]
         ptx = [f"compute_{sm}" for sm in known if sm <= self.sm]
         return (*exact, *family, *plain, *ptx)
+
+    @cached_property
+    def loads(self) -> frozenset[str]:
+        """`targets`, to look one up in."""
+        return frozenset(self.targets)
 
     @property
     def build_target(self) -> str:

@@ -5,8 +5,9 @@ Nobody else makes reasons: selection, `explain`, errors and the coverage report 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import cache
 from itertools import islice
 from typing import NamedTuple
 
@@ -40,7 +41,8 @@ class Check(Rejection):
         return Rejection(self.gate, self.need, self.got)
 
 
-def _words(values: Iterable[str]) -> str:
+@cache
+def _words(values: frozenset[str]) -> str:
     return " or ".join(sorted(str(value) for value in values))
 
 
@@ -77,8 +79,8 @@ def _option(name: str) -> _Gate:
     )
 
 
-def _served(gates: Gates) -> set[Mask]:
-    return {mask for masks in gates.masks.values() for mask in masks}
+def _served(gates: Gates) -> frozenset[Mask]:
+    return frozenset(mask for masks in gates.masks.values() for mask in masks)
 
 
 def _head_sizes(problem: Problem) -> str:
@@ -95,7 +97,7 @@ _FAMILY_GATES = (
     _Gate(
         "dtype",
         lambda gates, problem: problem.dtype in gates.needs,
-        lambda gates, _: _words(gates.needs),
+        lambda gates, _: _words(frozenset(gates.needs)),
         lambda problem: str(problem.dtype),
     ),
     _Gate(
@@ -200,7 +202,7 @@ def family_rejections(family: Family, problem: Problem, capability: Capability) 
 
 def device_rejections(entry: Entry, capability: Capability) -> Iterator[Rejection]:
     """Why a device cannot run a row, whatever the problem: it does not load the code, or lacks shared memory."""
-    if not any(target in capability.targets for target in entry.code_targets):
+    if capability.loads.isdisjoint(entry.code_targets):
         yield Rejection("code target", f"code that sm {capability.sm} loads", ", ".join(entry.code_targets))
     if entry.smem_bytes > capability.smem_optin_bytes:
         need = f"{entry.smem_bytes} B of shared memory a block"
@@ -218,20 +220,6 @@ def problem_rejections(spec: InstanceSpec, problem: Problem) -> Iterator[Rejecti
     served = GATES[spec.family].masks[spec.mask]
     if problem.mask not in served:
         yield Rejection("row mask", _words(served), str(problem.mask))
-    pairs = ((spec.head_dim, problem.head_dim), (spec.head_dim_v, problem.head_dim_v))
-    if any(limit and head > limit for limit, head in pairs):
+    if 0 < spec.head_dim < problem.head_dim or 0 < spec.head_dim_v < problem.head_dim_v:
         need = f"at most {_heads(spec.head_dim, spec.head_dim_v)}"
         yield Rejection("row head size", need, _heads(problem.head_dim, problem.head_dim_v))
-
-
-def row_rejections(entry: Entry, problem: Problem, capability: Capability) -> Iterator[Rejection]:
-    """The gates of one row's own that are not passed; none of a row of another operator, which its family rejects."""
-    if entry.spec.op is problem.kernel_op:
-        yield from device_rejections(entry, capability)
-        yield from problem_rejections(entry.spec, problem)
-
-
-def rejections(entry: Entry, problem: Problem, capability: Capability) -> Iterator[Rejection]:
-    """Why `entry` cannot serve `problem` on `capability`; nothing when it can. Sizes never appear."""
-    yield from family_rejections(entry.spec.family, problem, capability)
-    yield from row_rejections(entry, problem, capability)

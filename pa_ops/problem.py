@@ -10,7 +10,7 @@ from pa_ops.spec import DType, KernelOp, Layout, Mask, Op, TensorMask, Word, wor
 
 DEFAULT_PAGE_SIZE = 16
 
-_KERNEL_OP = {
+_KERNEL_OP: dict[str, KernelOp] = {
     Op.PAGED_ATTENTION: KernelOp.ATTN,
     Op.VARLEN_ATTENTION: KernelOp.ATTN,
     Op.ATTENTION: KernelOp.ATTN,
@@ -18,7 +18,7 @@ _KERNEL_OP = {
     Op.GATHER_KV: KernelOp.GATHER_KV,
     Op.MERGE_STATES: KernelOp.MERGE_STATES,
 }
-_LAYOUT = {
+_LAYOUT: dict[str, Layout] = {
     Op.PAGED_ATTENTION: Layout.GATHER,
     Op.VARLEN_ATTENTION: Layout.DENSE,
     Op.ATTENTION: Layout.GATHER,  # a page a sequence; dense with the mask `tensor`, see `Problem.mask`
@@ -111,12 +111,12 @@ class Problem:
     @property
     def _own_layout(self) -> Layout:
         """How the operator finds K and V."""
-        return Layout.DENSE if self.mask is Mask.TENSOR else _LAYOUT[Op(self.op)]
+        return Layout.DENSE if self.mask is Mask.TENSOR else _LAYOUT[self.op]
 
     @property
     def kernel_op(self) -> KernelOp:
         """What a kernel has to compute for this operator."""
-        return _KERNEL_OP[Op(self.op)]
+        return _KERNEL_OP[self.op]
 
     @property
     def mask(self) -> Mask:

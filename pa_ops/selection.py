@@ -5,15 +5,17 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
+from itertools import groupby
+from operator import attrgetter
 
 from pa_ops.capability import Capability
 from pa_ops.errors import InvalidArgument, NoInstance
-from pa_ops.families import Rejection, family_checks, family_rejections, rejections, row_rejections
+from pa_ops.families import Rejection, device_rejections, family_checks, family_rejections, problem_rejections
 from pa_ops.gates import GATES, attention_families, families_of
 from pa_ops.heuristics import SPLITTING, cheapest, extremes, few_rows, timing
 from pa_ops.manifest import Entry
 from pa_ops.problem import Problem
-from pa_ops.spec import Family, KernelOp
+from pa_ops.spec import Family, InstanceSpec, KernelOp
 
 __all__ = [
     "AUTO",
@@ -22,7 +24,6 @@ __all__ = [
     "Selection",
     "Verdict",
     "explain_text",
-    "rejections",
     "select_entry",
     "verdicts",
 ]
@@ -62,12 +63,11 @@ class Policy:
         steady = GATES[family].invariant or not self.batch_invariant
         return asked and steady and not any(_means(word, family) for word in self.disabled)
 
-    def rejections(self, entry: Entry) -> Iterator[Rejection]:
-        """Why the overrides take `entry` out; nothing when they do not."""
-        spec = entry.spec
+    def rejections(self, spec: InstanceSpec) -> Iterator[Rejection]:
+        """Why the overrides take a kernel out; nothing when they do not."""
         if spec.op is not KernelOp.ATTN:
             return
-        if self.backend not in (AUTO, entry.name) and not _means(self.backend, spec.family):
+        if self.backend not in (AUTO, spec.name) and not _means(self.backend, spec.family):
             yield Rejection("backend", f"{self.backend} ({self.backend_source})", str(spec.family))
         for word in sorted(self.disabled):
             if _means(word, spec.family):
@@ -117,16 +117,21 @@ class Selection:
 def verdicts(
     entries: Iterable[Entry], problem: Problem, capability: Capability, policy: Policy = DEFAULT_POLICY
 ) -> tuple[Verdict, ...]:
-    """The verdict on every row, sorted by name, then target."""
+    """The verdict on every row, sorted by name, then target. Sizes never appear in it.
+
+    What depends on the kernel alone is asked once for all targets that it was compiled for.
+    """
     shared = {family: family_rejections(family, problem, capability) for family in Family}
-    rows = sorted(entries, key=lambda entry: (entry.name, entry.target))
-    return tuple(
-        Verdict(
-            entry,
-            (*shared[entry.spec.family], *row_rejections(entry, problem, capability), *policy.rejections(entry)),
-        )
-        for entry in rows
-    )
+    found: list[Verdict] = []
+    for name, rows in groupby(sorted(entries, key=attrgetter("name", "target")), key=attrgetter("name")):
+        spec = InstanceSpec.parse(name)
+        asked = spec.op is problem.kernel_op  # else the family rejects it, and no more is to be said
+        fixed = tuple(problem_rejections(spec, problem)) if asked else ()
+        overruled = tuple(policy.rejections(spec))
+        for row in rows:
+            device = device_rejections(row, capability) if asked else ()
+            found.append(Verdict(row, (*shared[spec.family], *device, *fixed, *overruled)))
+    return tuple(found)
 
 
 def select_entry(

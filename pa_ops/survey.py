@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from itertools import product
 from typing import Any
 
@@ -96,7 +97,8 @@ def survey(entries: Iterable[Entry], sms: Iterable[int] = tuple(MODELS)) -> tupl
     no holes.
     """
     rows = tuple(entries)
-    asked = _asked(rows)
+    sides = {side for row in rows for side in (row.spec.head_dim, row.spec.head_dim + 8) if row.spec.head_dim}
+    asked = _asked(tuple(sorted({*HEAD_DIMS, *sides})))
     serving = _Serving(rows)
     reached: dict[Key, Reach] = {}
     holes: dict[tuple[object, ...], Hole] = {}
@@ -134,11 +136,11 @@ class _Asked:
         return self.problems[0]
 
 
-def _asked(rows: Iterable[Entry]) -> list[_Asked]:
-    """The domain with the rows' own head sizes, by facts, without what no kernel serves on any device."""
-    sides = {side for row in rows for side in (row.spec.head_dim, row.spec.head_dim + 8) if row.spec.head_dim}
+@lru_cache(maxsize=4)
+def _asked(head_dims: tuple[int, ...]) -> tuple[_Asked, ...]:
+    """The domain with these head sizes, by facts, without what no kernel serves on any device (0.3 s)."""
     sizes: dict[tuple[object, ...], list[Problem]] = defaultdict(list)
-    for problem in domain(sorted({*HEAD_DIMS, *sides})):
+    for problem in domain(head_dims):
         sizes[problem.facts].append(problem)
     nowhere = {item for item in UNSUPPORTED if all(item.devices(Capability.of_sm(sm)) for sm in MODELS)}
     found = []
@@ -149,7 +151,7 @@ def _asked(rows: Iterable[Entry]) -> list[_Asked]:
             families = tuple(each for each in families_of(first.kernel_op) if problem_passes(each, first))
             shape = (first.mask, first.head_dim, first.head_dim_v)
             found.append(_Asked(tuple(problems), _kind(first), shape, families, covered))
-    return found
+    return tuple(found)
 
 
 def _devices(rows: Sequence[Entry], sms: Iterable[int]) -> Iterator[Capability]:
@@ -189,7 +191,7 @@ class _Here:
     """What selection does on one device."""
 
     def __init__(self, rows: Iterable[Entry], serving: _Serving, capability: Capability) -> None:
-        self.rows = [row for row in rows if not set(row.code_targets).isdisjoint(capability.targets)]
+        self.rows = [row for row in rows if not capability.loads.isdisjoint(row.code_targets)]
         self._serving = serving
         self._capability = capability
         self._running: dict[str, list[Entry]] = defaultdict(list)

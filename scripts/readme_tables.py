@@ -15,6 +15,7 @@ from pa_ops.evidence import load_timed
 from pa_ops.gates import GATES, attention_families
 from pa_ops.heuristics import extremes
 from pa_ops.jit import declared_entries
+from pa_ops.manifest import Entry
 from pa_ops.problem import Problem
 from pa_ops.selection import select_entry
 from pa_ops.spec import Op
@@ -25,7 +26,10 @@ NOTHING = "no"
 Row = tuple[str, ...]
 
 
-_rows = lru_cache(maxsize=1)(declared_entries)
+@lru_cache(maxsize=1)
+def _rows(capability: Capability) -> tuple[Entry, ...]:
+    """The kernels of a full build whose code the device loads."""
+    return tuple(row for row in declared_entries(capability) if not capability.loads.isdisjoint(row.code_targets))
 
 
 def _family(problem: Problem, capability: Capability) -> str:

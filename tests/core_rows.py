@@ -5,6 +5,7 @@ from __future__ import annotations
 from functools import cache
 from pathlib import Path
 
+from pa_ops.capability import Capability
 from pa_ops.generator import matrix
 from pa_ops.generator.targets import DECLARED_TARGETS
 from pa_ops.manifest import Entry
@@ -24,3 +25,10 @@ def declared_pairs() -> tuple[tuple[InstanceSpec, str], ...]:
 def declared_rows() -> tuple[Entry, ...]:
     """A row for each of them."""
     return tuple(Entry.declared(spec, target) for spec, target in declared_pairs())
+
+
+@cache
+def loaded_by(sm: int) -> tuple[Entry, ...]:
+    """The rows whose code a device of that SM loads: a tenth of them, and all that it could choose."""
+    code = Capability.of_sm(sm).loads
+    return tuple(row for row in declared_rows() if not code.isdisjoint(row.code_targets))

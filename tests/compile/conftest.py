@@ -17,13 +17,32 @@ from pa_ops.sources import template_folder
 TOY = Path(__file__).parent / "toy"
 
 
-@pytest.fixture
-def toy(tmp_path: Path) -> Path:
-    """A copy of the toy templates, with the real modules that compile them, that a test may edit."""
-    folder = Path(shutil.copytree(TOY, tmp_path / "templates"))
+def toy_templates(parent: Path) -> Path:
+    """A copy of the toy templates, with the real modules that compile them."""
+    folder = Path(shutil.copytree(TOY, parent / "templates"))
     for name in ("compiling.py", "chaining.py"):
         shutil.copy(template_folder() / "device" / name, folder / "device")
     return folder
+
+
+@pytest.fixture
+def toy(tmp_path: Path) -> Path:
+    """Toy templates that a test may edit."""
+    return toy_templates(tmp_path)
+
+
+@pytest.fixture(scope="session")
+def toy_product(kept: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The home of the two kernels of the toy templates that no worker needs the DSL for, built for sm_80."""
+    home, templates = kept("toy"), toy_templates(tmp_path_factory.mktemp("toy"))
+    build(Request(home, "smoke", ("sm_80",), "*append*", 1, templates))
+    return home
+
+
+@pytest.fixture
+def built(toy_product: Path, tmp_path: Path) -> Path:
+    """A home that holds a copy of it, which a test may edit, damage and build again."""
+    return Path(shutil.copytree(toy_product, tmp_path / "built"))
 
 
 @pytest.fixture

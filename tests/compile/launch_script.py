@@ -1,15 +1,18 @@
 """Scenes for test_launch.py: programs on CPU tensors, run by a product's pa_call on a stand-in driver.
 
-Usage: launch_script.py SCENE LIBRARY KERNEL
+Usage: launch_script.py LIBRARY KERNEL:SCENE ...; each scene has a process of its own, forked from this one when all is
+imported. Prints a line of JSON for each: KERNEL:SCENE, how its process ended, and what it and the driver printed.
 """
 
 from __future__ import annotations
 
+import ctypes
 import json
 import os
 import random
 import struct
 import sys
+import tempfile
 from collections.abc import Callable
 from typing import Any
 
@@ -108,8 +111,7 @@ def attempt(call: Callable[..., Any], *arguments: Any) -> None:
         print(type(error).__name__, error)
 
 
-def main(scene: str, library: str, name: str) -> None:
-    """Plays one scene."""
+def play(scene: str, library: str, name: str) -> None:
     module = tvm_ffi.load_module(library)
     kernel, call = int(module[name]()), module["pa_call"]
     record = record_of(InstanceSpec.parse(name))
@@ -142,4 +144,26 @@ def main(scene: str, library: str, name: str) -> None:
             call(program.address, *tensors)
 
 
-attempt(main, *sys.argv[1:])
+def in_child(scene: str, library: str, name: str) -> tuple[int, str]:
+    """How a process ends that plays a scene, and what it prints."""
+    with tempfile.TemporaryFile("w+") as said:
+        child = os.fork()
+        if not child:
+            os.dup2(said.fileno(), sys.stdout.fileno())
+            attempt(play, scene, library, name)
+            sys.stdout.flush()
+            ctypes.CDLL(None).fflush(None)  # of what the driver printed
+            os._exit(0)
+        _, status = os.waitpid(child, 0)
+        said.seek(0)
+        return os.waitstatus_to_exitcode(status), said.read()
+
+
+def main(library: str, *asked: str) -> None:
+    """Plays the scenes that were asked for."""
+    for each in asked:
+        name, _, scene = each.partition(":")
+        print(json.dumps([each, *in_child(scene, library, name)]), flush=True)
+
+
+main(*sys.argv[1:])

@@ -16,8 +16,9 @@ from filelock import FileLock
 
 from pa_ops.arguments import RECORDS
 from pa_ops.errors import BuildError, InvalidArgument
-from pa_ops.generator import matrix, nvrtc
+from pa_ops.generator import link, matrix, nvrtc
 from pa_ops.generator.build import Outcome, Request, build, plans
+from pa_ops.generator.digest import sha256_of
 from pa_ops.generator.language import Language, language_of
 from pa_ops.generator.layout import Layout
 from pa_ops.generator.listener import Listener
@@ -30,25 +31,28 @@ from pa_ops.spec import Family, InstanceSpec
 
 pytestmark = pytest.mark.compile
 TARGET = "sm_80"
-FEW = "*_fp16_*"
+FEW = "*_fp16_*d0v0*,*_flash_sm80_fp16_*d64v64_gather_*,*_mea_fp16_*_gather_*"  # of either language
 SMOKE = matrix.declared("smoke", (TARGET,))
 ALL = sum(matrix.matches(spec.name, FEW) for spec in SMOKE)
-QUICK = "*append*"  # 2 instances that no worker needs the DSL for
+QUICK = "*append*"  # what `built` holds: 2 instances that no worker needs the DSL for
 RUN = """
 import sys
 from pathlib import Path
+import pa_ops_command
+pa_ops_command.enter_bare("pa_ops")  # as the console script does
 from pa_ops.generator.build import Request, build
 home, templates, pattern = sys.argv[1:]
 print(len(build(Request(Path(home), "smoke", ("sm_80",), pattern, 1, Path(templates)))[0].compiled))
 """
 
 
-def request(home: Path, toy: Path, pattern: str = FEW, lock_seconds: float = 60.0) -> Request:
-    return Request(home, "smoke", (TARGET,), pattern, 2, toy, lock_seconds)
+def request(home: Path, toy: Path, pattern: str = FEW, lock_seconds: float = 60.0, jobs: int = 1) -> Request:
+    """One job, for one import of the DSL."""
+    return Request(home, "smoke", (TARGET,), pattern, jobs, toy, lock_seconds)
 
 
-def run(home: Path, toy: Path, pattern: str = FEW) -> Outcome:
-    return build(request(home, toy, pattern))[0]
+def run(home: Path, toy: Path, pattern: str = FEW, jobs: int = 1) -> Outcome:
+    return build(request(home, toy, pattern, jobs=jobs))[0]
 
 
 def stale(home: Path, toy: Path, pattern: str = FEW) -> list[str]:
@@ -85,7 +89,7 @@ def stamps(root: Path) -> dict[Path, int]:
 
 def test_G1_second_build_rebuilds_nothing_and_an_edit_rebuilds_what_it_touches(tmp_path: Path, toy: Path) -> None:
     home = tmp_path / "home"
-    first = run(home, toy)
+    first = run(home, toy, jobs=2)
     everything = check_whole(Layout(home / TARGET))
     assert sorted(first.compiled) == everything and len(everything) == ALL
     before = stamps(home)
@@ -124,20 +128,43 @@ def test_G1_filtered_builds_merge_and_stale_rows_leave(tmp_path: Path, toy: Path
     assert "_bf16_" in left and [path.stem for path in layout.objects.glob("*.image")] == [left]
 
 
-def test_G1_a_damaged_product_is_made_again_and_strays_leave(tmp_path: Path, toy: Path) -> None:
-    home = tmp_path / "home"
-    run(home, toy, QUICK)
-    layout = Layout(home / TARGET)
+def test_G1_a_damaged_product_is_made_again_and_strays_leave(built: Path, toy: Path) -> None:
+    layout = Layout(built / TARGET)
     layout.library.write_bytes(b"damaged")
-    outcome = run(home, toy, QUICK)
+    outcome = run(built, toy, QUICK)
     assert outcome.compiled == () and len(check_whole(layout)) == 2
     name = outcome.fresh[0]
     strays = [layout.objects / f"{name}.o", layout.sources / f"{name}.py"]
     for path in (layout.object(name), *strays):
         path.write_bytes(b"damaged")
-    assert run(home, toy, QUICK).compiled == (name,)
+    assert run(built, toy, QUICK).compiled == (name,)
     assert not [path for path in strays if path.exists()]
     check_whole(layout)
+
+
+def test_G1_the_host_s_code_is_compiled_once_for_all_links_and_again_where_damaged(
+    built: Path, toy: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    layout = Layout(built / TARGET)
+
+    def host_code() -> Path:
+        """What a link after an edit uses."""
+        with (toy / "append.cu.j2").open("a") as template:
+            template.write("// later\n")
+        assert len(run(built, toy, "*append*fp16*").compiled) == 1
+        check_whole(layout)
+        (found,) = layout.link.glob("host-*.o")
+        assert found.stem.endswith(sha256_of(found)[:16])
+        return found
+
+    first = host_code()
+    written = first.stat().st_mtime_ns
+    assert host_code() == first and first.stat().st_mtime_ns == written
+    first.write_bytes(b"damaged")
+    again = host_code()
+    assert again.stat().st_mtime_ns != written
+    monkeypatch.setattr(link, "COMPILE_FLAGS", (*link.COMPILE_FLAGS, "-DANOTHER"))
+    assert host_code() != again
 
 
 def processes_naming(path: Path) -> list[int]:
@@ -160,7 +187,7 @@ def wait_until(reached, seconds: float, what: str) -> None:  # type: ignore[no-u
 
 def test_G1_killed_build_leaves_no_writer_and_the_next_one_completes(tmp_path: Path, toy: Path) -> None:
     home = tmp_path / "home"
-    edit(toy / "flash_sm80.py.j2", "    return compile", '    __import__("time").sleep(0.2)\n    return compile')
+    edit(toy / "flash_sm80.py.j2", "    return compile", '    __import__("time").sleep(0.5)\n    return compile')
     child = start(home, toy)
     objects = Layout(home / TARGET).objects
     wait_until(lambda: len(list(objects.glob("*.json"))) >= 2, 60, "two instances compiled")

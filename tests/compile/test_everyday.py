@@ -32,7 +32,7 @@ def test_G8_everyday_commands_do_without_torch(words: str, tmp_path: Path, monke
 
 
 def test_an_unknown_command_is_argparse_s_affair(tmp_path: Path) -> None:
-    run = subprocess.run([sys.executable, "-m", "pa_ops", "fly"], cwd=tmp_path, capture_output=True, text=True)
+    run = subprocess.run([sys.executable, "-m", "pa_ops_command", "fly"], cwd=tmp_path, capture_output=True, text=True)
     assert run.returncode == 2 and "invalid choice: 'fly'" in run.stderr
 
 

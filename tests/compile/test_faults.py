@@ -10,6 +10,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 import warnings
 from collections.abc import Callable
@@ -17,6 +18,8 @@ from pathlib import Path
 
 import pytest
 
+from helpers import forked
+from helpers.forked import CLEAN, FAILED
 from pa_ops import homes
 from pa_ops.capability import Capability
 from pa_ops.errors import BuildError, InvalidArgument
@@ -31,11 +34,13 @@ pytestmark = [pytest.mark.compile, pytest.mark.usefixtures("installed_toy")]
 TARGET = "sm_80"
 SM80 = Capability.of_sm(80)
 APPEND = Problem(op="append_kv", dtype="fp16", head_dim=64)
-QUICK = "*append*"  # 2 instances that no worker needs the DSL for
-KILLED, CLEAN, FAILED = -signal.SIGKILL, 0, 3
+QUICK = "*append*"  # what `built` holds
+KILLED = -signal.SIGKILL
 RUN = """
 import sys
 from pathlib import Path
+import pa_ops_command
+pa_ops_command.enter_bare("pa_ops")  # as the console script does
 from pa_ops.generator.build import Request, build
 home, templates = map(Path, sys.argv[1:])
 build(Request(home, "smoke", ("sm_80",), "*append*", 1, templates))
@@ -59,15 +64,8 @@ def check_nothing_half_written(home: Path) -> bool:
 
 def in_child(work: Callable[[], object]) -> int:
     """How a forked process ends that does `work`: KILLED, CLEAN or FAILED."""
-    child = os.fork()
-    if not child:
-        try:
-            work()
-            os._exit(CLEAN)
-        except BaseException:
-            os._exit(FAILED)
-    _, status = os.waitpid(child, 0)
-    return os.waitstatus_to_exitcode(status)
+    with tempfile.TemporaryDirectory() as folder:
+        return forked.start(work, Path(folder, "said")).end()[0]
 
 
 def fail_at(number: int, fail: Callable[[], None], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -101,24 +99,23 @@ def test_G1_a_build_killed_at_any_rename_leaves_nothing_half_written(
 
 
 def test_G1_a_killed_rebuild_leaves_the_old_product_or_the_new_one(
-    tmp_path: Path, toy: Path, monkeypatch: pytest.MonkeyPatch
+    built: Path, toy: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    home = tmp_path / "home"
-    run(home, toy)
+    assert run(built, toy) == (), "what is built once serves the tests"
     for number in range(1, 40):
         with (toy / "append.cu.j2").open("a") as template:
             template.write("// later\n")
         with monkeypatch.context() as patch:
             fail_at(number, lambda: os.kill(os.getpid(), signal.SIGKILL), patch)
-            end = in_child(lambda: run(home, toy))
-        found = homes.read(home / TARGET)
+            end = in_child(lambda: run(built, toy))
+        found = homes.read(built / TARGET)
         assert found is not None
         if isinstance(found, homes.Unusable):
             assert "other sources" in found.reason
         else:
-            assert check_nothing_half_written(home)
-        manifest = Manifest.load(home / TARGET / "manifest.json")
-        assert sha256_of(home / TARGET / manifest.library) == manifest.library_sha256
+            assert check_nothing_half_written(built)
+        manifest = Manifest.load(built / TARGET / "manifest.json")
+        assert sha256_of(built / TARGET / manifest.library) == manifest.library_sha256
         if end == CLEAN:
             break
     assert end == CLEAN and number > 4
@@ -126,11 +123,9 @@ def test_G1_a_killed_rebuild_leaves_the_old_product_or_the_new_one(
 
 @pytest.mark.parametrize("number", (1, 3, 5, 7))
 def test_G1_a_full_disk_is_a_build_error_and_the_old_product_stays(
-    number: int, tmp_path: Path, toy: Path, monkeypatch: pytest.MonkeyPatch
+    number: int, built: Path, toy: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    home = tmp_path / "home"
-    run(home, toy)
-    before = Manifest.load(home / TARGET / "manifest.json")
+    before = Manifest.load(built / TARGET / "manifest.json")
     with (toy / "append.cu.j2").open("a") as template:
         template.write("// later\n")
 
@@ -140,11 +135,11 @@ def test_G1_a_full_disk_is_a_build_error_and_the_old_product_stays(
     with monkeypatch.context() as patch:
         fail_at(number, full, patch)
         with pytest.raises(BuildError, match="No space left on device"):
-            run(home, toy)
-    assert Manifest.load(home / TARGET / "manifest.json") == before
-    assert sha256_of(home / TARGET / before.library) == before.library_sha256
-    run(home, toy)
-    assert check_nothing_half_written(home)
+            run(built, toy)
+    assert Manifest.load(built / TARGET / "manifest.json") == before
+    assert sha256_of(built / TARGET / before.library) == before.library_sha256
+    run(built, toy)
+    assert check_nothing_half_written(built)
 
 
 @pytest.mark.parametrize("limit", (0, 2_000, 9_000, 30_000))
@@ -201,32 +196,29 @@ DAMAGES: dict[str, Callable[[Path], object]] = {
 
 
 @pytest.mark.parametrize("damage", DAMAGES)
-def test_G1_a_damaged_library_is_built_again_with_a_warning(damage: str, tmp_path: Path, toy: Path) -> None:
-    run(tmp_path, toy)
-    DAMAGES[damage](Layout(tmp_path / TARGET).library)
-    here = Registry(SM80, tmp_path)
+def test_G1_a_damaged_library_is_built_again_with_a_warning(damage: str, built: Path, toy: Path) -> None:
+    DAMAGES[damage](Layout(built / TARGET).library)
+    here = Registry(SM80, built)
     with pytest.warns(RuntimeWarning, match="it was built again"):
         assert here.kernel(here.serve(APPEND).entry) > 0
-    assert len(here.entries) == 2 and check_nothing_half_written(tmp_path)
+    assert len(here.entries) == 2 and check_nothing_half_written(built)
 
 
-def test_G1_a_damaged_library_is_never_loaded(tmp_path: Path, toy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    run(tmp_path, toy)
-    flip(Layout(tmp_path / TARGET).library)
+def test_G1_a_damaged_library_is_never_loaded(built: Path, toy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    flip(Layout(built / TARGET).library)
     monkeypatch.setenv("PA_OPS_NO_JIT", "1")
-    here = Registry(SM80, tmp_path)
+    here = Registry(SM80, built)
     with pytest.raises(InvalidArgument, match=r"PA_OPS_NO_JIT=1.*pa-ops build --arch sm_80.*sha256"):
         here.kernel(here.serve(APPEND).entry)
     assert here.library() is None
 
 
 @pytest.mark.parametrize("damage", ("truncated", "a bit flipped", "emptied"))
-def test_G1_a_damaged_manifest_is_built_again_with_a_warning(damage: str, tmp_path: Path, toy: Path) -> None:
-    run(tmp_path, toy)
-    path = Layout(tmp_path / TARGET).manifest
+def test_G1_a_damaged_manifest_is_built_again_with_a_warning(damage: str, built: Path, toy: Path) -> None:
+    path = Layout(built / TARGET).manifest
     DAMAGES[damage](path) if damage != "a bit flipped" else path.write_bytes(b"\xff" + path.read_bytes())
     with pytest.warns(RuntimeWarning, match="is not used: its manifest is damaged"):
-        here = Registry(SM80, tmp_path)
+        here = Registry(SM80, built)
     assert here.entries == ()
     assert here.kernel(here.serve(APPEND).entry) > 0
     assert len(here.entries) == 2, "objects that are whole stay"
@@ -242,28 +234,27 @@ OTHERS: dict[str, tuple[Callable[[dict[str, object], Path], object], str]] = {
 
 
 @pytest.mark.parametrize("other", OTHERS)
-def test_G1_a_product_of_another_version_or_source_is_not_used(other: str, tmp_path: Path, toy: Path) -> None:
-    run(tmp_path / "home", toy)
+def test_G1_a_product_of_another_version_or_source_is_not_used(other: str, built: Path, toy: Path) -> None:
     change, words = OTHERS[other]
-    path = Layout(tmp_path / "home" / TARGET).manifest
+    path = Layout(built / TARGET).manifest
     document = json.loads(path.read_text())
     change(document, toy)
     path.write_text(json.dumps(document))
     with pytest.warns(RuntimeWarning, match=words):
-        here = Registry(SM80, tmp_path / "home")
+        here = Registry(SM80, built)
     assert here.entries == ()
     with warnings.catch_warnings(action="error"):
         assert here.kernel(here.serve(APPEND).entry) > 0
 
 
-def test_G1_an_object_that_changed_is_compiled_again(tmp_path: Path, toy: Path) -> None:
-    names = run(tmp_path, toy)
-    layout = Layout(tmp_path / TARGET)
+def test_G1_an_object_that_changed_is_compiled_again(built: Path, toy: Path) -> None:
+    layout = Layout(built / TARGET)
+    names = tuple(entry.name for entry in Manifest.load(layout.manifest).entries)
     flip(layout.object(names[0]))
-    assert run(tmp_path, toy) == names[:1]
+    assert run(built, toy) == names[:1]
     flip(layout.object(names[1]))
     layout.library.unlink()
-    assert run(tmp_path, toy) == names[1:]
+    assert run(built, toy) == names[1:]
 
 
 def test_G1_a_product_that_another_process_replaced_is_found(tmp_path: Path, toy: Path) -> None:

@@ -9,7 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from core_rows import declared_rows
+from core_rows import loaded_by
 
 from pa_ops.arguments import record_of
 from pa_ops.capability import MODELS, Capability, parse_target
@@ -112,7 +112,7 @@ def test_B1_mea_on_every_sm_before_80(sm: int, head_dim: int) -> None:
     cases = (("paged_attention", 1, Family.MEA_DECODE), ("paged_attention", 512, Family.MEA))
     for op, tokens, family in (*cases, ("varlen_attention", 1, Family.MEA), ("varlen_attention", 512, Family.MEA)):
         problem = Problem(op=op, dtype="fp16", head_dim=head_dim, tokens=tokens)
-        entry = select_entry(declared_rows(), problem, Capability.of_sm(sm)).entry
+        entry = select_entry(loaded_by(sm), problem, Capability.of_sm(sm)).entry
         assert entry.spec.family is family and entry.target == targets.target_of_sm(sm)
         assert entry.spec.head_dim == min(tile for tile in MEA_TILES if tile >= head_dim)
 
@@ -143,7 +143,7 @@ def test_G4_rules_refuse_what_they_name() -> None:
 @pytest.mark.parametrize("tokens", [1, 512])
 def test_declared_targets_serve_every_sm_from_80_on(sm: int, dtype: str, head_dim: int, tokens: int) -> None:
     problem = Problem(op="paged_attention", dtype=dtype, head_dim=head_dim, tokens=tokens)
-    entry = select_entry(declared_rows(), problem, Capability.of_sm(sm)).entry
+    entry = select_entry(loaded_by(sm), problem, Capability.of_sm(sm)).entry
     tiles = {Family.DECODE: DECODE_TILES, Family.FLASH_SM90: FLASH_SM90_TILES, Family.FLASH_SM80: FLASH_SM80_TILES}
     assert entry.spec.head_dim == min(tile for tile in tiles[entry.spec.family] if tile >= head_dim)
     assert entry.target == targets.target_of_sm(sm)
@@ -153,7 +153,7 @@ def test_declared_targets_serve_every_sm_from_80_on(sm: int, dtype: str, head_di
 @pytest.mark.parametrize("dtype", ["fp16", "bf16"])
 def test_declared_targets_append_on_every_sm_from_53_on(sm: int, dtype: str) -> None:
     problem = Problem(op="append_kv", dtype=dtype, head_dim=128)
-    entry = select_entry(declared_rows(), problem, Capability.of_sm(sm)).entry
+    entry = select_entry(loaded_by(sm), problem, Capability.of_sm(sm)).entry
     assert entry.spec.family is Family.APPEND and entry.target == targets.target_of_sm(sm)
 
 

@@ -5,13 +5,13 @@ from __future__ import annotations
 import os
 import re
 import shlex
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 
+from helpers import forked
+from helpers.forked import CLEAN, FAILED, Child
 from pa_ops import cli, homes
 from pa_ops.capability import Capability
 from pa_ops.errors import BuildError, NoInstance
@@ -24,29 +24,21 @@ pytestmark = [pytest.mark.compile, pytest.mark.usefixtures("installed_toy")]
 SM90 = Capability.of_sm(90)
 APPEND = Problem(op="append_kv", dtype="fp16", head_dim=64)  # NVRTC's alone, so no worker imports the DSL
 PREFILL = Problem(op="paged_attention", dtype="fp16", head_dim=128, page_size=16, tokens=500)
-USE = """
-import os
-import sys
-from pathlib import Path
-from pa_ops import homes, sources
-from pa_ops.capability import Capability
-from pa_ops.problem import Problem
-from pa_ops.registry import Registry
-toy, *read_only = map(Path, sys.argv[1:])
-access = os.access  # who runs tests may be root, who may write whatever the modes are
-os.access = lambda path, mode: access(path, mode) and not any(Path(path).is_relative_to(each) for each in read_only)
-sources.template_folder = lambda: toy
-here = Registry(Capability.of_sm(90), *homes.homes())
-chosen = here.serve(Problem(op="append_kv", dtype="fp16", head_dim=64))
-print(here.kernel(chosen.entry) > 0, here.library())
-"""
 
 
-def using(home: Path, toy: Path, *read_only: Path, cache: Path | None = None) -> subprocess.Popen[str]:
-    """Another process that uses a kernel which may be missing."""
-    environment = {**os.environ, "PA_OPS_HOME": str(home), "XDG_CACHE_HOME": str(cache or home)}
-    command = [sys.executable, "-c", USE, *map(str, (toy, *read_only))]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
+def use(home: Path, read_only: tuple[Path, ...], cache: Path) -> None:
+    """Uses a kernel that may be missing; where `read_only`, nobody may write, whoever runs the tests."""
+    os.environ |= {"PA_OPS_HOME": str(home), "XDG_CACHE_HOME": str(cache)}
+    access = os.access
+    os.access = lambda path, mode: access(path, mode) and not any(Path(path).is_relative_to(each) for each in read_only)
+    here = Registry(SM90, *homes.homes())
+    chosen = here.serve(APPEND)
+    print(here.kernel(chosen.entry) > 0, here.library())
+
+
+def using(home: Path, said: Path, *read_only: Path, cache: Path | None = None) -> Child:
+    """Another process that uses a kernel which may be missing, and prints into the folder `said`."""
+    return forked.start(lambda: use(home, read_only, cache or home), said)
 
 
 def test_G1_a_missing_kernel_is_built_at_its_first_use(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
@@ -112,11 +104,11 @@ def test_G1_a_kernel_that_does_not_compile_says_so_at_its_use(tmp_path: Path, to
         Registry(SM90, tmp_path).serve(APPEND)
 
 
-def test_G1_two_processes_that_miss_a_kernel_build_it_once(tmp_path: Path, toy: Path) -> None:
-    users = [using(tmp_path / "home", toy) for _ in range(2)]
-    answers = [user.communicate(timeout=120) for user in users]
-    assert [user.returncode for user in users] == [0, 0], answers
-    assert answers[0][0] == answers[1][0] and answers[0][0].startswith("True")
+def test_G1_two_processes_that_miss_a_kernel_build_it_once(tmp_path: Path) -> None:
+    users = [using(tmp_path / "home", tmp_path / name) for name in ("one", "other")]
+    answers = [user.end() for user in users]
+    assert [status for status, _, _ in answers] == [CLEAN, CLEAN], answers
+    assert answers[0][1] == answers[1][1] and answers[0][1].startswith("True")
     objects = list((tmp_path / "home" / "sm_90a" / "obj").glob("*.image"))
     assert len(objects) == 1
 
@@ -130,21 +122,19 @@ def places(tmp_path: Path) -> tuple[Path, Path]:
     return found
 
 
-def test_G1_a_read_only_install_builds_into_the_user_s_cache(places: tuple[Path, Path], toy: Path) -> None:
+def test_G1_a_read_only_install_builds_into_the_user_s_cache(places: tuple[Path, Path], tmp_path: Path) -> None:
     home, cache = places
     for built in (True, False):
-        user = using(home, toy, home, cache=cache)
-        out, err = user.communicate(timeout=120)
-        assert user.returncode == 0, err
+        status, out, err = using(home, tmp_path / f"said {built}", home, cache=cache).end()
+        assert status == CLEAN, err
         assert out.startswith(f"True {cache}/pa_ops/sm_90a/libpa_ops-") and ("building" in err) is built
     assert not any(home.iterdir())
 
 
-def test_G1_nowhere_to_write_is_said(places: tuple[Path, Path], toy: Path) -> None:
+def test_G1_nowhere_to_write_is_said(places: tuple[Path, Path], tmp_path: Path) -> None:
     home, cache = places
-    user = using(home, toy, *places, cache=cache)
-    _, err = user.communicate(timeout=60)
-    assert user.returncode == 1
+    status, _, err = using(home, tmp_path / "said", *places, cache=cache).end()
+    assert status == FAILED
     assert f"{home} and {cache}/pa_ops cannot be written; set PA_OPS_HOME" in err and "build it: pa-ops build" in err
 
 

@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -25,14 +26,33 @@ def entry_of(product: Layout, family: Family) -> Entry:
     return next(e for e in Manifest.load(product.manifest).entries if e.spec.family is family)
 
 
-def said(product: Layout, driver: Path | None, scene: str, family: Family = Family.MERGE, **more: str) -> list[str]:
-    """What a scene of launch_script.py, and the driver, print in a fresh process."""
+SCENES = (
+    (Family.MERGE, "twin"),
+    (Family.FLASH_SM90, "twin"),
+    (Family.FLASH_SM80, "devices"),
+    (Family.MERGE, "driver errors"),
+    (Family.FLASH_SM90, "driver errors"),
+    (Family.MERGE, "wrong calls"),
+)
+Told = dict[tuple[Family, str], list[str]]
+
+
+def play(product: Layout, driver: Path | None, scenes: Sequence[tuple[Family, str]]) -> Told:
+    """What scenes of launch_script.py, and the driver, print, each in a process that has loaded nothing before."""
     paths = os.pathsep.join(map(str, (HERE.parent, os.environ.get("PYTHONPATH", ""))))
-    environment = {**os.environ, **more, "LD_LIBRARY_PATH": str(driver or ""), "PYTHONPATH": paths}
-    command = [sys.executable, "-u", SCRIPT, scene, product.library, entry_of(product, family).name]
-    run = subprocess.run(list(map(str, command)), env=environment, capture_output=True, text=True)
+    environment = {**os.environ, "LD_LIBRARY_PATH": str(driver or ""), "PYTHONPATH": paths}
+    asked = {f"{entry_of(product, family).name}:{scene}": (family, scene) for family, scene in scenes}
+    command = [sys.executable, str(SCRIPT), str(product.library), *asked]
+    run = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
-    return run.stdout.splitlines()
+    ends = [json.loads(line) for line in run.stdout.splitlines()]
+    assert [status for _, status, _ in ends] == [0] * len(scenes), (ends, run.stderr)
+    return {asked[each]: text.splitlines() for each, _, text in ends}
+
+
+@pytest.fixture(scope="module")
+def told(product: Layout, driver: Path) -> Told:
+    return play(product, driver, SCENES)
 
 
 CHAINED = ", attribute 6 = 1"  # CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
@@ -44,9 +64,9 @@ def numbers(line: str) -> list[int]:
 
 
 @pytest.mark.parametrize("family", [Family.MERGE, Family.FLASH_SM90])
-def test_programs_launch_what_their_python_twin_says(family: Family, product: Layout, driver: Path) -> None:
+def test_programs_launch_what_their_python_twin_says(family: Family, product: Layout, told: Told) -> None:
     """With the tensor maps that C has encoded, which the stand-in driver leaves legible."""
-    lines = said(product, driver, "twin", family)
+    lines = told[family, "twin"]
     entry, size = entry_of(product, family), RECORDS[family].size
     asked = [line for line in lines if line.startswith("launch")]
     wanted = [line for line in lines if line.startswith("want")]
@@ -63,8 +83,8 @@ def test_programs_launch_what_their_python_twin_says(family: Family, product: La
     assert "empty 2" in lines
 
 
-def test_shared_memory_is_allowed_once_a_device(product: Layout, driver: Path) -> None:
-    lines = said(product, driver, "devices", Family.FLASH_SM80)
+def test_shared_memory_is_allowed_once_a_device(product: Layout, told: Told) -> None:
+    lines = told[Family.FLASH_SM80, "devices"]
     entry = entry_of(product, Family.FLASH_SM80)
     allowed = [f"attribute 8 = {entry.spec.smem_bytes} on 0", "attribute 9 = 100 on 0"]
     assert [line for line in lines if line.startswith("attribute")] == allowed
@@ -72,10 +92,8 @@ def test_shared_memory_is_allowed_once_a_device(product: Layout, driver: Path) -
 
 
 @pytest.mark.parametrize(("family", "first"), [(Family.MERGE, ()), (Family.FLASH_SM90, ("cuTensorMapEncodeTiled",))])
-def test_G6_a_driver_error_is_raised_with_its_name(
-    family: Family, first: tuple[str, ...], product: Layout, driver: Path
-) -> None:
-    lines = said(product, driver, "driver errors", family)
+def test_G6_a_driver_error_is_raised_with_its_name(family: Family, first: tuple[str, ...], told: Told) -> None:
+    lines = told[family, "driver errors"]
     errors = [line for line in lines if line.startswith("RuntimeError")]
     calls = (*first, "cuLibraryLoadData", "cuLibraryGetKernel", "cuLaunchKernelEx")
     assert len(errors) == len(calls), errors
@@ -84,8 +102,8 @@ def test_G6_a_driver_error_is_raised_with_its_name(
         assert line.startswith(f"RuntimeError {call} of ") and "700, CUDA_ERROR_FAKE" in line
 
 
-def test_wrong_calls_say_what_is_wrong(product: Layout, driver: Path) -> None:
-    errors = [line for line in said(product, driver, "wrong calls") if "Error" in line.split()[0]]
+def test_wrong_calls_say_what_is_wrong(told: Told) -> None:
+    errors = [line for line in told[Family.MERGE, "wrong calls"] if "Error" in line.split()[0]]
     words = (
         "TypeError pa_call: takes a program's address",
         "TypeError pa_call: the program is for another number of tensors",
@@ -95,7 +113,7 @@ def test_wrong_calls_say_what_is_wrong(product: Layout, driver: Path) -> None:
 
 
 def test_without_a_driver_the_error_says_so(product: Layout) -> None:
-    lines = said(product, None, "once")
+    (lines,) = play(product, None, [(Family.MERGE, "once")]).values()
     assert lines and lines[-1].startswith("RuntimeError no NVIDIA driver: libcuda.so.1"), lines
 
 

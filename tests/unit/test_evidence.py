@@ -88,7 +88,7 @@ def test_workers_of_pytest_write_the_file_of_a_serial_run(
     pytester.makeconftest((ROOT / "tests" / "conftest.py").read_text())
     pytester.makepyfile(test_sample=SAMPLE)
     for name, options in (("serial", ()), ("parallel", ("-n", "2"))):
-        result = pytester.runpytest_subprocess("--evidence", f"{name}.json", *options)
+        result = pytester.runpytest_inprocess("--evidence", f"{name}.json", *options)
         result.assert_outcomes(passed=40)
     serial, parallel = ((pytester.path / f"{name}.json").read_text() for name in ("serial", "parallel"))
     assert serial == parallel

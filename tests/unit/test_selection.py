@@ -6,33 +6,26 @@ import ast
 import re
 from dataclasses import replace
 from fnmatch import fnmatchcase
-from functools import cache
 from itertools import product
 from typing import Any
 
 import pytest
-from core_rows import ROOT, declared_rows
+from core_rows import ROOT, declared_rows, loaded_by
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pa_ops.capability import MODELS, Capability
 from pa_ops.errors import InvalidArgument, NoInstance
-from pa_ops.families import device_rejections, rejections
+from pa_ops.families import device_rejections
 from pa_ops.gates import GATES, attention_families
 from pa_ops.manifest import Entry
 from pa_ops.problem import Problem
-from pa_ops.selection import Policy, explain_text, select_entry
+from pa_ops.selection import Policy, explain_text, select_entry, verdicts
 from pa_ops.spec import Family, KernelOp, Layout
 from pa_ops.unsupported import unsupported
 
 ROWS = declared_rows()
 H200 = Capability.of_sm(90)
-
-
-@cache
-def loaded_by(sm: int) -> tuple[Entry, ...]:
-    """The rows whose code a device of that SM loads: a tenth of them, and all that it could choose."""
-    return tuple(row for row in ROWS if not set(row.code_targets).isdisjoint(Capability.of_sm(sm).targets))
 
 
 def paged(**changes: Any) -> Problem:
@@ -226,7 +219,8 @@ SUBSETS = st.one_of(st.just(ROWS), st.lists(st.sampled_from(ROWS), max_size=40, 
 def test_B7_selected_exactly_when_some_row_is_eligible(problem: Problem, sm: int, rows: Any, shuffle: Any) -> None:
     capability = Capability.of_sm(sm)
     able = {(row.name, row.target) for row in rows if serves(row, problem, capability)}
-    assert able == {(row.name, row.target) for row in rows if not list(rejections(row, problem, capability))}
+    told = verdicts(rows, problem, capability)
+    assert able == {(each.entry.name, each.entry.target) for each in told if each.eligible}
     if not able:
         with pytest.raises(NoInstance):
             select_entry(rows, problem, capability)
@@ -243,8 +237,7 @@ def test_B7_selected_exactly_when_some_row_is_eligible(problem: Problem, sm: int
 def test_B7_sizes_never_make_a_row_eligible(problem: Problem, sm: int, batch: int, tokens: int) -> None:
     capability = Capability.of_sm(sm)
     resized = replace(problem, batch=batch, tokens=tokens, max_q=None, max_k=None)
-    for row in ROWS:
-        assert list(rejections(row, problem, capability)) == list(rejections(row, resized, capability))
+    assert verdicts(ROWS, problem, capability) == verdicts(ROWS, resized, capability)
 
 
 def test_B7_batch_invariant_ranking_ignores_sizes() -> None:
@@ -460,12 +453,11 @@ def test_a_quantised_cache_is_refused_not_dropped() -> None:
 
 
 def test_G4_helpers_never_answer_attention_and_the_other_way_round() -> None:
-    for row in ROWS:
-        for op in ("paged_attention", "varlen_attention", "append_kv", "merge_states"):
-            problem = Problem(op=op, dtype=row.spec.dtype, head_dim=64)
-            if problem.kernel_op is not row.spec.op:
-                reasons = list(rejections(row, problem, H200))
-                assert [reason.gate for reason in reasons] == ["operator"]
+    for op, dtype in product(("paged_attention", "varlen_attention", "append_kv", "merge_states"), ("fp16", "bf16")):
+        problem = Problem(op=op, dtype=dtype, head_dim=64)
+        for verdict in verdicts(ROWS, problem, H200):
+            if verdict.entry.spec.op is not problem.kernel_op:
+                assert [reason.gate for reason in verdict.reasons] == ["operator"]
     assert {GATES[family].op for family in attention_families()} == {KernelOp.ATTN}
 
 
@@ -475,19 +467,20 @@ def test_G8_explain_prints_every_row_with_its_reasons(problem: Problem, sm: int)
     capability = Capability.of_sm(sm)
     text = explain_text(ROWS, problem, capability)
     lines = text.splitlines()
-    for row in ROWS:
-        line = next(line for line in lines if line.startswith(f"  {row.name} [{row.target}]: "))
-        reasons = list(rejections(row, problem, capability))
-        assert all(str(reason) in line for reason in reasons)
-        assert ("eligible" in line) == (not reasons)
+    told = {line.partition("]: ")[0]: line for line in lines if line.startswith("  pa_")}
+    for verdict in verdicts(ROWS, problem, capability):
+        line = told.pop(f"  {verdict.entry.name} [{verdict.entry.target}")
+        assert all(str(reason) in line for reason in verdict.reasons)
+        assert ("eligible" in line) == verdict.eligible
+    assert not told
     assert sum("<- selected" in line for line in lines) == (1 if "selected: " in text else 0)
 
 
-def test_G8_the_selection_keeps_the_same_reasons() -> None:
+def test_G8_the_selection_keeps_the_reasons_that_a_row_has_alone() -> None:
     chosen = select_entry(ROWS, paged(), H200)
     assert len(chosen.reasons) == len(ROWS)
     for verdict in chosen.reasons:
-        assert list(verdict.reasons) == list(rejections(verdict.entry, paged(), H200))
+        assert verdicts([verdict.entry], paged(), H200) == (verdict,)
 
 
 @pytest.mark.parametrize("mask", ["full", "causal", "window"])
@@ -516,7 +509,7 @@ def test_C19_every_cell_has_a_row_or_is_declared_unsupported(sm: int) -> None:
             causal=mask != "full", window=mask == "window", softcap=extras, sinks=extras,
             page_size=16 if op == "paged_attention" else None, tokens=500, max_k=1000,
         )  # fmt: skip
-        served = any(not list(rejections(row, problem, capability)) for row in rows)
+        served = any(verdict.eligible for verdict in verdicts(rows, problem, capability))
         assert served == (unsupported(problem, capability) is None), f"{problem} on sm {sm}"
 
 
