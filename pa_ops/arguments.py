@@ -21,7 +21,17 @@ FLOAT32 = "f"
 MAP_BYTES = 128
 MAP_ALIGNMENT = 64
 PIECES_A_BLOCK = 2  # at most, beside its share, for whoever is done first; the workspace has room for that many
+WIDEST_STATE = 256 + 2  # outputs, maximum and sum of a row
+STATES_A_BLOCK = 17  # of that width, in the workspace; two a share and piece need 6
+CHUNK_KEYS = 512  # of the least chunk into which batch invariance cuts a sequence; a power of two
+UNCUT = 30  # chunk_bits of a call whose sequences are cut where shares end, and nowhere else
 CONSTANT_BASE = 0x210  # where SM 9.0 keeps the record in its constant bank; a map is aligned there, not in the record
+
+
+def most_chunks(head_dim: int) -> int:
+    """The logarithm of the chunks that a long sequence is cut into: a block has room for a state of each, and of one
+    more that a window may begin within."""
+    return (STATES_A_BLOCK * WIDEST_STATE // (head_dim + 2) - 1).bit_length() - 1
 
 
 @dataclass(frozen=True)
@@ -140,18 +150,29 @@ MEA = Record(
     factors=ATTENTION.factors,
 )
 
+_SHARED_OUT = (
+    "kv_heads",
+    "causal",
+    "skip_above",  # sequences with more new tokens are another kernel's
+    "lengths_ready",  # 1 where the launch before this one writes neither lengths nor the block table
+)
 # Kernels of all languages agree on a record's size only if it is a multiple of 8 bytes: no count here without a use.
 DECODE = Record(
     addresses=(*ATTENTION.addresses, "partials", "counters", "tickets"),
     strides=ATTENTION.strides,
     counts=(
-        *(name for name in ATTENTION.counts if name != "heads"),
-        "kv_heads",
-        "causal",
-        "skip_above",  # sequences with more new tokens are another kernel's
-        "lengths_ready",  # 1 where the launch before this one writes neither lengths nor the block table
+        *(name for name in ATTENTION.counts if name not in ("heads", "skip_up_to")),
+        *_SHARED_OUT,
+        "chunk_bits",  # a sequence is cut every 2^chunk_bits tiles of keys, or 2^more where it is long; else UNCUT
     ),
     factors=ATTENTION.factors,
+)
+
+MEA_DECODE = Record(
+    addresses=DECODE.addresses,
+    strides=DECODE.strides,
+    counts=(*(name for name in ATTENTION.counts if name != "heads"), *_SHARED_OUT),
+    factors=DECODE.factors,
 )
 
 APPEND = Record(
@@ -283,7 +304,7 @@ RECORDS: dict[Family, Record] = {
     Family.FLASH_SM90: FLASH_SM90,
     Family.DECODE: DECODE,
     Family.MEA: MEA,
-    Family.MEA_DECODE: DECODE,
+    Family.MEA_DECODE: MEA_DECODE,
     Family.APPEND: APPEND,
     Family.GATHER: GATHER,
     Family.MERGE: MERGE,

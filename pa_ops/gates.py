@@ -16,8 +16,9 @@ class Gates:
     needs: features by dtype of the query. masks: which masks of a problem a row of each mask serves. head_multiple and
     head_max bind both head sizes. split_heads: K and V may differ in head size. aligned: pointers and strides must be
     multiples of 16 bytes. quantised: the cache may have another type than the query. invariant: what a row makes of a
-    sequence depends on nothing else in the batch. page_multiple: of which the tokens of a page must be a multiple.
-    mask_aligned: the rows of a mask tensor must start and end at multiples of 16 bytes. tensor_masks: what it may hold.
+    sequence depends on nothing else in the batch, always or where that is asked for. page_multiple: of which the tokens
+    of a page must be a multiple. mask_aligned: the rows of a mask tensor must start and end at multiples of 16 bytes.
+    tensor_masks: what it may hold.
     """
 
     op: KernelOp
@@ -86,7 +87,7 @@ GATES: dict[Family, Gates] = {
         mask_aligned=True,
         tensor_masks=frozenset({TensorMask.NONE, TensorMask.BOOL, TensorMask.ADDITIVE}),
     ),
-    Family.DECODE: Gates(KernelOp.ATTN, _MMA_SYNC, _PAGED, _FULL_BY_FLAG, invariant=False),
+    Family.DECODE: Gates(KernelOp.ATTN, _MMA_SYNC, _PAGED, _FULL_BY_FLAG),
     Family.MEA: Gates(KernelOp.ATTN, _MEA, _ANY_LAYOUT, _OWN_MASK, head_max=512, split_heads=True),
     Family.MEA_DECODE: Gates(KernelOp.ATTN, _MEA, _PAGED, _FULL_BY_FLAG, invariant=False),
     Family.APPEND: _of_rows(KernelOp.APPEND_KV, Feature.HALF2, Layout.GATHER),

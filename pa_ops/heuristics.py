@@ -112,6 +112,20 @@ def division(problem: Problem, rows: int) -> Division:
     return Division.BOTH if query_rows(replace(problem, max_q=None)) <= MIXED_TOKENS else Division.PREFILL
 
 
+def certain_division(problem: Problem, rows: int) -> Division:
+    """`division` where a sequence's kernel must follow from its own rows: whatever the host does not know for certain,
+    of this batch and of all that its plan may serve, is left to the device.
+
+    A plan holds for as many tokens and as large a bound as have the same power of two.
+    """
+    few, most = rows // problem.group, 2 * problem.tokens - 1
+    if problem.max_q is not None:
+        most = min(most, 2 * power_of_two(problem.max_q) - 1)
+    if few == 0:
+        return Division.PREFILL
+    return Division.DECODE if most <= few else Division.BOTH
+
+
 def timing(entry: Entry, problem: Problem, capability: Capability) -> Timing | None:
     """What a call like `problem` took on a card of that name, None where nobody has recorded it."""
     shape_class = ShapeClass.FEW if few_rows(problem) else ShapeClass.MANY

@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from pa_ops.arguments import DECODE, FLASH_SM90, Record, record_of
+from pa_ops.arguments import CHUNK_KEYS, FLASH_SM90, UNCUT, Record, record_of
 from pa_ops.capability import Capability
 from pa_ops.errors import InvalidArgument
 from pa_ops.plan import resident_blocks
@@ -180,13 +180,16 @@ def decode_launch(
     causal: bool,
     skip_above: int,
     lengths_ready: bool,
+    invariant: bool,
     capability: Capability,
 ) -> Launch:
     """Attend by shares of all keys, with the blocks that the device holds; sequences of more than `skip_above` tokens
     are left.
 
     lengths_ready: the launch before this one, on the same stream, is ours, and writes neither lengths nor block table.
+    invariant: a sequence is cut where its own length says, not where shares end.
     """
+    record = record_of(spec)
     resident = max(resident_blocks(spec.smem_bytes, capability.smem_optin_bytes), 1)
     sources: dict[str, Source] = {
         **call.sources(),
@@ -198,9 +201,10 @@ def decode_launch(
         "skip_up_to": 0,
         "skip_above": skip_above,
         "lengths_ready": int(lengths_ready),
+        "chunk_bits": (CHUNK_KEYS // spec.tile.n).bit_length() - 1 if invariant else UNCUT,
     }
     blocks = min(blocks_of(capability.num_sms), capability.num_sms * resident)
-    return Launch(kernel, DECODE, fields_of(DECODE, sources), Grid(GridRule.FIXED, blocks, 1))
+    return Launch(kernel, record, fields_of(record, sources), Grid(GridRule.FIXED, blocks, 1))
 
 
 def _tokens(rows: Rows) -> Size:

@@ -10,12 +10,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from pa_ops.arguments import PIECES_A_BLOCK
+from pa_ops.arguments import PIECES_A_BLOCK, STATES_A_BLOCK, WIDEST_STATE
 from pa_ops.program import stream_of
 
 BLOCKS_AN_SM = 2
 SHARES_A_BLOCK = 1 + PIECES_A_BLOCK
-MAX_STATE_WORDS = 16 * (256 + 2)  # outputs, maximum and sum of a row, as many rows as a tile has
+MAX_STATE_WORDS = 16 * WIDEST_STATE  # as many rows as a tile has
 
 held: dict[tuple[int, int], Tensor] = {}
 """Device and stream -> the workspace that is the stream's for good."""
@@ -33,8 +33,8 @@ def shares_of(num_sms: int) -> int:
 
 
 def counters_at(num_sms: int) -> int:
-    """Where the arrival counters begin, in bytes: after two states a share."""
-    return 2 * shares_of(num_sms) * MAX_STATE_WORDS * 4
+    """Where the arrival counters begin, in bytes: after the states."""
+    return STATES_A_BLOCK * blocks_of(num_sms) * MAX_STATE_WORDS * 4
 
 
 def tickets_at(num_sms: int) -> int:

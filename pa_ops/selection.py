@@ -12,7 +12,7 @@ from pa_ops.capability import Capability
 from pa_ops.errors import InvalidArgument, NoInstance
 from pa_ops.families import Rejection, device_rejections, family_checks, family_rejections, problem_rejections
 from pa_ops.gates import GATES, attention_families, families_of
-from pa_ops.heuristics import cheapest, timing
+from pa_ops.heuristics import SPLITTING, cheapest, extremes, few_rows, timing
 from pa_ops.manifest import Entry
 from pa_ops.problem import Problem
 from pa_ops.spec import Family, InstanceSpec, KernelOp
@@ -42,7 +42,8 @@ class Policy:
 
     backend: "auto", a family, its first words, or an instance name; backend_source: where it was said, for messages;
     disabled: families (or first words) taken out; batch_invariant: leave out families whose bits depend on a sequence's
-    neighbours, and rank without sizes, so that its row does not either.
+    neighbours, and rank without sizes, but for whether query rows are few where such sequences have a kernel of their
+    own, so that its row does not either.
     """
 
     backend: str = AUTO
@@ -145,13 +146,21 @@ def select_entry(
     return Selection(best, best.spec.family, looked_at)
 
 
-def _sized(problem: Problem, policy: Policy) -> Problem:
-    """The problem as it is ranked: without its sizes where they must not matter."""
-    return replace(problem, batch=1, tokens=1, max_q=None, max_k=None) if policy.batch_invariant else problem
+def _sized(problem: Problem, able: list[Entry], capability: Capability, policy: Policy) -> Problem:
+    """The problem as it is ranked: without its sizes where they must not matter.
+
+    A sequence of few query rows may then have a splitting family, which looks at each one's own rows; other families
+    take a batch as a whole, and are ranked for it as if it had many.
+    """
+    if not policy.batch_invariant:
+        return problem
+    few, many = extremes(replace(problem, max_k=None))
+    apart = few_rows(problem) and cheapest(able, few, capability).spec.family in SPLITTING
+    return few if apart else many
 
 
 def _cheapest(able: list[Entry], problem: Problem, capability: Capability, policy: Policy) -> Entry:
-    return cheapest(able, _sized(problem, policy), capability)
+    return cheapest(able, _sized(problem, able, capability, policy), capability)
 
 
 def explain_text(
@@ -163,10 +172,11 @@ def explain_text(
     if not able:
         return _refusal_text(looked_at, problem, capability, policy)
     best = _cheapest(able, problem, capability, policy)
+    sized = _sized(problem, able, capability, policy)
     lines = [str(problem), f"on {capability}", str(policy), f"selected: {best.name} [{best.target}]", "rows:"]
     for verdict in looked_at:
         note = " <- selected" if verdict.entry == best else ", ranked behind" if verdict.eligible else ""
-        known = timing(verdict.entry, _sized(problem, policy), capability) if verdict.eligible else None
+        known = timing(verdict.entry, sized, capability) if verdict.eligible else None
         told = f", {known.microseconds:.1f} us for {known.shape}" if known is not None else ""
         lines.append(f"  {verdict}{told}{note}")
     return "\n".join(lines)

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from pa_ops.checks import INT32_MAX, Arguments, Sizes
 from pa_ops.faults import mask_of
-from pa_ops.heuristics import SPLITTING, Division, division, extremes
+from pa_ops.heuristics import SPLITTING, Division, certain_division, division, extremes
 from pa_ops.launch import (
     ALIGNMENT,
     Attention,
@@ -26,6 +26,7 @@ from pa_ops.launch import (
 )
 from pa_ops.launch_rows import Rotary, append_launch, gather_launch, merge_launch
 from pa_ops.manifest import Entry
+from pa_ops.overrides import policy
 from pa_ops.problem import Problem
 from pa_ops.program import Launch
 from pa_ops.registry import Registry
@@ -109,6 +110,7 @@ def _attend(
             causal=arguments["causal"] or problem.window,
             skip_above=INT32_MAX if many is None else limit,
             lengths_ready=stored,
+            invariant=policy(arguments["backend"]).batch_invariant,
             capability=registry.capability,
         )
         yield Step(launch, _decision(op, few), aligned)
@@ -133,7 +135,8 @@ def _division(problem: Problem, arguments: Arguments, registry: Registry) -> tup
         return (chosen, None) if chosen.family in SPLITTING else (None, chosen)
     splitting, other = (registry.find(problem, backend, family) for family in (few, many))
     assert splitting is not None and other is not None
-    chosen_by = division(problem, splitting.entry.spec.tile.m)
+    divide = certain_division if policy(backend).batch_invariant else division
+    chosen_by = divide(problem, splitting.entry.spec.tile.m)
     return None if chosen_by is Division.PREFILL else splitting, None if chosen_by is Division.DECODE else other
 
 

@@ -1,15 +1,19 @@
 """Turns calls on small CUDA tensors into microseconds of host time, as they are and as Python alone serves them.
 
-Usage: python scripts/host_time.py [RUNS]. Times are the best of RUNS batches of 200 calls; the device is waited for
-between batches, so that no call waits for a full queue. Columns: torch.ops as it is, in inference mode, the function of
-`pa_ops`, the Python implementation by itself.
+Usage: python scripts/host_time.py [ROUNDS]. Times are the best and the median of ROUNDS batches of 200 calls. A round
+has a batch of each, because a shared host is slower for seconds at a time. The device is waited for between batches, so
+no call waits for a full queue. Columns: torch.ops as it is, in inference mode, the function of `pa_ops`, the Python
+implementation by itself.
 """
 
 from __future__ import annotations
 
 import sys
 import time
+from collections import defaultdict
 from collections.abc import Callable
+from functools import partial
+from statistics import median
 from typing import Any
 
 import torch
@@ -19,19 +23,17 @@ from pa_ops import native
 from pa_ops.schema import NAMESPACE
 
 CALLS = 200
+COLUMNS = ("call", "infer", "pa_ops.", "python")
 HALF = torch.float16
 
 
-def best(call: Callable[[], Any], runs: int) -> float:
+def batch(call: Callable[[], Any]) -> float:
     """Microseconds a call."""
-    times = []
-    for _ in range(runs):
-        torch.cuda.synchronize()
-        start = time.perf_counter()
-        for _ in range(CALLS):
-            call()
-        times.append((time.perf_counter() - start) / CALLS * 1e6)
-    return min(times)
+    torch.cuda.synchronize()
+    start = time.perf_counter()
+    for _ in range(CALLS):
+        call()
+    return (time.perf_counter() - start) / CALLS * 1e6
 
 
 def int32(*values: int) -> torch.Tensor:
@@ -66,31 +68,57 @@ def cases() -> dict[str, tuple[str, tuple[Any, ...], dict[str, Any]]]:
     }
 
 
-def main(runs: int) -> None:
+def inferring(call: Callable[[], Any]) -> Callable[[], Any]:
+    return torch.inference_mode()(call)
+
+
+def columns_of(op: str, tensors: tuple[Any, ...], options: dict[str, Any]) -> dict[str, Callable[[], Any]]:
+    """Column -> the call that it times."""
+    name, _, overload = op.partition(".")
+
+    def bound(function: Callable[..., Any]) -> Callable[[], Any]:
+        return partial(function, *tensors, **options)
+
+    operators: Any = getattr(torch.ops, NAMESPACE)
+    public = getattr(getattr(operators, name), overload or "default")
+    columns = {"call": bound(public), "infer": inferring(bound(public))}
+    if not overload:
+        columns["pa_ops."] = bound(getattr(pa_ops, name))
+    if native.attached():
+        columns["python"] = bound(getattr(getattr(operators, f"_{name}"), overload or "default"))
+    return columns
+
+
+def launches_of(call: Callable[[], Any]) -> int:
+    for _ in range(3):  # the first may build and load
+        call()
+    with pa_ops.trace.recording() as decisions:
+        call()
+    return len(decisions)
+
+
+def main(rounds: int) -> None:
     """Prints a line a case."""
     x = torch.zeros(4, device="cuda")
-    print(f"torch {torch.__version__}, {torch.cuda.get_device_name()}; us a call, best of {runs} batches")
-    print(f"{'torch.add':24}{best(lambda: torch.add(x, x), runs):8.2f}")
-    print(f"{'torch.add, in place':24}{best(lambda: x.add_(0), runs):8.2f}")
-    print(f"{'torch.empty':24}{best(lambda: torch.empty(4, 32, 128, dtype=HALF, device='cuda'), runs):8.2f}")
-    print(f"{'':24}{'call':>8}{'infer':>8}{'pa_ops.':>8}{'python':>8}{'launches':>10}")
-    operators: Any = getattr(torch.ops, NAMESPACE)
-    for title, (op, tensors, options) in cases().items():
-        name, _, overload = op.partition(".")
-        public = getattr(getattr(operators, name), overload or "default")
-        for _ in range(3):
-            public(*tensors, **options)
-        with pa_ops.trace.recording() as decisions:
-            public(*tensors, **options)
-        column = [best(lambda: public(*tensors, **options), runs)]  # noqa: B023
-        with torch.inference_mode():
-            column.append(best(lambda: public(*tensors, **options), runs))  # noqa: B023
-        function = public if overload else getattr(pa_ops, name)
-        column.append(best(lambda: function(*tensors, **options), runs))  # noqa: B023
-        if native.attached():
-            twin = getattr(getattr(operators, f"_{name}"), overload or "default")
-            column.append(best(lambda: twin(*tensors, **options), runs))  # noqa: B023
-        print(f"{title:24}" + "".join(f"{value:8.2f}" for value in column) + f"{len(decisions):10}")
+    lines: dict[str, dict[str, Callable[[], Any]]] = {
+        "torch.add": {"call": lambda: torch.add(x, x)},
+        "torch.add, in place": {"call": lambda: x.add_(0)},
+        "torch.empty": {"call": lambda: torch.empty(4, 32, 128, dtype=HALF, device="cuda")},
+    }
+    launches = {}
+    for title, case in cases().items():
+        lines[title] = columns_of(*case)
+        launches[title] = launches_of(lines[title]["call"])
+    times: dict[tuple[str, str], list[float]] = defaultdict(list)
+    for _ in range(rounds):
+        for title, columns in lines.items():
+            for column, call in columns.items():
+                times[title, column].append(batch(call))
+    print(f"torch {torch.__version__}, {torch.cuda.get_device_name()}; us a call, best / median of {rounds} batches")
+    print(f"{'':24}" + "".join(f"{column:>15}" for column in COLUMNS) + f"{'launches':>10}")
+    for title in lines:
+        shown = (f"{min(t):.2f} / {median(t):.2f}" if (t := times[title, c]) else "" for c in COLUMNS)
+        print(f"{title:24}" + "".join(f"{cell:>15}" for cell in shown) + f"{launches.get(title, ''):>10}")
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ from cutlass import Float32, Int32, Int64
 from pa_ops.templates.device import products, softmax
 from pa_ops.templates.device.feed import Feed
 from pa_ops.templates.device.ptx import ld_global_pair, ld_shared_32, opaque, start_next_grid, wait_for_grid
-from pa_ops.templates.device.shares import SHARE, WORDS, Shares
+from pa_ops.templates.device.shares import WORDS, Shares
 from pa_ops.templates.device.states import ROWS, STATS_BYTES, THREADS, WARPS, States
 from pa_ops.templates.device.tiles import Fragments, TileShape
 
@@ -21,7 +21,7 @@ from pa_ops.templates.device.tiles import Fragments, TileShape
 class Decode:
     """One instance: the compile-time choices and the code that they specialise."""
 
-    def __init__(self, dtype, head_dim, window, keys, stages, pieces, chained):
+    def __init__(self, dtype, head_dim, window, keys, stages, pieces, most_chunks, uncut, chained):
         self.dtype, self.head_dim, self.window, self.chained = dtype, head_dim, window, chained
         self.keys, self.stages = keys, stages
         self.warp_keys = keys // WARPS
@@ -32,7 +32,7 @@ class Decode:
         self.holes_at = WARPS * stages * self.stage_bytes
         shares_at = self.holes_at + WARPS * stages * 4
         stats_at = shares_at + WORDS * 4
-        self.shares = Shares(ROWS, keys, window, pieces, shares_at)
+        self.shares = Shares(ROWS, keys, window, pieces, most_chunks, uncut, shares_at)
         self.feed = Feed(self.shape, self.shares, self.warp_keys, stages)
         # Outputs of warps meet in the stage computed last: 16 keys of K and V are the bytes of 16 rows in fp32.
         self.states = States(dtype, head_dim, stages * self.stage_bytes, stats_at)
@@ -81,7 +81,8 @@ class Decode:
 
     @cute.jit
     def attend(self, args, smem: Int32, at, stage: Int32, sequence: Int32, unit: Int32, limit: Int32):
-        """Attend to the tiles of one head and row block from the sequence's tile `unit` on, no more than `limit`.
+        """Attend to the tiles of one head and row block from the sequence's tile `unit` on, to the end of a chunk and
+        no more than `limit`.
 
         The first is in ring stage `stage`. Returns the stage of the next tile, and where the warps' states are: in
         the stage of the last.
@@ -108,7 +109,7 @@ class Decode:
         acc_o, row_max, row_sum = softmax.fresh_state(1, self.d_tiles)
 
         begin = (first + tile) * self.keys + warp * self.warp_keys
-        end = begin + cutlass.min(tiles - tile, limit) * self.keys
+        end = begin + cutlass.min(self.shares.reach(args, first, tiles, tile), limit) * self.keys
         for key in cutlass.range(begin, end, self.keys, unroll=1):
             cute.arch.cp_async_wait_group(self.stages - 2)
             cute.arch.sync_warp()
@@ -170,22 +171,21 @@ class Decode:
         """
         tid, _, _ = cute.arch.thread_idx()
         cute.arch.barrier()
-        q_start, q_len, _, _, tiles, blocks = self.shares.span(args, sequence)
+        q_start, q_len, _, first, tiles, blocks = self.shares.span(args, sequence)
         place = (unit - base) // tiles
         start = base + place * tiles
-        stop = cutlass.min(start + tiles, end)
+        stop = cutlass.min(unit + self.shares.reach(args, first, tiles, unit - start), end)
         kv_head = place // blocks
         row_first = (place - kv_head * blocks) * ROWS
         live_rows = cutlass.min(q_len * args.group - row_first, ROWS)
-        opener, parts, last = Int32(0), Int32(0), stop - unit == tiles
+        first_state, skip, step, states, last = Int32(0), Int32(0), Int32(0), Int32(0), stop - unit == tiles
         if not last:
-            share = self.shares.get(smem, SHARE)
-            cut = self.shares.noted(smem)
-            opener = self.shares.owner_of(cut, start)
-            parts = self.shares.owner_of(cut, start + tiles - 1) - opener + 1
-            last = self.states.leave(args, smem, outputs, share, opener, parts, live_rows, tid)
+            part = self.shares.part(args, smem, start, first, tiles, unit - start)
+            first_state, skip, step, states = part.base, part.skip, part.step, part.states
+            last = self.states.leave(args, smem, outputs, part, live_rows, tid)
         if last:
-            self.states.finish(args, smem, outputs, opener, parts, q_start, kv_head, row_first, live_rows, tid)
+            where = (first_state, skip, step)
+            self.states.finish(args, smem, outputs, where, states, q_start, kv_head, row_first, live_rows, tid)
         cute.arch.barrier()
         return stop
 

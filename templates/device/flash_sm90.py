@@ -28,10 +28,8 @@ from pa_ops.templates.device.ptx import (
 )
 from pa_ops.templates.device.shared_sm90 import (
     BARRIER,
-    EDGES,
     END,
     HEAD,
-    INNER,
     KEYS,
     LIVE,
     POSITION,
@@ -42,12 +40,13 @@ from pa_ops.templates.device.shared_sm90 import (
     TOKEN,
     Shared,
 )
+from pa_ops.templates.device.sight import OwnRows, Sight, WholeTile
+from pa_ops.templates.device.turns import Turns
 from pa_ops.templates.device.warpgroup import COLUMN, GROUP_ROWS, GROUP_THREADS, Products
 
 LOG2_E = 1.4426950408889634
 LN_2 = 0.6931471805599453
-TURNS = 1  # the first of the named barriers by which warpgroups take turns
-TAILS = 8  # the first of those at which one has cleared the tail of a tile
+TAILS = 8  # the first of the named barriers at which one has cleared the tail of a tile
 WINDOW_OFF = 0x3FFFFFFF  # of no key it is that far
 REGISTERS = {2: (232, 40), 3: (160, 32)}  # of a computing and of a copying thread, by computing warpgroups
 
@@ -55,7 +54,7 @@ REGISTERS = {2: (232, 40), 3: (160, 32)}  # of a computing and of a copying thre
 class FlashSm90:
     """One instance: the compile-time choices and the code that they specialise."""
 
-    def __init__(self, dtype, head_dim, paged, causal, window, masked, rows, keys, stages, chained):
+    def __init__(self, dtype, head_dim, paged, causal, window, masked, rows, keys, stages, skipping, chained):
         self.dtype, self.head_dim, self.paged, self.chained = dtype, head_dim, paged, chained
         self.causal, self.window, self.masked = causal, window, masked
         self.rows, self.keys, self.stages = rows, keys, stages
@@ -66,12 +65,14 @@ class FlashSm90:
         self.products = Products(dtype, head_dim, self.groups, keys)
         self.kv_bytes = keys * head_dim * 2
         self.shared = Shared(rows * head_dim * 2, self.kv_bytes, stages, warps=4 * self.groups)
-        self.lister = Lister(self.shared, head_dim, paged, causal, window, masked, rows, keys)
+        # At 256 the products are three quarters of the work: waiting for turns costs 4%.
+        self.turns = Turns(self.groups, taken=head_dim <= 192)
+        sight = Sight(causal, window, masked, keys)
+        self.walk = OwnRows(self.shared, sight, self.turns) if skipping else WholeTile()
+        self.lister = Lister(self.shared, sight, head_dim, paged, rows)
         self.copier = Copier(self.shared, head_dim, paged, masked, keys)
         self.mask_words = MaskWords(dtype, keys)
         self.smem_bytes = self.shared.bytes
-        # At 256 the products are three quarters of the work: waiting for turns costs 4%.
-        self.turns = head_dim <= 192
 
     @cute.jit
     def __call__(self, args):
@@ -118,21 +119,24 @@ class FlashSm90:
         """
         lane = cute.arch.lane_idx()
         group = warp // 4 - 1
-        if group == (self.groups - 1 if self.turns else -1):
-            self.pass_turn(group)
+        self.turns.begin(group)
         turn, stage, parity = Int32(0), Int32(0), Int32(0)
         tma.wait_for(smem + self.shared.slot_full, 0)
         slot = smem + self.shared.slots
         while ld_shared_32(slot) != 0:
             acc_o, row_max, row_sum = softmax.fresh_state(1, self.d_tiles)
             self.silence(slot, row_max, warp * 32 + lane)
+            unseen = self.walk.unseen(args, slot, group)
+            stage, parity = self.walk.give_back(smem, slot, group, unseen, stage, parity)
             tma.wait_for(smem + self.shared.q_full, turn & 1)
-            if ld_shared_32(slot + STEPS) > 0:
-                stage, parity = self.attend(args, pointer, smem, slot, group, stage, parity, acc_o, row_max, row_sum)
+            if ld_shared_32(slot + STEPS) > unseen:
+                stage, parity = self.attend(
+                    args, pointer, smem, slot, group, unseen, stage, parity, acc_o, row_max, row_sum
+                )
             else:
-                self.release(smem + self.shared.q_empty, lane)
+                tma.release(smem + self.shared.q_empty)
             self.store(args, slot, acc_o, row_max, row_sum, warp, lane)
-            self.release(smem + self.shared.slot_empty + turn % SLOTS * BARRIER, lane)
+            tma.release(smem + self.shared.slot_empty + turn % SLOTS * BARRIER)
             turn = turn + 1
             tma.wait_for(smem + self.shared.slot_full + turn % SLOTS * BARRIER, turn // SLOTS & 1)
             slot = smem + self.shared.slots + turn % SLOTS * SLOT
@@ -153,14 +157,15 @@ class FlashSm90:
         smem: Int32,
         slot: Int32,
         group: Int32,
+        unseen,
         stage: Int32,
         parity: Int32,
         acc_o,
         row_max,
         row_sum,
     ):
-        """Outputs, maxima and sums of the group's rows over the keys of the tile in `slot`; the stage that follows."""
-        lane = cute.arch.lane_idx()
+        """Outputs, maxima and sums of the group's rows over the keys of the tile in `slot`, but for the blocks that it
+        leaves out; the stage that follows."""
         s_q = self.products.tile(pointer, self.rows, self.head_dim)
         s_k = self.products.tile(pointer + self.shared.k, self.keys, self.head_dim, self.stages)
         s_v = self.products.tile(pointer + self.shared.v, self.keys, self.head_dim, self.stages)
@@ -170,36 +175,35 @@ class FlashSm90:
         probabilities = self.products.probabilities()
         words = self.mask_words.registers() if self.masked else None
 
-        steps, edges, inner = [ld_shared_32(slot + at) for at in (STEPS, EDGES, INNER)]
+        steps = ld_shared_32(slot + STEPS)
+        edges, inner = self.walk.edges(args, slot, group)
         tma.wait_for(smem + self.shared.k_full + stage * BARRIER, parity)
         self.products.start_scores(s_q, s_k, stage, group, acc_s)
         if cutlass.const_expr(self.masked):
-            self.load_mask(args, slot, Int32(0), words)
+            self.load_mask(args, slot, Int32(unseen), words)
         warpgroup.wait_group(0)
         hole = self.take_holes(smem, stage)
-        self.release(smem + self.shared.k_empty + stage * BARRIER, lane)
-        self.treat(args, acc_s, slot, Int32(0), edges, inner, hole, words)
+        tma.release(smem + self.shared.k_empty + stage * BARRIER)
+        self.treat(args, acc_s, slot, Int32(unseen), edges, inner, hole, words)
         softmax.start(acc_s, row_max, row_sum, args.log2_scale, self.n_tiles)
         limits[0], limits[1] = softmax.limits_of(row_max, args.log2_scale)
         self.products.round(acc_s, probabilities)
-        self.clear_tail(smem, slot, stage, parity, group)
+        self.clear_tail(smem, slot, Int32(unseen), stage, parity, group)
 
-        for i in cutlass.range(1, steps, unroll=1):
+        for i in cutlass.range(unseen + 1, steps, unroll=1):
             last, last_parity = stage, parity
             stage, parity = self.shared.after(stage, parity)
             tma.wait_for(smem + self.shared.k_full + stage * BARRIER, parity)
-            if cutlass.const_expr(self.turns):
-                self.take_turn(group)
+            self.turns.take(group)
             self.products.start_scores(s_q, s_k, stage, group, acc_s)
             tma.wait_for(smem + self.shared.v_full + last * BARRIER, last_parity)
             self.products.start_outputs(probabilities, s_v, last, group, acc_o)
-            if cutlass.const_expr(self.turns):
-                self.pass_turn(group)
+            self.turns.give(group)
             if cutlass.const_expr(self.masked):
                 self.load_mask(args, slot, i, words)
             warpgroup.wait_group(1)
             hole = self.take_holes(smem, stage)
-            self.release(smem + self.shared.k_empty + stage * BARRIER, lane)
+            tma.release(smem + self.shared.k_empty + stage * BARRIER)
             self.treat(args, acc_s, slot, i, edges, inner, hole, words)
             outgrown = softmax.outgrown_beyond(limits, acc_s, row_max, args.log2_scale, self.n_tiles)
             for _ in cutlass.range(opaque(outgrown), unroll=1):
@@ -209,13 +213,13 @@ class FlashSm90:
             # Before the exponentials, under which the next products of the other groups run: so they are rounded one by
             # one as they come, where the registers of the last ones are free.
             warpgroup.wait_group(0)
-            self.release(smem + self.shared.v_empty + last * BARRIER, lane)
+            tma.release(smem + self.shared.v_empty + last * BARRIER)
             for _ in cutlass.range(opaque(outgrown), unroll=1):
                 softmax.scale_rows(acc_o, [factors[0], factors[1]], self.d_tiles)
             softmax.exponentiate(acc_s, row_max, row_sum, args.log2_scale, self.n_tiles)
             self.products.round(acc_s, probabilities)
 
-        self.release(smem + self.shared.q_empty, lane)  # while the last block's values are still to be multiplied
+        tma.release(smem + self.shared.q_empty)  # while the last block's values are still to be multiplied
         tma.wait_for(smem + self.shared.v_full + stage * BARRIER, parity)
         if cutlass.const_expr(self.window or self.masked):
             key_first = (ld_shared_32(slot + END) - steps) * self.keys
@@ -225,35 +229,17 @@ class FlashSm90:
             self.clear(smem, stage, Int32(0), ld_shared_32(slot + POSITION) - window + 1 - key_first, group)
         self.products.start_outputs(probabilities, s_v, stage, group, acc_o)
         warpgroup.wait_group(0)
-        self.release(smem + self.shared.v_empty + stage * BARRIER, lane)
+        tma.release(smem + self.shared.v_empty + stage * BARRIER)
         return self.shared.after(stage, parity)
-
-    @cute.jit
-    def release(self, barrier: Int32, lane: Int32):
-        """This warp no longer reads what the barrier guards."""
-        cute.arch.sync_warp()
-        if lane == 0:
-            tma.arrive_at(barrier)
-
-    @cute.jit
-    def take_turn(self, group: Int32):
-        """Wait until the group before has started its products."""
-        cute.arch.barrier(barrier_id=TURNS + group, number_of_threads=2 * GROUP_THREADS)
-
-    @cute.jit
-    def pass_turn(self, group: Int32):
-        """Let the next group start its products."""
-        following = Int32(cutlass.select_(group == self.groups - 1, Int32(0), group + 1))
-        cute.arch.barrier_arrive(barrier_id=TURNS + following, number_of_threads=2 * GROUP_THREADS)
 
     def take_holes(self, smem, stage):
         """A bit for each box of the stage's keys that has no page."""
         return ld_shared_32(smem + self.shared.holes + stage * 4) if self.paged else Int32(0)
 
     @cute.jit
-    def clear_tail(self, smem: Int32, slot: Int32, stage: Int32, parity: Int32, group: Int32):
-        """Zero the values past the last key of the tile's first block, which come to `stage`."""
-        tail = ld_shared_32(slot + KEYS) - (ld_shared_32(slot + END) - 1) * self.keys
+    def clear_tail(self, smem: Int32, slot: Int32, i: Int32, stage: Int32, parity: Int32, group: Int32):
+        """Zero the values past the last key in block `i`, which come to `stage`."""
+        tail = ld_shared_32(slot + KEYS) - (ld_shared_32(slot + END) - 1 - i) * self.keys
         if tail < self.keys:
             tma.wait_for(smem + self.shared.v_full + stage * BARRIER, parity)
             self.clear(smem, stage, tail, Int32(self.keys), group)

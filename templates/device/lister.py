@@ -20,11 +20,11 @@ LATE = 2  # of a causal sequence's row blocks, one in so many comes after all ot
 
 
 class Lister:
-    """Lists tiles of `rows` query rows against blocks of `keys` keys."""
+    """Lists tiles of `rows` query rows, and the blocks of keys that `sight` finds for them."""
 
-    def __init__(self, shared, head_dim, paged, causal, window, masked, rows, keys):
-        self.shared, self.paged, self.causal, self.window, self.masked = shared, paged, causal, window, masked
-        self.rows, self.keys = rows, keys
+    def __init__(self, shared, sight, head_dim, paged, rows):
+        self.shared, self.sight, self.paged, self.rows = shared, sight, paged, rows
+        self.causal, self.masked = sight.causal, sight.masked
         self.halves, self.q_bytes = head_dim // COLUMN, rows * head_dim * 2
         self.near_keys = NEAR_BYTES // (head_dim * 4)
 
@@ -40,25 +40,7 @@ class Lister:
             first_key, k_len = self.keys_of(args, sequence, q_len)
             live = cutlass.min(q_len - row_first, self.rows)
             position = row_first + (args.position if self.masked else k_len - q_len)
-            # Some row sees keys [low, high), every row keys [safe_low, safe_high).
-            low, safe_low, high, safe_high = Int32(0), Int32(0), k_len, k_len
-            if cutlass.const_expr(self.causal or self.window):
-                high = cutlass.max(cutlass.min(k_len, position + live), 0)
-                safe_high = cutlass.min(k_len, position + 1)
-            if cutlass.const_expr(self.window):
-                low = cutlass.max(position - args.window + 1, 0)
-                safe_low = cutlass.max(position + live - args.window, 0)
-            if cutlass.const_expr(self.masked):
-                if args.causal != 0:
-                    high = cutlass.max(cutlass.min(k_len, position + live), 0)
-                    safe_high = cutlass.min(k_len, position + 1)
-                if args.window > 0:
-                    low = cutlass.max(position - args.window + 1, 0)
-                    safe_low = cutlass.max(position + live - args.window, 0)
-            end = (high + (self.keys - 1)) // self.keys
-            steps = cutlass.max(end - low // self.keys, 0)
-            edges = end - cutlass.max(safe_high, 0) // self.keys
-            inner = end - (safe_low + (self.keys - 1)) // self.keys
+            low, high, steps, end, edges, inner = self.sight.blocks(args, position, live, k_len)
             tile = (sequence, q_start + row_first, live, head, position, k_len, first_key, low, high)
             self.fill(smem, turn, (Int32(1), *tile, steps, end, edges, inner))
             if cutlass.const_expr(self.masked):

@@ -5,12 +5,26 @@ Every block has an equal part of that row, so that long and short sequences load
 al., PPoPP 2023), and finds it by itself: one trip to memory and one scan of the batch. Of a long row the last
 sixteenth is cut into pieces, for whoever is done first: on an H200, 24 of the SMs read memory a quarter faster than
 the others (docs/performance.md). Where a share begins and ends depends on the lengths alone, and so do all results.
+
+Under batch invariance sequences are cut into chunks, at multiples of a size that follows from their own lengths, and
+shares end between chunks: who computes one depends on the batch, what becomes of it does not. cuts.py has the
+arithmetic.
 """
 
 import cutlass
 import cutlass.cute as cute
-from cutlass import Int32, Int64
+from cutlass import Int32
 
+from pa_ops.templates.device.cuts import (
+    Place,
+    bounds,
+    chunk_begin,
+    chunk_bits,
+    chunk_left,
+    part_of_chunk,
+    part_of_share,
+    whole,
+)
 from pa_ops.templates.device.ptx import ld_shared_32, st_global_i32, st_shared_32, take
 from pa_ops.templates.device.worklist import length_at, paged_keys, scan_warp
 
@@ -23,21 +37,24 @@ MOST_PARTS = 64  # pieces of a head of average length: one block merges them
 
 # Words of shared memory.
 SUMS = 0  # tiles and places of each warp's sequences
-FOUND = 8  # the sequence in which a share begins, and its first tile
-CUT = 10  # total tiles; equal shares, their tiles, how many of them have one more; tiles of the pieces that follow
-SHARE = 15  # the block's own
-STARTS = 16  # the first tile of each thread's sequences, and the end of the last one's
+BEGIN = 8  # the sequence in which a share begins, or a thread's first before it, and the first tile of that
+END = 10  # the same for where it ends
+CUT = 12  # the five numbers of cuts.py
+SHARE = 17  # the block's own
+STARTS = 18  # the first tile of each thread's sequences, and the end of the last one's
 WORDS = STARTS + THREADS + 2  # an even number
 
 
 class Shares:
     """Shares of tiles of `rows` query rows and `keys` keys; WORDS words of shared memory at `at` tell of them.
 
-    The workspace has room for `pieces` pieces a block.
+    The workspace has room for `pieces` pieces a block. Chunks of a sequence are 2^`most` at most, or one more;
+    there are none where the record's `chunk_bits` is `uncut`.
     """
 
-    def __init__(self, rows, keys, window, pieces, at):
-        self.rows, self.keys, self.window, self.pieces, self.at = rows, keys, window, pieces, at
+    def __init__(self, rows, keys, window, pieces, most, uncut, at):
+        self.rows, self.keys, self.window, self.at = rows, keys, window, at
+        self.pieces, self.most, self.uncut = pieces, most, uncut
 
     @cute.jit
     def span(self, args, sequence: Int32):
@@ -84,22 +101,27 @@ class Shares:
             before = before + Int32(cutlass.select_(Int32(w) < warp, sums, Int32(0)))
             total = total + sums
             places = places + self.get(smem, SUMS + 1 + w * 2)
-        cut = self.cut(total * args.kv_heads, places * args.kv_heads)
-        begin, end = self.bounds(cut, block)
+        cut = self.cut(args, total * args.kv_heads, places * args.kv_heads)
+        begin, end = bounds(cut, block)
         stop = (before + inclusive) * args.kv_heads
         self.put(smem, STARTS + 1 + tid, stop)
-        self.mark(args, smem, begin, stop - own * args.kv_heads, stop)
+        self.mark(args, smem, BEGIN, begin, stop - own * args.kv_heads, stop)
+        self.mark(args, smem, END, end, stop - own * args.kv_heads, stop)
         if tid == 0:
             self.put(smem, STARTS, Int32(0))
             self.put(smem, SHARE, block)
             for i in cutlass.range_constexpr(len(cut)):
                 self.put(smem, CUT + i, cut[i])
         cute.arch.barrier()
+        if (args.chunk_bits < self.uncut) & (begin < end):
+            begin = self.between_chunks(args, smem, BEGIN, begin)
+            if end < cut[0]:
+                end = self.between_chunks(args, smem, END, end)
         return begin, end
 
     @cute.jit
-    def cut(self, total: Int32, places: Int32):
-        """How `total` tiles, in so many heads and row blocks of sequences, become shares: the five words of CUT.
+    def cut(self, args, total: Int32, places: Int32):
+        """How `total` tiles, in so many heads and row blocks of sequences, become shares: a cut.
 
         No more than there are blocks and tiles, and else one a place, or as many as give each LEAST tiles: a merge
         costs as much as some tiles do, so what is cut is long, and what is short is not put together.
@@ -108,7 +130,7 @@ class Shares:
         blocks = cutlass.max(cutlass.min(grid, cutlass.max(places, total // LEAST)), 1)
         each = total // blocks
         more, piece = total - each * blocks, Int32(LEAST)
-        if (blocks == grid) & (each >= LEAST * FINEST):
+        if (args.chunk_bits == self.uncut) & (blocks == grid) & (each >= LEAST * FINEST):
             kept, room = each - each // KEPT, grid * self.pieces
             finest = cutlass.max((total - blocks * kept + (room - 1)) // room, total // places // MOST_PARTS)
             finest = cutlass.max(finest, cutlass.max(cutlass.min(each // KEPT, LARGEST), LEAST))
@@ -117,45 +139,46 @@ class Shares:
         return total, blocks, each, more, piece
 
     def noted(self, smem):
-        """The same, from shared memory."""
+        """The block's cut, from shared memory."""
         return tuple(self.get(smem, CUT + i) for i in range(5))
 
-    def start_of(self, cut, share):
-        """The first tile of a share. Those with one tile more are spread evenly, or else neighbours would have them.
+    def place(self, args, start, first, tiles):
+        """The tiles [start, start + `tiles`) of the row, of one head and row block, as cuts.py wants them."""
+        return Place(start, first, tiles, chunk_bits(args.chunk_bits, tiles, self.most))
 
-        Blocks next to each other run on SMs next to each other, which share a way to memory: 2% of 1 x 128k.
-        """
-        _, blocks, each, more, piece = cut
-        equal = share * each + share * more // blocks
-        return Int32(cutlass.select_(share < blocks, equal, self.whole(cut) + (share - blocks) * piece))
-
-    def whole(self, cut):
-        """Tiles of all equal shares, which is where pieces begin."""
-        _, blocks, each, more, _ = cut
-        return blocks * each + more
-
-    def bounds(self, cut, share):
-        """(begin, end) of a share; nothing beyond the last."""
-        return self.start_of(cut, share), cutlass.min(self.start_of(cut, share + 1), cut[0])
-
-    def owner_of(self, cut, tile):
-        """The share that holds `tile`."""
-        _, blocks, _, _, piece = cut
-        whole = self.whole(cut)
-        among_equal = Int32(((Int64(tile) + 1) * Int64(blocks) - 1) // Int64(whole))
-        return Int32(cutlass.select_(tile < whole, among_equal, blocks + (tile - whole) // piece))
+    def reach(self, args, first, tiles, tile):
+        """Tiles from a place's `tile` on that are computed in one go, if the share holds them."""
+        return chunk_left(self.place(args, Int32(0), first, tiles), tile)
 
     @cute.jit
-    def mark(self, args, smem: Int32, unit: Int32, start: Int32, stop: Int32):
-        """Note where tile `unit` is, by the thread whose sequences have tiles [start, stop)."""
+    def between_chunks(self, args, smem: Int32, word: cutlass.Constexpr, unit: Int32):
+        """The first tile of the chunk that holds tile `unit`, which was marked at `word`."""
+        sequence, base = self.seek(args, self.get(smem, word), self.get(smem, word + 1), unit)
+        _, _, _, first, tiles, _ = self.span(args, sequence)
+        tile = (unit - base) % tiles
+        return unit - tile + chunk_begin(self.place(args, Int32(0), first, tiles), tile)
+
+    @cute.jit
+    def part(self, args, smem: Int32, start: Int32, first: Int32, tiles: Int32, tile: Int32):
+        """What the block has computed, from `tile` on, of a place that starts at `start`: a Part."""
+        cut, share = self.noted(smem), self.get(smem, SHARE)
+        place = self.place(args, start, first, tiles)
+        part = part_of_share(cut, share, place)
+        if args.chunk_bits < self.uncut:
+            part = part_of_chunk(cut, share, place, tile, (1 << self.most) + 1)
+        return part
+
+    @cute.jit
+    def mark(self, args, smem: Int32, word: cutlass.Constexpr, unit: Int32, start: Int32, stop: Int32):
+        """Note at `word` where tile `unit` is, by the thread whose sequences have tiles [start, stop)."""
         if (start <= unit) & (unit < stop):
             tid, _, _ = cute.arch.thread_idx()
-            self.put(smem, FOUND, tid * self.run_of(args))
-            self.put(smem, FOUND + 1, start)
+            self.put(smem, word, tid * self.run_of(args))
+            self.put(smem, word + 1, start)
 
     def located(self, args, smem, unit):
-        """(sequence, its first tile) of the tile that was marked before the block's last barrier."""
-        return self.seek(args, self.get(smem, FOUND), self.get(smem, FOUND + 1), unit)
+        """(sequence, its first tile) of tile `unit`, where a share begins that was marked before the last barrier."""
+        return self.seek(args, self.get(smem, BEGIN), self.get(smem, BEGIN + 1), unit)
 
     @cute.jit
     def seek(self, args, sequence: Int32, base: Int32, unit: Int32):
@@ -176,7 +199,7 @@ class Shares:
         begin, end = Int32(0), Int32(0)
         cut = self.noted(smem)
         total, blocks, _, _, piece = cut
-        beyond = total - self.whole(cut)
+        beyond = total - whole(cut)
         if beyond > 0:
             tid, _, _ = cute.arch.thread_idx()
             if tid == 0:
@@ -186,8 +209,8 @@ class Shares:
                     st_global_i32(args.tickets, Int32(0))
                 self.put(smem, SHARE, blocks + ticket)
             cute.arch.barrier()
-            begin, end = self.bounds(cut, self.get(smem, SHARE))
-            self.mark(args, smem, begin, self.get(smem, STARTS + tid), self.get(smem, STARTS + 1 + tid))
+            begin, end = bounds(cut, self.get(smem, SHARE))
+            self.mark(args, smem, BEGIN, begin, self.get(smem, STARTS + tid), self.get(smem, STARTS + 1 + tid))
             cute.arch.barrier()
         return begin, end
 

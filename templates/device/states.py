@@ -13,6 +13,7 @@ from pa_ops.templates.device import softmax
 from pa_ops.templates.device.ptx import (
     arrive,
     ex2,
+    fma,
     ld_global_f32x2,
     ld_global_f32x4,
     ld_shared_32,
@@ -36,6 +37,18 @@ ROWS = 16  # of mma.m16n8k16
 STATS_BYTES = WARPS * ROWS * 8
 
 
+def joint(top, other):
+    """(maximum, factor of the first, factor of the other) of what was summed relative to two maxima; base 2."""
+    peak = cute.arch.fmax(top, other)
+    base = Float32(cutlass.select_(peak == -Float32.inf, Float32(0.0), peak))
+    return peak, ex2(top - base), ex2(other - base)
+
+
+def mix(value, keep, other, gain):
+    """`value` * `keep` + `other` * `gain`, rounded in one way, wherever it is compiled: results must be one's bits."""
+    return fma(value, keep, other * gain)
+
+
 class States:
     """States of ROWS rows of `head_dim` outputs, and the code that merges them.
 
@@ -52,7 +65,7 @@ class States:
         self.lanes = min(32, runs & -runs)
         self.rows_a_pass = THREADS // self.lanes
         self.runs = range(runs // self.lanes)
-        self.batch = 16 // len(self.runs)  # parts that are on their way at a time: 16 bytes each and run
+        self.batch = 16 // len(self.runs)  # states that are on their way at a time: 16 bytes each and run
 
     def passes_of(self, live_rows):
         """Rounds in which the block's threads come by all live rows; a loop, because every copy of it is fetched."""
@@ -92,48 +105,47 @@ class States:
         return smem + self.stats_at + (warp * ROWS + row) * 8
 
     @cute.jit
-    def leave(
-        self,
-        args,
-        smem: Int32,
-        outputs: Int32,
-        share: Int32,
-        opener: Int32,
-        parts: Int32,
-        live_rows: Int32,
-        tid: Int32,
-    ):
-        """Leave a share's part in the workspace; whether it was the last to arrive of `parts` from share `opener` on.
+    def leave(self, args, smem: Int32, outputs: Int32, part, live_rows: Int32, tid: Int32):
+        """Leave a part (cuts.py) in the workspace; whether the rows are now for this block to finish.
 
-        A part is the sum of the warps' outputs, then (maximum, sum) a row. Whoever comes last is to finish the rows.
+        A state there is the sum of the warps' outputs, then (maximum, sum) a row, with what the block had left before
+        of the same rows where the part joins that.
         """
-        target = self.slot(args, share, opener)
-        for step in cutlass.range(self.passes_of(live_rows), unroll=1):
-            row = self.row_of(step, tid)
+        target = self.state(args, (part.base, part.skip, part.step), part.mine)
+        for turn in cutlass.range(self.passes_of(live_rows), unroll=1):
+            row = self.row_of(turn, tid)
             live = row < live_rows
+            before = self.load_state(target, live, part.more != 0, row, tid)
             weights, top, total = self.warp_weights(smem, row)
+            peak, keep, gain = joint(before[0], top)
             for run in self.runs:
                 column = self.column_of(run, tid)
-                values = self.mix_warps(outputs, row, column, weights)
+                mixed = self.mix_warps(outputs, row, column, weights)
+                values = [mix(before[2][run * 4 + k], keep, mixed[k], gain) for k in range(4)]
                 st_global_f32x4(target + Int64((row * self.head_dim + column) * 4), values, live)
             stats = target + Int64((ROWS * self.head_dim + row * 2) * 4)
             first = live & (tid % self.lanes == 0)
-            st_global_f32(stats, top, first)
-            st_global_f32(stats + 4, total, first)
+            cute.arch.sync_warp()  # all lanes of a row have read its maximum and sum
+            st_global_f32(stats, peak, first)
+            st_global_f32(stats + 4, mix(before[1], keep, total, gain), first)
         cute.arch.barrier()
-        counter = args.counters + Int64(opener) * 4
+        counter = args.counters + Int64(part.counter) * 4
         if tid == 0:  # releases what the whole block has left, and acquires what the others did
-            st_shared_32(smem + self.news_at, arrive(counter))
+            others = Int32(cutlass.select_(part.last != 0, part.states - 1, -1))
+            if part.meets != 0:
+                others = arrive(counter)
+            st_shared_32(smem + self.news_at, others)
         cute.arch.barrier()
-        last = ld_shared_32(smem + self.news_at) == parts - 1
-        if last & (tid == 0):
+        last = ld_shared_32(smem + self.news_at) == part.states - 1
+        if last & (part.meets != 0) & (tid == 0):
             st_global_i32(counter, Int32(0))
         return last
 
-    def slot(self, args, share, opener):
-        """The address of a share's part in the workspace: it has two, of the place that it opens and the one before."""
-        place = share * 2 + Int32(cutlass.select_(share == opener, Int32(1), Int32(0)))
-        return args.partials + Int64(place) * (self.floats * 4)
+    def state(self, args, where, number):
+        """The address of a place's state `number`; `where`: base, skip and step of its Part."""
+        base, skip, step = where
+        later = Int32(cutlass.select_(number > 0, skip + number * step, Int32(0)))
+        return args.partials + Int64(base + later) * (self.floats * 4)
 
     def warp_weights(self, smem, row):
         """(factor of each warp's outputs, common maximum, sum) of a row; base 2."""
@@ -162,25 +174,25 @@ class States:
         args,
         smem: Int32,
         outputs: Int32,
-        opener: Int32,
-        parts: Int32,
+        where,
+        states: Int32,
         q_start: Int32,
         kv_head: Int32,
         row_first: Int32,
         live_rows: Int32,
         tid: Int32,
     ):
-        """Write output rows and LSE, from the warps' states (no parts) or from the parts in the workspace."""
+        """Write output rows and LSE, from the warps' states, or from those in the workspace where there are any."""
         values = cute.make_rmem_tensor((len(self.runs) * 4,), Float32)
         stats = cute.make_rmem_tensor((2,), Float32)  # maximum and sum
         for step in cutlass.range(self.passes_of(live_rows), unroll=1):
             row = self.row_of(step, tid)
             values.fill(0.0)
             stats[0], stats[1] = -Float32.inf, Float32(0.0)
-            if parts == 0:
+            if states == 0:
                 self.take_warps(smem, outputs, row, values, stats, tid)
-            for first in cutlass.range(0, parts, self.batch, unroll=1):
-                self.take_parts(args, opener, first, parts, row, live_rows, values, stats, tid)
+            for first in cutlass.range(0, states, self.batch, unroll=1):
+                self.take_states(args, where, first, states, row, live_rows, values, stats, tid)
             if row < live_rows:
                 self.write_row(args, values, stats[0], stats[1], q_start, kv_head, row_first + row, tid)
 
@@ -192,23 +204,22 @@ class States:
             for k in range(4):
                 values[run * 4 + k] = mixed[k]
 
-    def take_parts(self, args, opener, first, parts, row, live_rows, values, stats, tid):
-        """Add parts from number `first` on to `values`; all loads of the batch are on their way before one is used."""
-        loaded = [self.load_part(args, opener, first + i, parts, row, live_rows, tid) for i in range(self.batch)]
+    def take_states(self, args, where, first, states, row, live_rows, values, stats, tid):
+        """Add states from number `first` on to `values`; all loads of the batch are on their way before one is used."""
+        loaded = []
+        for number in (first + i for i in range(self.batch)):
+            source = self.state(args, where, number)
+            loaded.append(self.load_state(source, row < live_rows, number < states, row, tid))
         for top, total, outputs in loaded:
-            peak = cute.arch.fmax(stats[0], top)
-            base = Float32(cutlass.select_(peak == -Float32.inf, Float32(0.0), peak))
-            keep, gain = ex2(stats[0] - base), ex2(top - base)
+            peak, keep, gain = joint(stats[0], top)
             stats[0] = peak
-            stats[1] = stats[1] * keep + total * gain
+            stats[1] = mix(stats[1], keep, total, gain)
             for i, output in enumerate(outputs):
-                values[i] = values[i] * keep + output * gain
+                values[i] = mix(values[i], keep, output, gain)
 
-    def load_part(self, args, opener, part, parts, row, live_rows, tid):
-        """(maximum, sum, outputs) of a thread in a row of a part: those of no keys where there is no such part."""
-        there = part < parts
-        wanted = there & (row < live_rows)
-        source = self.slot(args, opener + part, opener)
+    def load_state(self, source, live, there, row, tid):
+        """(maximum, sum, outputs) of a thread in a row of a state: those of no keys where there is no such state."""
+        wanted = there & live
         top, total = ld_global_f32x2(source + Int64((ROWS * self.head_dim + row * 2) * 4), wanted)
         outputs = []
         for run in self.runs:

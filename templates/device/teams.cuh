@@ -1,8 +1,9 @@
 // Warps that share rows: turns what each knows of them from its own keys into what all need.
 //
 // A team's warps have the same rows. Each has the scores of MEMBER_KEYS keys of its own, and multiplies the probabilities
-// of all by its own channels of V. What they tell each other goes through `room`, shared memory that nobody else uses
-// from one barrier of the block to the next. A team of one warp has no room, and needs none.
+// of all by its own channels of V. What they tell each other goes through `room`, shared memory that nobody else uses.
+// They meet by barriers of the whole block, so all teams of it must call in step. A team of one warp has no room, and
+// needs none.
 #pragma once
 
 #include "half.cuh"
@@ -35,24 +36,20 @@ template <class Path, int PIECES, int MEMBERS, int MEMBER_KEYS> struct Team {
         return rooms + team(thread) * ROOM_BYTES;
     }
 
-    // All of the team are here, and see what the others wrote. Barrier 0 is the block's.
+    // All of the block are here, and see what the others wrote: every warp comes here as often.
     __device__ void meet() const
     {
         if constexpr (MEMBERS > 1)
-            asm volatile("bar.sync %0, %1;" ::"r"(team(opaque(threadIdx.x)) + 1), "n"(MEMBERS * LANES) : "memory");
+            __syncthreads();
     }
 
-    // Whether it is so for some thread.
+    // Whether it is so for some thread: of the warp, where it is alone with its rows, else of the block.
     __device__ bool any(bool here) const
     {
-        if constexpr (MEMBERS == 1)
+        if constexpr (MEMBERS > 1)
+            return __syncthreads_or(here);
+        else
             return __any_sync(ALL_LANES, here);
-        int there;
-        asm volatile("{.reg .pred p, q; setp.ne.s32 p, %1, 0; bar.red.or.pred q, %2, %3, p; selp.s32 %0, 1, 0, q;}"
-                     : "=r"(there)
-                     : "r"(static_cast<int>(here)), "r"(team(opaque(threadIdx.x)) + 1), "n"(MEMBERS * LANES)
-                     : "memory");
-        return there != 0;
     }
 
     // What `join` makes of the members' values of a thread's row: the same in all of them, for it goes in their order.

@@ -88,6 +88,14 @@ def arrive_at(barrier, *, loc=None, ip=None):
     _asm(None, operand, "mbarrier.arrive.shared.b64 _, [$0];", f"r,{MEMORY}", True, loc, ip)
 
 
+@cute.jit
+def release(barrier: Int32):
+    """This warp no longer reads what the barrier guards: one arrival, after all its lanes have read."""
+    cute.arch.sync_warp()
+    if cute.arch.lane_idx() == 0:
+        arrive_at(barrier)
+
+
 @dsl_user_op
 def wait_for(barrier, parity, *, loc=None, ip=None):
     """Wait for the end of the phase of that parity; a fresh barrier's phase before the first has parity 1."""

@@ -23,6 +23,7 @@ from pa_ops.generator.matrix import (
     DECODE_MASKS,
     DECODE_TILES,
     FLASH_SM80_TILES,
+    FLASH_SM90_TALL_TILES,
     FLASH_SM90_TILES,
     MEA_DECODE_TILES,
     MEA_TILES,
@@ -315,6 +316,13 @@ def test_rendering_binds_the_spec_and_hides_its_statements() -> None:
         assert f'NAME = "{spec.name}"' in source
         assert ("BFloat16" in source) == (spec.dtype is DType.BF16)
         compile(source, spec.name, "exec")
+
+
+def test_groups_leave_out_blocks_of_keys_where_a_tile_is_tall_and_no_window_cuts_them() -> None:
+    wgmma = [spec for spec in declared("full", ("sm_90a",)) if spec.family is Family.FLASH_SM90]
+    found = {spec for spec in wgmma if "skipping=True" in Renderer().render(spec)}
+    assert {(spec.head_dim, spec.mask) for spec in found} == {(128, Mask.CAUSAL), (128, Mask.FULL)}
+    assert found == {spec for spec in wgmma if spec.tile in FLASH_SM90_TALL_TILES.values()}
 
 
 def test_cuda_sources_declare_the_fields_of_their_record_in_order() -> None:

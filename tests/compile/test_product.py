@@ -156,10 +156,11 @@ def test_E5_a_window_costs_nothing_where_there_is_none(tmp_path: Path, kept: Cal
     names = "pa_attn_decode_bf16_*_d64v64_gather_causal_*"
     bare = Path(shutil.copytree(template_folder(), tmp_path / "templates"))
     template = bare / "decode.py.j2"
-    plain = "from pa_ops.arguments import DECODE, PIECES_A_BLOCK\n"
+    plain = "from pa_ops.arguments import DECODE, "
     fields = (
-        "from dataclasses import replace\n\nfrom pa_ops.arguments import DECODE as WHOLE, PIECES_A_BLOCK\n\n"
+        "from dataclasses import replace\n\nfrom pa_ops.arguments import DECODE as WHOLE\n\n"
         'DECODE = replace(WHOLE, counts=tuple("nothing" if x == "window" else x for x in WHOLE.counts))\n'
+        "from pa_ops.arguments import "
     )
     text = template.read_text()
     assert plain in text

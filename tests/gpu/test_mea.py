@@ -10,10 +10,13 @@ import torch
 import pa_ops
 from helpers import served
 from helpers.chosen import few_and_many, problem_of
-from helpers.mea import MASKS, on_decode, on_mea
+from helpers.mea import MASKS, PTX, on_decode, on_mea
+from helpers.padded import Padded
+from helpers.padded import check as check_padded
 from helpers.parity import Evidence, check
 from helpers.problems import PAIRS, Shape, moved_far, paged, punch_holes, sinks, varlen
 from helpers.serving import serving
+from pa_ops.bench_mea import only
 
 pytestmark = pytest.mark.gpu
 
@@ -191,6 +194,16 @@ def test_sanitizer_sample_of_mea(device: torch.device, evidence: Evidence) -> No
             on_mea(paged(pairs, shape, device, **options), evidence, f"{head_dim} {options}")
             on_mea(varlen(pairs, shape, device, **options), evidence, f"{head_dim} {options}")
             on_decode(paged([(1, 900), *pairs], shape, device, **options), evidence, f"{head_dim} {options}")
+
+
+def test_sanitizer_sample_of_older_code(device: torch.device, evidence: Evidence) -> None:
+    """Several blocks of keys, so that warps reuse what they trade through; mask tensors, which are mea's by name."""
+    for target in PTX:
+        with only(target):
+            for head_dim, operator in product((128, 256), OPERATORS.values()):
+                on_mea(operator([(66, 200)], Shape(head_dim, 1, 1, page_size=16), device), evidence, target)
+            masked = Padded(66, 130, head_dim=256, kv_heads=1, group=1, mask="additive", options={"backend": "mea"})
+            check_padded(masked.call(device), evidence, f"{target}, mask")
 
 
 @pytest.mark.parametrize("window", (0, 50))

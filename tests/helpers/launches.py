@@ -68,7 +68,7 @@ class Made:
 
     def serves(self, new: int) -> bool:
         """Whether an attention launch takes a sequence of `new` tokens, as its kernel decides."""
-        return self.fields["skip_up_to"] < new <= self.fields.get("skip_above", INT32_MAX)
+        return self.fields.get("skip_up_to", 0) < new <= self.fields.get("skip_above", INT32_MAX)
 
 
 class Launches(list[Made]):

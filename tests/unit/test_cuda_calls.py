@@ -15,12 +15,12 @@ from torch import Tensor
 import pa_ops
 from helpers.launches import SM90, Launches, write_product
 from pa_ops import Capability, InvalidArgument, NoInstance, cuda, heuristics, registry, trace
-from pa_ops.arguments import CONSTANT_BASE, MAP_ALIGNMENT, MAP_BYTES, RECORDS
+from pa_ops.arguments import CHUNK_KEYS, CONSTANT_BASE, MAP_ALIGNMENT, MAP_BYTES, RECORDS, STATES_A_BLOCK, UNCUT
 from pa_ops.checks import INT32_MAX
 from pa_ops.generator import matrix
 from pa_ops.launch_rows import FILLING_BLOCKS
 from pa_ops.scratch import MAX_STATE_WORDS, blocks_of, shares_of, tickets_at
-from pa_ops.spec import Family
+from pa_ops.spec import Family, InstanceSpec
 
 
 def int32(*values: int) -> Tensor:
@@ -248,9 +248,10 @@ def test_a_decode_step_is_append_and_decode(launches: Launches) -> None:
     assert launches.families == ["append", "decode"]
     made, start = launches[1], launches.workspace.data_ptr()
     blocks, shares, fields = blocks_of(SM90.num_sms), shares_of(SM90.num_sms), made.fields
+    states = STATES_A_BLOCK * blocks * MAX_STATE_WORDS
     assert (made.x, made.y) == (blocks, 1)
     assert (fields["partials"], fields["kv_heads"], fields["causal"]) == (start, 2, 1)
-    assert fields["counters"] == start + 2 * shares * MAX_STATE_WORDS * 4, "two states a share come first"
+    assert fields["counters"] == start + states * 4, "states come first"
     assert fields["counters"] + 4 * shares == fields["tickets"] == start + tickets_at(SM90.num_sms)
     assert made.serves(1) and made.serves(INT32_MAX), "decode alone takes whatever comes"
 
@@ -274,11 +275,11 @@ def test_a_mixed_batch_is_append_and_two_launches_that_share_it(
     serving_call(1, 1, 40, 1, rotary=True)
     assert launches.families == ["append", "decode", family]
     _, few, many = (made.fields for made in launches)
-    assert few["skip_above"] == many["skip_up_to"] == 16 // 4 and few["skip_up_to"] == 0
+    assert few["skip_above"] == many["skip_up_to"] == 16 // 4
     shared = many.keys() & few.keys()
-    assert {name for name in shared if many[name] != few[name]} == {"skip_up_to"}, "all else is one call's"
+    assert not {name for name in shared if many[name] != few[name]}, "all is one call's"
     maps = launches[2].maps
-    assert many.keys() - shared == {"heads"} | ({"box_rows"} if maps else set())
+    assert many.keys() - shared == {"heads", "skip_up_to"} | ({"box_rows"} if maps else set())
     for letter, found in zip("qkv", maps.values(), strict=False):
         strides = [few.get(f"{letter}_{step}_stride", 16) for step in ("token", "head", "page")]
         assert found.address == few[letter] and [*found.strides] == strides, "and so are rows in memory"
@@ -294,13 +295,41 @@ def test_a_forced_family_takes_every_sequence_in_one_launch(
     assert made.family.startswith(backend) and all(map(made.serves, (1, *news, INT32_MAX)))
 
 
-@pytest.mark.parametrize("news", [(1, 1, 1, 1), (1, 1, 40, 1), (40,)])
-def test_batch_invariance_leaves_flash_alone(launches: Launches, news: tuple[int, ...]) -> None:
+@pytest.mark.parametrize("bound", [None, 3, 40, 5000])
+@pytest.mark.parametrize("news", [(1, 1, 1, 1), (1, 1, 40, 1), (40,), (4,), (5,), (1,), (0, 0, 2), (4000, 3000)])
+def test_X12_under_batch_invariance_a_sequence_has_the_kernel_of_its_own_rows(
+    launches: Launches, news: tuple[int, ...], bound: int | None
+) -> None:
+    """Four heads a group: up to four new tokens are decode's, in whatever batch, also in one that meets its plan."""
     with pa_ops.batch_invariant():
-        for backend in ("auto", "flash_sm80"):
-            call("paged_attention", *batch(*news), backend=backend)
-    assert launches.families == ["flash_sm90", "flash_sm80"]
-    assert all(made.serves(new) for made in launches for new in (1, *news, INT32_MAX))
+        call("paged_attention", *batch(*news), max_seqlen_q=None if bound is None else max(bound, *news, 0))
+    made = {launch.family: launch for launch in launches}
+    assert set(made) <= {"decode", "flash_sm90"}
+    kind = [
+        new for new in range(1, 2 * sum(news)) if bound is None or new.bit_length() <= max(bound, *news).bit_length()
+    ]
+    for new in kind:
+        assert [family for family, launch in made.items() if launch.serves(new)] == [
+            "decode" if new <= 4 else "flash_sm90"
+        ]
+
+
+@pytest.mark.parametrize("news", [(1, 1, 1, 1), (1, 1, 40, 1), (40,)])
+@pytest.mark.parametrize("backend", ["flash_sm80", "decode"])
+def test_batch_invariance_leaves_a_forced_family_alone(launches: Launches, news: tuple[int, ...], backend: str) -> None:
+    with pa_ops.batch_invariant():
+        call("paged_attention", *batch(*news), backend=backend)
+    assert launches.families == [backend]
+    assert all(launches[0].serves(new) for new in (1, *news, INT32_MAX))
+
+
+def test_X12_chunks_are_cut_where_batch_invariance_asks(launches: Launches) -> None:
+    call("paged_attention", *batch(1, 1))
+    with pa_ops.batch_invariant():
+        call("paged_attention", *batch(1, 1), max_seqlen_q=1)
+    plain, steady = (made.fields["chunk_bits"] for made in launches)
+    tile = InstanceSpec.parse(launches[1].symbol).tile
+    assert plain == UNCUT and tile.n << steady == CHUNK_KEYS
 
 
 @settings(max_examples=100, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -325,9 +354,9 @@ def test_every_sequence_is_served_by_exactly_one_launch(
     for lengths in (news, later):
         launches.clear()
         slack = None if bound is None else max(lengths) + bound
-        with pa_ops.batch_invariant(steady and backend != "decode"):
+        with pa_ops.batch_invariant(steady):
             call("paged_attention", *batch(*lengths, heads=2 * group), max_seqlen_q=slack, backend=backend)
-        assert len(launches) <= (2 if backend == "auto" and not steady else 1)
+        assert len(launches) <= (2 if backend == "auto" else 1)
         assert all(sum(made.serves(new) for made in launches) == 1 for new in lengths if new)
 
 
@@ -419,11 +448,11 @@ def test_B4_overrides_reach_the_selection(launches: Launches, monkeypatch: pytes
         call("paged_attention", *paged(new), backend="mea")
         assert launches[-1].family == family and launches[-1].serves(new)
     with pa_ops.batch_invariant():
-        call("paged_attention", *tensors)
-    assert launches[-1].family == "flash_sm90" and len(launches) == 13
-    words = "backend: needs a family that batch invariance leaves in, got decode"
+        call("paged_attention", *tensors, max_seqlen_q=3)
+    assert launches[-1].family == "decode" and len(launches) == 13
+    words = "backend: needs a family that batch invariance leaves in, got mea_decode"
     with pa_ops.batch_invariant(), pytest.raises(NoInstance, match=words):
-        call("paged_attention", *tensors, backend="decode")
+        call("paged_attention", *tensors, backend="mea_decode")
 
 
 def test_B27_the_reference_runs_on_cuda_tensors_when_asked_by_name(launches: Launches) -> None:
@@ -498,7 +527,8 @@ def test_select_answers_for_devices_that_are_not_here(
     built = pa_ops.select(problem, device=90)
     assert pa_ops.select(step, device=90).family == pa_ops.select(step, device=86).family == "decode"
     with pa_ops.batch_invariant():
-        assert [pa_ops.select(step, device=sm).family for sm in (90, 86)] == ["flash_sm90", "flash_sm80"]
+        assert [pa_ops.select(step, device=sm).family for sm in (90, 86)] == ["decode", "decode"]
+        assert [pa_ops.select(problem, device=sm).family for sm in (90, 86)] == ["flash_sm90", "flash_sm80"]
     assert built.entry.built and built.entry.target == "sm_90a" and built.family == "flash_sm90"
     declared = pa_ops.select(problem, device=86)
     assert not declared.entry.built and declared.entry.target == "sm_80"

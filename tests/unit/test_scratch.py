@@ -77,9 +77,10 @@ def test_X6_without_a_spare_memory_that_a_graph_zeroes_is_not_kept(device: Devic
     assert kept is not first and scratch.workspace(0) is kept and device.waits == 1
 
 
-def test_E11_the_workspace_holds_two_states_of_every_share_and_no_sequence_makes_it_grow() -> None:
+def test_E11_the_workspace_holds_so_many_states_a_block_and_no_sequence_makes_it_grow() -> None:
+    """Two of every share, or all chunks of a sequence: test_cuts.py."""
     sms, rows, widest = 132, 16, 256
     blocks = 2 * sms
     shares = blocks + 2 * blocks  # one a block, and pieces
-    assert scratch.counters_at(sms) == shares * 2 * rows * (widest + 2) * 4
+    assert scratch.counters_at(sms) == 17 * blocks * rows * (widest + 2) * 4
     assert scratch.tickets_at(sms) == scratch.counters_at(sms) + shares * 4

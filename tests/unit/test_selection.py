@@ -252,14 +252,30 @@ def test_B7_batch_invariant_ranking_ignores_sizes() -> None:
 
 def test_B7_batch_invariance_leaves_out_a_family_that_cuts_sequences_by_their_neighbours() -> None:
     steady = Policy(batch_invariant=True)
-    assert select_entry(ROWS, paged(), H200).family is Family.DECODE
-    assert select_entry(ROWS, paged(), H200, steady).family is Family.FLASH_SM90
-    assert select_entry(ROWS, paged(), Capability.of_sm(86), steady).family is Family.FLASH_SM80
-    text = refusal(paged(), 90, tuple(row for row in ROWS if row.spec.family is Family.DECODE), steady)
-    assert "backend: needs a family that batch invariance leaves in, got decode" in text
+    older = Capability.of_sm(75)
+    step = paged(dtype="fp16", kv_dtype="fp16")
+    assert select_entry(ROWS, step, older).family is Family.MEA_DECODE
+    assert select_entry(ROWS, step, older, steady).family is Family.MEA
+    text = refusal(paged(), 90, tuple(row for row in ROWS if row.spec.family is Family.MEA_DECODE), steady)
+    assert "backend: needs a family that batch invariance leaves in, got mea_decode" in text
     assert "PA_OPS_DISABLE unset, batch invariance on" in text
-    assert text.count("pa-ops build") == 3
-    assert all(f"'pa_attn_{family}_" in text for family in ("flash_sm80", "flash_sm90", "mea"))
+    assert text.count("pa-ops build") == 4
+    assert all(f"'pa_attn_{family}_" in text for family in ("decode", "flash_sm80", "flash_sm90", "mea"))
+
+
+@pytest.mark.parametrize("sm", [86, 90])
+def test_X12_under_batch_invariance_few_rows_choose_a_kernel_and_no_other_size_does(sm: int) -> None:
+    steady, capability = Policy(batch_invariant=True), Capability.of_sm(sm)
+    sizes = [{}, {"batch": 64, "tokens": 64}, {"batch": 3, "max_q": 1, "max_k": 1 << 17}]
+    longer = [{"tokens": 40}, {"batch": 64, "tokens": 1 << 20}, {"max_q": 1 << 14, "max_k": 1 << 14}]
+    few, many = (
+        {select_entry(ROWS, paged(**size), capability, steady).instance for size in cases}  # type: ignore[arg-type]
+        for cases in (sizes, longer)
+    )
+    assert len(few) == len(many) == 1 and "_decode_" in few.pop() and "_flash_" in many.pop()
+    ragged = [replace(paged(**size), op="varlen_attention", layout="", page_size=None) for size in (*sizes, *longer)]
+    dense = {select_entry(ROWS, problem, capability, steady).instance for problem in ragged}
+    assert len(dense) == 1, "nothing divides such a batch"
 
 
 GATED = {"head_dim", "head_dim_v", "sm", "smem_bytes", "smem_optin_bytes", "page_size", "num_heads", "num_kv_heads"}

@@ -1,0 +1,194 @@
+"""How decode cuts a batch: the arithmetic of templates/device/cuts.py itself, with plain integers for the DSL's."""
+
+from __future__ import annotations
+
+import runpy
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+from typing import Any, NamedTuple
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from generator.matrix import DECODE_TILES
+from pa_ops.arguments import CHUNK_KEYS, PIECES_A_BLOCK, STATES_A_BLOCK, UNCUT, WIDEST_STATE, most_chunks
+
+ROOT = Path(__file__).parents[2]
+ROWS = 16
+
+
+def loaded() -> SimpleNamespace:
+    """The device module, run with Python's integers."""
+    arch = SimpleNamespace(clz=lambda x: 32 - x.bit_length())
+    cute = ModuleType("cutlass.cute")
+    cutlass = ModuleType("cutlass")
+    vars(cute).update(arch=arch)
+    vars(cutlass).update(
+        cute=cute, min=min, max=max, select_=lambda where, a, b: a if where else b, Int32=int, Int64=int
+    )
+    before = {name: sys.modules.get(name) for name in ("cutlass", "cutlass.cute")}
+    sys.modules.update({"cutlass": cutlass, "cutlass.cute": cute})
+    try:
+        return SimpleNamespace(**runpy.run_path(str(ROOT / "templates" / "device" / "cuts.py")))
+    finally:
+        for name, module in before.items():
+            if module is None:
+                del sys.modules[name]
+            else:
+                sys.modules[name] = module
+
+
+cuts = loaded()
+
+
+class Span(NamedTuple):
+    """One sequence as shares.py spans it: the number of its first tile, its tiles, its heads times row blocks."""
+
+    first: int
+    tiles: int
+    places: int
+
+
+class Batch(NamedTuple):
+    """Sequences, the blocks of the grid, and what the instance says of chunks."""
+
+    sequences: tuple[Span, ...]
+    grid: int
+    least: int
+    most: int
+
+    def cut(self) -> tuple[int, int, int, int, int]:
+        """The rule of shares.py without pieces."""
+        total = sum(s.tiles * s.places for s in self.sequences)
+        places = sum(s.places for s in self.sequences)
+        blocks = max(min(self.grid, max(places, total // 4)), 1)
+        return total, blocks, total // blocks, total % blocks, 4
+
+    def places(self) -> Iterator[Any]:
+        """All of them, in the row's order."""
+        start = 0
+        for s in self.sequences:
+            for _ in range(s.places):
+                yield cuts.Place(start, s.first, s.tiles, cuts.chunk_bits(self.least, s.tiles, self.most))
+                start += s.tiles
+
+
+@st.composite
+def batches(draw: st.DrawFn) -> Batch:
+    """Any lengths, windows, grids and instances."""
+    head_dim = draw(st.sampled_from(sorted(DECODE_TILES)))
+    least = (CHUNK_KEYS // DECODE_TILES[head_dim].n).bit_length() - 1
+    lengths = st.one_of(st.integers(1, 40), st.integers(1, 3000), st.sampled_from((256, 257, 2048, 2049)))
+    sequence = st.builds(Span, st.integers(0, 5000), lengths, st.integers(0, 9))
+    sequences = draw(st.lists(sequence, min_size=1, max_size=12))
+    return Batch(tuple(sequences), draw(st.integers(1, 300)), least, most_chunks(head_dim))
+
+
+def chunks_of(place: Any) -> list[tuple[int, int]]:
+    """[begin, end) of every chunk of a place, walked as a block walks them."""
+    found, tile = [], 0
+    while tile < place.tiles:
+        end = tile + cuts.chunk_left(place, tile)
+        found.append((tile, end))
+        tile = end
+    return found
+
+
+@given(batches())
+def test_X12_chunks_follow_from_a_sequence_alone_and_begin_at_fixed_keys(batch: Batch) -> None:
+    for place in batch.places():
+        chunks, size = chunks_of(place), 1 << place.bits
+        assert chunks[0][0] == 0 and chunks[-1][1] == place.tiles
+        assert all((place.first + begin) % size == 0 for begin, _ in chunks[1:])
+        assert len(chunks) <= (1 << batch.most) + (place.first % size > 0)
+        assert place.bits == batch.least or place.tiles > 1 << (place.bits - 1 + batch.most), "no longer than need be"
+        for number, (begin, end) in enumerate(chunks):
+            for tile in {begin, (begin + end) // 2, end - 1}:
+                assert cuts.chunk_at(place, tile) == number and cuts.chunk_begin(place, tile) == begin
+                assert cuts.chunk_left(place, tile) == end - tile
+
+
+@given(batches())
+def test_X12_every_chunk_is_computed_once_and_merged_in_ascending_order(batch: Batch) -> None:
+    """The steps of shares.py, decode.py and states.py, by every block; states hold the chunks that they sum."""
+    cut, room = batch.cut(), (1 << batch.most) + 1
+    places = list(batch.places())
+    states: dict[int, list[int]] = {}
+    arrived: dict[int, int] = {}
+    finished: dict[int, list[int]] = {}
+    waiting: list[tuple[Any, Any]] = []
+    for share in range(batch.grid):
+        begin, end = (_between(places, unit, cut[0]) for unit in cuts.bounds(cut, share))
+        for place in places:
+            for low, high in chunks_of(place):
+                if not begin <= place.start + low < end:
+                    continue
+                assert place.start + high <= end, "shares end between chunks"
+                if high - low == place.tiles:
+                    assert finished.setdefault(place.start, [0]) == [0]
+                    continue
+                part, chunk = cuts.part_of_chunk(cut, share, place, low, room), cuts.chunk_at(place, low)
+                at = _state(part, part.mine)
+                assert share <= part.counter or part.counter * room < at, "an opener's first state is its own"
+                assert part.counter * room <= at < (part.counter + 1) * room
+                states[at] = [*states[at], chunk] if part.more else [chunk]
+                if part.meets:
+                    arrived[part.counter] = arrived.get(part.counter, 0) + 1
+                    if arrived[part.counter] == part.states:
+                        waiting.append((place, part))
+                elif part.last:
+                    assert place.start not in finished
+                    finished[place.start] = [c for i in range(part.states) for c in states[_state(part, i)]]
+    for place, part in waiting:
+        assert arrived.pop(part.counter) == part.states
+        assert place.start not in finished
+        finished[place.start] = [c for i in range(part.states) for c in states[_state(part, i)]]
+    assert not arrived, "counters end at zero"
+    assert finished == {place.start: [*range(len(chunks_of(place)))] for place in places}
+
+
+def _between(places: Sequence[Any], unit: int, total: int) -> int:
+    """`between_chunks` of shares.py."""
+    if unit >= total:
+        return unit
+    place = next(place for place in places if place.start <= unit < place.start + place.tiles)
+    return int(place.start + cuts.chunk_begin(place, unit - place.start))
+
+
+def _state(part: Any, number: int) -> int:
+    """`state` of states.py."""
+    return int(part.base + (part.skip + number * part.step if number > 0 else 0))
+
+
+@given(batches())
+def test_without_chunks_a_place_is_one_and_shares_have_two_states(batch: Batch) -> None:
+    cut = batch.cut()
+    owners = [share for share in range(batch.grid) for _ in range(*cuts.bounds(cut, share))]
+    assert owners == [cuts.owner_of(cut, tile) for tile in range(cut[0])]
+    for place in batch._replace(least=UNCUT).places():
+        assert chunks_of(place) == [(0, place.tiles)]
+        first, last = owners[place.start], owners[place.start + place.tiles - 1]
+        for share in range(first, last + 1):
+            part = cuts.part_of_share(cut, share, place)
+            assert part.states == last - first + 1 and part.counter == first and part.meets
+            assert _state(part, part.mine) == 2 * share + (share == first)
+
+
+@pytest.mark.parametrize("head_dim", sorted(DECODE_TILES))
+def test_E11_a_block_has_room_for_all_states_of_a_place(head_dim: int) -> None:
+    room = STATES_A_BLOCK * WIDEST_STATE
+    assert ((1 << most_chunks(head_dim)) + 1) * (head_dim + 2) <= room
+    assert 2 * (1 + PIECES_A_BLOCK) * (head_dim + 2) <= room
+    assert CHUNK_KEYS % DECODE_TILES[head_dim].n == 0 and DECODE_TILES[head_dim].m == ROWS
+
+
+def test_X12_one_long_sequence_fills_the_card_and_a_short_one_is_not_cut() -> None:
+    heads, blocks = 8, 264
+    for keys, wanted in ((512, 1), (513, 2), (4096, 8), (16384, 32), (16385, 17), (131072, 32)):
+        tile = DECODE_TILES[128]
+        bits = cuts.chunk_bits((CHUNK_KEYS // tile.n).bit_length() - 1, -(-keys // tile.n), most_chunks(128))
+        assert len(chunks_of(cuts.Place(0, 0, -(-keys // tile.n), bits))) == wanted
+        assert wanted * heads <= blocks
