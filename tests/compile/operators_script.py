@@ -1,7 +1,8 @@
 """Scenes for test_operators.py: a product's kernels behind PyTorch's dispatcher, on CPU tensors and a stand-in driver.
 
-Usage: operators_script.py HOME MAKER, which is "directly" or "by the interface": how results are made. Prints a line of
-JSON for each scene: its name and what went wrong, "" if nothing did.
+Usage: operators_script.py HOME MAKER ..., which are "directly" or "by the interface": how results are made. Each has a
+process of its own, forked from this one when all is imported. Prints a line of JSON for each scene: the maker, the
+scene's name and what went wrong, "" if nothing did.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ SCENES: dict[str, Callable[[], None]] = {}
 
 asked: list[str] = []  # operators that Python was asked to serve
 stream = stand_in.current_stream()
-said = os.memfd_create("said")
+said = -1  # the file that the standard output of a maker's process is
 place = 0
 
 
@@ -363,19 +364,37 @@ def a_result_that_there_is_no_memory_for_is_an_error_and_everything_is_let_go() 
     steady("paged_attention", *many)
 
 
-def main(home: str, maker: str) -> None:
+def play_all(home: str, maker: str) -> None:
     """Plays every scene."""
+    global said
     out = os.fdopen(os.dup(1), "w")
+    said = os.memfd_create("said")
     os.dup2(said, 1)
     stand_in.serve(home, {op: counted(op) for op in SCHEMAS}, directly=maker == "directly")
     for name, play in SCENES.items():
         try:
             play()
-            print(json.dumps([name, ""]), file=out, flush=True)
+            print(json.dumps([maker, name, ""]), file=out, flush=True)
         except BaseException:
-            print(json.dumps([name, traceback.format_exc()]), file=out, flush=True)
+            print(json.dumps([maker, name, traceback.format_exc()]), file=out, flush=True)
+
+
+def main(home: str, *makers: str) -> int:
+    """One after the other; 0 if every process came to its end."""
+    for maker in makers:
+        child = os.fork()
+        if not child:
+            try:
+                play_all(home, maker)
+                os._exit(0)
+            except BaseException:
+                traceback.print_exc()
+                os._exit(1)
+        _, status = os.waitpid(child, 0)
+        if status:
+            return 1
+    return 0
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
-    os._exit(0)
+    sys.exit(main(*sys.argv[1:]))

@@ -22,17 +22,21 @@ SCENES = [
 ]
 
 
-@pytest.fixture(scope="module", params=("directly", "by the interface"))
-def told(request: pytest.FixtureRequest, product: Layout, driver: Path) -> dict[str, str]:
-    """What went wrong in each scene, of a process in which the driver is a stand-in."""
+MAKERS = ("directly", "by the interface")
+
+
+@pytest.fixture(scope="module")
+def told(product: Layout, driver: Path) -> dict[tuple[str, str], str]:
+    """What went wrong in each scene by each maker, in processes in which the driver is a stand-in."""
     paths = os.pathsep.join(map(str, (HERE.parent, os.environ.get("PYTHONPATH", ""))))
     environment = {**os.environ, "LD_LIBRARY_PATH": str(driver), "PYTHONPATH": paths}
-    command = [sys.executable, str(SCRIPT), str(product.root.parent), request.param]
+    command = [sys.executable, str(SCRIPT), str(product.root.parent), *MAKERS]
     run = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
-    return dict(map(json.loads, run.stdout.splitlines()))
+    return {(maker, scene): wrong for maker, scene, wrong in map(json.loads, run.stdout.splitlines())}
 
 
+@pytest.mark.parametrize("maker", MAKERS)
 @pytest.mark.parametrize("scene", SCENES)
-def test_kernels_without_python(scene: str, told: dict[str, str]) -> None:
-    assert told[scene] == "", told[scene]
+def test_kernels_without_python(scene: str, maker: str, told: dict[tuple[str, str], str]) -> None:
+    assert told[maker, scene] == "", told[maker, scene]
