@@ -23,7 +23,8 @@ from pa_ops import native
 from pa_ops.schema import NAMESPACE
 
 CALLS = 200
-COLUMNS = ("call", "infer", "pa_ops.", "python")
+INFER = "infer"
+COLUMNS = ("call", INFER, "pa_ops.", "python")
 HALF = torch.float16
 
 
@@ -68,10 +69,6 @@ def cases() -> dict[str, tuple[str, tuple[Any, ...], dict[str, Any]]]:
     }
 
 
-def inferring(call: Callable[[], Any]) -> Callable[[], Any]:
-    return torch.inference_mode()(call)
-
-
 def columns_of(op: str, tensors: tuple[Any, ...], options: dict[str, Any]) -> dict[str, Callable[[], Any]]:
     """Column -> the call that it times."""
     name, _, overload = op.partition(".")
@@ -81,7 +78,7 @@ def columns_of(op: str, tensors: tuple[Any, ...], options: dict[str, Any]) -> di
 
     operators: Any = getattr(torch.ops, NAMESPACE)
     public = getattr(getattr(operators, name), overload or "default")
-    columns = {"call": bound(public), "infer": inferring(bound(public))}
+    columns = {"call": bound(public), INFER: bound(public)}
     if not overload:
         columns["pa_ops."] = bound(getattr(pa_ops, name))
     if native.attached():
@@ -113,7 +110,8 @@ def main(rounds: int) -> None:
     for _ in range(rounds):
         for title, columns in lines.items():
             for column, call in columns.items():
-                times[title, column].append(batch(call))
+                with torch.inference_mode(column == INFER):
+                    times[title, column].append(batch(call))
     print(f"torch {torch.__version__}, {torch.cuda.get_device_name()}; us a call, best / median of {rounds} batches")
     print(f"{'':24}" + "".join(f"{column:>15}" for column in COLUMNS) + f"{'launches':>10}")
     for title in lines:
