@@ -185,7 +185,7 @@ def test_B16_a_result_without_memory_is_pytorch_s_error_and_everything_is_let_go
 
 
 def test_B4_overrides_reach_steady_calls(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
-    call = paged(DECODE, Shape(64), device)
+    call = paged(DECODE, Shape(64, group=2), device)  # seven tokens, and decode takes eight
     warm(call.run)
 
     def families() -> list[str]:
