@@ -79,6 +79,7 @@ def columns_of(op: str, tensors: tuple[Any, ...], options: dict[str, Any]) -> di
     operators: Any = getattr(torch.ops, NAMESPACE)
     public = getattr(getattr(operators, name), overload or "default")
     columns = {"call": bound(public), INFER: bound(public)}
+    public(*tensors, **options)  # the first call gives operators their kernels without Python
     if not overload:
         columns["pa_ops."] = bound(getattr(pa_ops, name))
     if native.attached():
