@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass
 from enum import Enum
 from functools import cache, cached_property
@@ -145,9 +146,13 @@ class Capability:
         return (*exact, *family, *plain, *ptx)
 
     @cached_property
-    def loads(self) -> frozenset[str]:
-        """`targets`, to look one up in."""
-        return frozenset(self.targets)
+    def places(self) -> dict[str, int]:
+        """Each of `targets` and its place among them."""
+        return {target: place for place, target in enumerate(self.targets)}
+
+    def loads(self, targets: Iterable[str]) -> bool:
+        """Whether the device loads code of one of these targets."""
+        return not self.places.keys().isdisjoint(targets)
 
     @property
     def build_target(self) -> str:

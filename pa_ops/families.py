@@ -202,7 +202,7 @@ def family_rejections(family: Family, problem: Problem, capability: Capability) 
 
 def device_rejections(entry: Entry, capability: Capability) -> Iterator[Rejection]:
     """Why a device cannot run a row, whatever the problem: it does not load the code, or lacks shared memory."""
-    if capability.loads.isdisjoint(entry.code_targets):
+    if not capability.loads(entry.code_targets):
         yield Rejection("code target", f"code that sm {capability.sm} loads", ", ".join(entry.code_targets))
     if entry.smem_bytes > capability.smem_optin_bytes:
         need = f"{entry.smem_bytes} B of shared memory a block"

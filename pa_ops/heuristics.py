@@ -6,7 +6,7 @@ Sizes and times order rows here and nowhere else, and never remove one.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 
 from pa_ops.capability import Capability
@@ -71,10 +71,10 @@ def few_rows(problem: Problem) -> bool:
     return query_rows(problem) * problem.group <= DECODE_ROWS
 
 
-def rank(family: Family, problem: Problem) -> int:
-    """The place of a family among those that may serve `problem`; 0 for the only one of its operator."""
+def ranks(problem: Problem) -> dict[Family, int]:
+    """The place of each family among those that may serve `problem`; the only one of its operator is not there."""
     order = FOR_FEW_ROWS if few_rows(problem) else FOR_MANY_ROWS
-    return order.index(family) if family in order else 0
+    return {family: place for place, family in enumerate(order)}
 
 
 def extremes(problem: Problem) -> tuple[Problem, Problem]:
@@ -135,7 +135,7 @@ def timing(entry: Entry, problem: Problem, capability: Capability) -> Timing | N
 def leaders(able: Iterable[Entry], problem: Problem, capability: Capability) -> dict[Family, Entry]:
     """The row that each family would serve `problem` with, by `cost`; the cheapest family first."""
     firsts: dict[Family, Entry] = {}
-    for entry in sorted(able, key=lambda entry: cost(entry, problem, capability)):
+    for entry in sorted(able, key=cost(problem, capability)):
         firsts.setdefault(entry.spec.family, entry)
     return firsts
 
@@ -158,19 +158,31 @@ def cheapest(able: Sequence[Entry], problem: Problem, capability: Capability) ->
     return firsts[chosen]
 
 
-def cost(entry: Entry, problem: Problem, capability: Capability) -> Cost:
-    """A total order on rows: the family, padded head sizes, how native it is, too tall a tile, the busiest SM's work.
+def cost(problem: Problem, capability: Capability) -> Callable[[Entry], Cost]:
+    """The place of a row in a total order: family, padded head sizes, native or not, too tall a tile, busiest SM.
 
     The family for as many rows comes first, however much it pads. Padding comes early because it costs shared memory
     and registers as well as work. Code of the device's own target comes before what is translated for it: its tile was
     chosen there. The name decides what is left, so that the order of the rows carries no meaning.
     """
-    spec = entry.spec
-    tile_m = max(spec.tile.m, 1)
-    blocks = problem.batch * problem.num_heads * ceil_div(query_rows(problem), tile_m)
-    slots = ceil_div(blocks, capability.num_sms) * (tile_m + LOAD_ROWS)
-    ranks = [capability.targets.index(target) for target in entry.code_targets if target in capability.targets]
-    native = min(ranks, default=len(capability.targets))
-    padded = spec.head_dim + spec.head_dim_v
-    tall = spec.tile.m > SMALL_ROWS and likely_keys(problem) < LONG_KEYS
-    return (rank(spec.family, problem), padded, native, tall, slots, entry.smem_bytes, entry.name)
+    order = ranks(problem)
+    rows, tallest = query_rows(problem), SMALL_ROWS if likely_keys(problem) < LONG_KEYS else math.inf
+    heads, places = problem.batch * problem.num_heads, capability.places
+
+    def of(entry: Entry) -> Cost:
+        spec = entry.spec
+        tile_m = max(spec.tile.m, 1)
+        slots = ceil_div(heads * ceil_div(rows, tile_m), capability.num_sms) * (tile_m + LOAD_ROWS)
+        native = min(places.get(target, len(places)) for target in entry.code_targets)
+        padded = spec.head_dim + spec.head_dim_v
+        return (
+            order.get(spec.family, 0),
+            padded,
+            native,
+            spec.tile.m > tallest,
+            slots,
+            entry.smem_bytes,
+            entry.name,
+        )
+
+    return of

@@ -191,7 +191,7 @@ class _Here:
     """What selection does on one device."""
 
     def __init__(self, rows: Iterable[Entry], serving: _Serving, capability: Capability) -> None:
-        self.rows = [row for row in rows if not capability.loads.isdisjoint(row.code_targets)]
+        self.rows = [row for row in rows if capability.loads(row.code_targets)]
         self._serving = serving
         self._capability = capability
         self._running: dict[str, list[Entry]] = defaultdict(list)

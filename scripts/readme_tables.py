@@ -29,7 +29,7 @@ Row = tuple[str, ...]
 @lru_cache(maxsize=1)
 def _rows(capability: Capability) -> tuple[Entry, ...]:
     """The kernels of a full build whose code the device loads."""
-    return tuple(row for row in declared_entries(capability) if not capability.loads.isdisjoint(row.code_targets))
+    return tuple(row for row in declared_entries(capability) if capability.loads(row.code_targets))
 
 
 def _family(problem: Problem, capability: Capability) -> str:

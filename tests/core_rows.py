@@ -30,5 +30,5 @@ def declared_rows() -> tuple[Entry, ...]:
 @cache
 def loaded_by(sm: int) -> tuple[Entry, ...]:
     """The rows whose code a device of that SM loads: a tenth of them, and all that it could choose."""
-    code = Capability.of_sm(sm).loads
-    return tuple(row for row in declared_rows() if not code.isdisjoint(row.code_targets))
+    capability = Capability.of_sm(sm)
+    return tuple(row for row in declared_rows() if capability.loads(row.code_targets))

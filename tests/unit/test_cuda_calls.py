@@ -261,8 +261,8 @@ def test_families_that_do_not_split_share_nothing_out(
     news: tuple[int, ...], family: str, launches: Launches, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As times of a card may rank them: the best for few query rows and for many are two, and neither is decode."""
-    monkeypatch.setattr(heuristics, "FOR_FEW_ROWS", (Family.FLASH_SM90, *heuristics.FOR_FEW_ROWS))
-    monkeypatch.setattr(heuristics, "FOR_MANY_ROWS", (Family.FLASH_SM80, *heuristics.FOR_MANY_ROWS))
+    for name, first in (("FOR_FEW_ROWS", Family.FLASH_SM90), ("FOR_MANY_ROWS", Family.FLASH_SM80)):
+        monkeypatch.setattr(heuristics, name, tuple(dict.fromkeys((first, *getattr(heuristics, name)))))
     serving_call(*news, rotary=True)
     assert launches.families == ["append", family]
 
