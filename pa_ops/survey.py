@@ -199,6 +199,7 @@ class _Here:
             if not any(device_rejections(row, capability)):
                 self._running[row.name].append(row)
         self._able: dict[tuple[object, ...], tuple[Entry, ...]] = {}
+        self._alike: dict[tuple[int, ...], tuple[Entry, ...]] = {}  # head sizes that are padded to one have one tuple
         self._seen: set[tuple[object, ...]] = set()
 
     def able(self, asked: _Asked) -> tuple[Entry, ...]:
@@ -208,7 +209,8 @@ class _Here:
             dtype = DType(asked.first.dtype)
             families = {each for each in asked.families if device_passes(each, dtype, self._capability)}
             specs = (spec for spec in self._serving.specs(asked) if spec.family in families)
-            self._able[key] = tuple(row for spec in specs for row in self._running.get(spec.name, ()))
+            rows = tuple(row for spec in specs for row in self._running.get(spec.name, ()))
+            self._able[key] = self._alike.setdefault(tuple(map(id, rows)), rows)
         return self._able[key]
 
     def reach(self, able: tuple[Entry, ...], asked: _Asked, reached: dict[Key, Reach]) -> None:
