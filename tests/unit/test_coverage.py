@@ -16,7 +16,7 @@ from pa_ops.generator import matrix
 from pa_ops.heuristics import MANY_TOKENS
 from pa_ops.manifest import Entry, Manifest
 from pa_ops.spec import Family, InstanceSpec, Layout, Mask, Op, Tile
-from pa_ops.survey import Reach, _asked, domain, survey
+from pa_ops.survey import HEAD_DIMS, Reach, _asked, domain, questions, survey
 
 SMALL = [row for row in declared_rows() if row.target == "sm_90a"][:4]
 PAIRS = [(row.spec, row.target) for row in SMALL]
@@ -125,8 +125,8 @@ def test_G4_each_size_of_the_domain_has_kernels_of_its_own(
     rows = [row for row in declared_rows() if row.target == "sm_90a" and row.spec.layout is Layout.GATHER]
     rows = [row for row in rows if row.spec.family in families]
     monkeypatch.setattr("pa_ops.survey.SIZES", {Op.PAGED_ATTENTION: ((tokens, page_size),)})
-    problems = [problem for problem in domain() if problem.op is not Op.ATTENTION]
-    monkeypatch.setattr("pa_ops.survey.domain", lambda head_dims: problems)
+    others = [each for each in questions(HEAD_DIMS) if each[0]["op"] is not Op.ATTENTION]
+    monkeypatch.setattr("pa_ops.survey.questions", lambda head_dims: others)
     monkeypatch.setattr("pa_ops.survey._asked", _asked.__wrapped__)  # it keeps what it was asked of the whole domain
     reached, _ = survey(rows, [90])
     best = {name for (name, _), how in reached.items() if how is Reach.AUTO}
