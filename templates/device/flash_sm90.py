@@ -10,16 +10,18 @@ project's.
 
 import cutlass
 import cutlass.cute as cute
-from cutlass import Float32, Int32, Int64, Uint32
+from cutlass import Float32, Int32, Int64
 from cutlass.cute.nvgpu import warpgroup
 
 from pa_ops.templates.device import softmax, tma
 from pa_ops.templates.device.copier import Copier
+from pa_ops.templates.device.hiding import WINDOW_OFF, Hiding
 from pa_ops.templates.device.lister import Lister
 from pa_ops.templates.device.mask_words import MaskWords
 from pa_ops.templates.device.ptx import (
     ld_shared_32,
     opaque,
+    pack_pair,
     st_global_128,
     st_global_f32,
     st_shared_128,
@@ -42,12 +44,11 @@ from pa_ops.templates.device.shared_sm90 import (
 )
 from pa_ops.templates.device.sight import OwnRows, Sight, WholeTile
 from pa_ops.templates.device.turns import Turns
-from pa_ops.templates.device.warpgroup import COLUMN, GROUP_ROWS, GROUP_THREADS, Products
+from pa_ops.templates.device.warpgroup import COLUMN, GROUP_ROWS, GROUP_THREADS, Products, row_of
 
 LOG2_E = 1.4426950408889634
 LN_2 = 0.6931471805599453
 TAILS = 8  # the first of the named barriers at which one has cleared the tail of a tile
-WINDOW_OFF = 0x3FFFFFFF  # of no key it is that far
 REGISTERS = {2: (232, 40), 3: (160, 32)}  # of a computing and of a copying thread, by computing warpgroups
 
 
@@ -71,6 +72,7 @@ class FlashSm90:
         self.walk = OwnRows(self.shared, sight, self.turns) if skipping else WholeTile()
         self.lister = Lister(self.shared, sight, head_dim, paged, rows)
         self.copier = Copier(self.shared, head_dim, paged, masked, keys)
+        self.hiding = Hiding(causal, window, masked, keys)
         self.mask_words = MaskWords(dtype, keys)
         self.smem_bytes = self.shared.bytes
 
@@ -89,6 +91,11 @@ class FlashSm90:
     def kernel(self, args, q_map: cute.CopyAtom, k_map: cute.CopyAtom, v_map: cute.CopyAtom):
         pointer = cute.arch.get_dyn_smem(cutlass.Uint8, alignment=1024)
         smem = Int32(pointer.toint())
+        if cutlass.const_expr(self.head_dim < 256):
+            # Where the block's memory begins is else worked out anew in every turn of the loop, and all descriptors
+            # with it: 27 of 383 instructions at 64. At 256 there are more descriptors than uniform registers.
+            smem = opaque(smem)
+            pointer = cute.make_ptr(cutlass.Uint8, smem, cute.AddressSpace.smem, assumed_align=1024)
         tid, _, _ = cute.arch.thread_idx()
         warp = cute.arch.make_warp_uniform(cute.arch.warp_idx())
         if tid == 0:
@@ -274,7 +281,7 @@ class FlashSm90:
                 softmax.cap(acc_s, args.softcap_in)
             self.mask_words.apply(args, acc_s, words, trade)
             for _ in cutlass.range(opaque(edge), unroll=1):
-                self.hide(args, acc_s, slot, i)
+                self.hiding.hide(args, acc_s, slot, i)
         else:
             self.treat_plain(args, acc_s, slot, i, edge, hole)
 
@@ -286,9 +293,9 @@ class FlashSm90:
             if args.softcap_in > 0.0:
                 softmax.cap(acc_s, args.softcap_in)
             if edge:
-                self.hide(args, acc_s, slot, i)
-            if cutlass.const_expr(self.paged):
-                self.hide_holes(args, acc_s, hole, turn)
+                self.hiding.hide(args, acc_s, slot, i)
+            if hole != 0:  # never without pages
+                self.hiding.hide_holes(args, acc_s, hole, turn)
 
     @cute.jit
     def load_mask(self, args, slot: Int32, i: Int32, words):
@@ -300,35 +307,6 @@ class FlashSm90:
         live, k_len = ld_shared_32(slot + LIVE), ld_shared_32(slot + KEYS)
         self.mask_words.load(args, words, row_of(cute.arch.thread_idx()[0]), live, base, key_first, k_len)
 
-    def hide_holes(self, args, acc_s, hole, turn):
-        """-inf for keys without a page."""
-        for nt in range(self.n_tiles):
-            box = Uint32(nt * 8 + turn) // Uint32(args.box_rows)
-            drop = ((Uint32(hole) >> box) & 1) != 0
-            for i in range(4):
-                acc_s[nt * 4 + i] = cutlass.select_(drop, Float32(-Float32.inf), acc_s[nt * 4 + i])
-
-    def hide(self, args, acc_s, slot, i):
-        """-inf for keys past the last, after the row's own position, before its window."""
-        thread, _, _ = cute.arch.thread_idx()
-        first = ld_shared_32(slot + POSITION) + row_of(thread)
-        keys = ld_shared_32(slot + KEYS)
-        column = (ld_shared_32(slot + END) - 1 - i) * self.keys + (thread & 3) * 2
-        for r in range(2):
-            here = first + r * 8
-            stop = (cutlass.min(keys, here + 1) if self.causal or self.window else keys) - column
-            begin = here - args.window - column
-            if self.masked:
-                stop = cutlass.select_(args.causal != 0, cutlass.min(keys, here + 1), keys) - column
-                begin = cutlass.select_(args.window > 0, begin, Int32(-WINDOW_OFF))
-            for nt in range(self.n_tiles):
-                for c in range(2):
-                    drop = stop <= nt * 8 + c
-                    if self.window or self.masked:
-                        drop = drop | (begin >= nt * 8 + c)
-                    at = nt * 4 + r * 2 + c
-                    acc_s[at] = cutlass.select_(drop, Float32(-Float32.inf), acc_s[at])
-
     @cute.jit
     def store(self, args, slot: Int32, acc_o, row_max, row_sum, warp: Int32, lane: Int32):
         """Write this thread's rows: four lanes trade words, so that each stores 16 bytes of one row."""
@@ -337,6 +315,8 @@ class FlashSm90:
         if args.sinks != 0:
             sink = softmax.sink_of(self.dtype, args, head) * LOG2_E
         scale, lse = softmax.finish(row_max, row_sum, args.log2_scale, sink, 1)
+        for _ in cutlass.range(opaque((scale[0] == 0.0) | (scale[1] == 0.0)), unroll=1):
+            softmax.zero_rows(acc_o, scale, self.d_tiles)
         mine = lane & 3
         first_row = row_of(warp * 32 + lane)
         lse_row = args.lse + Int64(head) * args.lse_head_stride + Int64(token) * 4
@@ -349,15 +329,10 @@ class FlashSm90:
                 words = []
                 for dt in cutlass.range_constexpr(first, first + 4):
                     at = dt * 4 + r * 2
-                    words.append(softmax.scaled_pair(self.dtype, acc_o[at], acc_o[at + 1], scale[r]))
+                    words.append(pack_pair(self.dtype, acc_o[at] * scale[r], acc_o[at + 1] * scale[r]))
                 column = (mine + first) * 8
                 traded = trade(words, mine)
                 st_global_128(target + Int64(column) * 2, traded, (row < live) & (column < args.head_dim))
-
-
-def row_of(thread):
-    """The first of the two rows, eight apart, of the tile that a computing thread holds."""
-    return ((thread >> 5) - 4) * 16 + ((thread & 31) >> 2)
 
 
 def trade(words, mine):

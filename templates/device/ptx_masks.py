@@ -1,6 +1,6 @@
-"""One Python function per PTX instruction that only tiles of a mask need; the rest are in ptx.py.
+"""One Python function per PTX instruction that only masks need; the rest are in ptx.py.
 
-Facts about the instructions: PTX ISA 8.8, cp.async and ld.shared.
+Facts about the instructions: PTX ISA 8.8, cp.async, ld.shared and bmsk.
 """
 
 from cutlass import BFloat16, Float32, Int32, Int64
@@ -51,3 +51,10 @@ def ld_shared_halves(dtype, address, *, loc=None, ip=None):
 def ld_shared_floats(address, *, loc=None, ip=None):
     """Two neighbouring fp32 of shared memory."""
     return _pair_of_floats("ld.shared.v2.f32 {$0, $1}, [$2];", address, loc, ip)
+
+
+@dsl_user_op
+def low_bits(count, *, loc=None, ip=None):
+    """An int32 whose lowest `count` bits are set: none of 0, all of 32 and more."""
+    operand = [Int32(count).ir_value(loc=loc, ip=ip)]
+    return Int32(_asm(T.i32(), operand, "bmsk.clamp.b32 $0, 0, $1;", "=r,r", False, loc, ip))

@@ -115,6 +115,13 @@ def scale_rows(acc_o, factors, d_tiles):
             acc_o[i] = acc_o[i] * factor
 
 
+def zero_rows(acc_o, factors, d_tiles):
+    """Zero the outputs of rows whose factor is 0, whatever they hold."""
+    for row, factor in enumerate(factors):
+        for i in row_elements(row, d_tiles):
+            acc_o[i] = cutlass.select_(factor == 0.0, Float32(0.0), acc_o[i])
+
+
 def raise_maxima(acc_s, row_max, row_sum, log2_scale, n_tiles):
     """Move the sums to the maxima of the rows, this block included; the factors that the outputs still have to take."""
     factors = []

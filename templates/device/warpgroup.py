@@ -18,6 +18,11 @@ GROUP_ROWS = 64
 COLUMN = 64  # elements of a row that lie together: the 128 bytes of the swizzle
 
 
+def row_of(thread):
+    """The first of the two rows, eight apart, of the tile that a computing thread holds."""
+    return ((thread >> 5) - 4) * 16 + ((thread & 31) >> 2)
+
+
 class Products:
     """Products for `groups` warpgroups of 64 query rows each, and tiles of `keys` keys."""
 
