@@ -20,9 +20,9 @@ from pa_ops.timings import ShapeClass, Timing, of_card
 # again in loads. An estimate; it ranks tiles of one head size.
 LOAD_ROWS = 64
 # Keys from which on a tile of more rows pays (docs/performance.md): on sequences of 512 tokens it is 20% slower, on
-# 4096 as fast, on 8192 10% faster.
+# 1024 5%; on 2048 3 to 5% faster, on 8192 10%.
 SMALL_ROWS = 128
-LONG_KEYS = 4096
+LONG_KEYS = 2048
 MANY_TOKENS = 1 << 20  # every SM has many tiles of them, of whatever height
 
 DECODE_ROWS = 16  # of a decode tile; beyond so many, one of 64 or 128 query rows is better filled than two

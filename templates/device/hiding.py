@@ -60,5 +60,5 @@ class Hiding:
 
 
 def columns_before(stop):
-    """A bit for each of a thread's columns, two of every eight, whose key lies before `stop`, counted from its first."""
+    """A bit for each of a thread's columns, two of every eight, whose key, counted from its first, is before `stop`."""
     return low_bits(cutlass.max((stop >> 3) * 2 + cutlass.min(stop & 7, 2), 0))

@@ -139,12 +139,13 @@ def test_selection_prefers_the_family_made_for_the_rows_of_the_longest_sequence(
         ({"tokens": 16384}, 192),
         ({"tokens": 16384, "batch": 3}, 192),
         ({"tokens": 16384, "batch": 4}, 192),
-        ({"tokens": 16384, "batch": 8}, 128),
+        ({"tokens": 16384, "batch": 8}, 192),
+        ({"tokens": 16384, "batch": 17}, 128),
         ({"tokens": 16384, "batch": 32}, 128),
-        ({"tokens": 16384, "batch": 32, "max_q": 4095}, 128),
-        ({"tokens": 16384, "batch": 32, "max_q": 4096}, 192),
+        ({"tokens": 16384, "batch": 32, "max_q": 2047}, 128),
+        ({"tokens": 16384, "batch": 32, "max_q": 2048}, 192),
         ({"tokens": 4096, "batch": 32, "max_q": 128, "max_k": 16384}, 128),  # two thirds of the taller one would do
-        ({"tokens": 8192, "batch": 1, "max_q": 8192, "max_k": 4095}, 128),
+        ({"tokens": 8192, "batch": 1, "max_q": 8192, "max_k": 2047}, 128),
     ],
 )
 def test_the_taller_tile_is_for_long_sequences(sizes: dict[str, int], rows: int) -> None:
@@ -155,7 +156,7 @@ def test_the_taller_tile_is_for_long_sequences(sizes: dict[str, int], rows: int)
 
 
 def test_the_keys_of_a_cache_are_likely_more_than_new_tokens() -> None:
-    sizes = {"tokens": 8192, "batch": 4}
+    sizes = {"tokens": 8192, "batch": 8}
     found = {
         op: select_entry(
             declared_rows(),
