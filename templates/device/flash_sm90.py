@@ -91,11 +91,6 @@ class FlashSm90:
     def kernel(self, args, q_map: cute.CopyAtom, k_map: cute.CopyAtom, v_map: cute.CopyAtom):
         pointer = cute.arch.get_dyn_smem(cutlass.Uint8, alignment=1024)
         smem = Int32(pointer.toint())
-        if cutlass.const_expr(self.head_dim < 256):
-            # Where the block's memory begins is else worked out anew in every turn of the loop, and all descriptors
-            # with it: 27 of 383 instructions at 64. At 256 there are more descriptors than uniform registers.
-            smem = opaque(smem)
-            pointer = cute.make_ptr(cutlass.Uint8, smem, cute.AddressSpace.smem, assumed_align=1024)
         tid, _, _ = cute.arch.thread_idx()
         warp = cute.arch.make_warp_uniform(cute.arch.warp_idx())
         if tid == 0:
