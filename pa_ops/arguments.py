@@ -22,6 +22,7 @@ MAP_BYTES = 128
 MAP_ALIGNMENT = 64
 PIECES_A_BLOCK = 2  # at most, beside its share, for whoever is done first; the workspace has room for that many
 WIDEST_STATE = 256 + 2  # outputs, maximum and sum of a row
+WIDEST_POST = 256 + 4
 STATES_A_BLOCK = 17  # of that width, in the workspace; two a share and piece need 6
 CHUNK_KEYS = 512  # of the least chunk into which batch invariance cuts a sequence; a power of two
 UNCUT = 30  # chunk_bits of a call whose sequences are cut where shares end, and nowhere else
@@ -158,18 +159,20 @@ _SHARED_OUT = (
 )
 # Kernels of all languages agree on a record's size only if it is a multiple of 8 bytes: no count here without a use.
 DECODE = Record(
-    addresses=(*ATTENTION.addresses, "partials", "counters", "tickets"),
+    addresses=(*ATTENTION.addresses, "partials", "counters", "tickets", "posts"),
     strides=ATTENTION.strides,
     counts=(
         *(name for name in ATTENTION.counts if name not in ("heads", "skip_up_to")),
         *_SHARED_OUT,
         "chunk_bits",  # a sequence is cut every 2^chunk_bits tiles of keys, or 2^more where it is long; else UNCUT
+        "page_factor",  # (2^32 - 1) // page_size, by which kernels divide
+        "group_factor",  # (2^32 - 1) // group
     ),
     factors=ATTENTION.factors,
 )
 
 MEA_DECODE = Record(
-    addresses=DECODE.addresses,
+    addresses=(*ATTENTION.addresses, "partials", "counters", "tickets"),
     strides=DECODE.strides,
     counts=(*(name for name in ATTENTION.counts if name != "heads"), *_SHARED_OUT),
     factors=DECODE.factors,

@@ -6,6 +6,7 @@ and from host-side bounds alone.
 
 from __future__ import annotations
 
+import ctypes
 import math
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -18,7 +19,7 @@ from pa_ops.capability import Capability
 from pa_ops.errors import InvalidArgument
 from pa_ops.plan import resident_blocks
 from pa_ops.program import Address, Grid, GridRule, Launch, Size, Source, Stride, TensorMap, Value
-from pa_ops.scratch import blocks_of, counters_at, tickets_at
+from pa_ops.scratch import blocks_of, counters_at, posts_at, tickets_at
 from pa_ops.spec import DType, InstanceSpec
 
 LOG2_E = math.log2(math.e)
@@ -196,15 +197,23 @@ def decode_launch(
         "partials": Address("workspace"),
         "counters": Address("workspace", counters_at(capability.num_sms)),
         "tickets": Address("workspace", tickets_at(capability.num_sms)),
+        "posts": Address("workspace", posts_at(capability.num_sms)),
         "kv_heads": call.keys.kv_heads,
         "causal": int(causal),
         "skip_up_to": 0,
         "skip_above": skip_above,
         "lengths_ready": int(lengths_ready),
+        "page_factor": _factor(call.keys.page_size),
+        "group_factor": _factor(call.heads // call.keys.kv_heads),
         "chunk_bits": (CHUNK_KEYS // spec.tile.n).bit_length() - 1 if invariant else UNCUT,
     }
     blocks = min(blocks_of(capability.num_sms), capability.num_sms * resident)
     return Launch(kernel, record, fields_of(record, sources), Grid(GridRule.FIXED, blocks, 1))
+
+
+def _factor(divisor: int) -> int:
+    """What a kernel multiplies with to divide, as the int32 with the bits of the unsigned number."""
+    return ctypes.c_int32((2**32 - 1) // divisor).value
 
 
 def _tokens(rows: Rows) -> Size:

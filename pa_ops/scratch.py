@@ -10,12 +10,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from pa_ops.arguments import PIECES_A_BLOCK, STATES_A_BLOCK, WIDEST_STATE
+from pa_ops.arguments import PIECES_A_BLOCK, STATES_A_BLOCK, WIDEST_POST, WIDEST_STATE
 from pa_ops.program import stream_of
 
 BLOCKS_AN_SM = 2
 SHARES_A_BLOCK = 1 + PIECES_A_BLOCK
 MAX_STATE_WORDS = 16 * WIDEST_STATE  # as many rows as a tile has
+MAX_POST_WORDS = 16 * WIDEST_POST
 
 held: dict[tuple[int, int], Tensor] = {}
 """Device and stream -> the workspace that is the stream's for good."""
@@ -32,9 +33,14 @@ def shares_of(num_sms: int) -> int:
     return SHARES_A_BLOCK * blocks_of(num_sms)
 
 
-def counters_at(num_sms: int) -> int:
-    """Where the arrival counters begin, in bytes: after the states."""
+def posts_at(num_sms: int) -> int:
+    """Where the posts begin, in bytes: after the states."""
     return STATES_A_BLOCK * blocks_of(num_sms) * MAX_STATE_WORDS * 4
+
+
+def counters_at(num_sms: int) -> int:
+    """Where the arrival counters begin, in bytes: after the posts."""
+    return posts_at(num_sms) + blocks_of(num_sms) * MAX_POST_WORDS * 4
 
 
 def tickets_at(num_sms: int) -> int:
@@ -69,7 +75,8 @@ def workspace_for(out: Tensor) -> Tensor | None:
 
 def _made(device: int) -> Tensor:
     num_sms = torch.cuda.get_device_properties(device).multi_processor_count
-    counters = counters_at(num_sms) // 4
+    posts, counters = posts_at(num_sms) // 4, counters_at(num_sms) // 4
     fresh = torch.empty(tickets_at(num_sms) // 4 + 1, dtype=torch.int32, device=torch.device("cuda", device))
+    fresh[posts:counters].fill_(-1)
     fresh[counters:].zero_()
     return fresh

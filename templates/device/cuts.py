@@ -1,21 +1,26 @@
 """How a row of key tiles is cut: turns a share into its tiles, and a tile into the share and the chunk that hold it.
 
-Plain arithmetic, the same for whoever asks. A *cut* is five numbers: all tiles; equal shares, their tiles, how many of
-them have one more; tiles of each of the pieces that follow. A *place* is the run of tiles of one head and row block of
-a sequence: where it starts in the row, the number of its first tile among the sequence's keys, its tiles, the logarithm
-of the tiles of its chunks. Chunks begin at multiples of their size, counted from the sequence's first key.
+Plain arithmetic, the same for whoever asks. A *cut* is six numbers: all tiles; equal shares, their tiles, how many of
+them have one more; tiles of each of the pieces that follow; how many more a share has, in parts of 2^22. A *place* is
+the run of tiles of one head and row block of a sequence: where it starts in the row, the number of its first tile among
+the sequence's keys, its tiles, the logarithm of the tiles of its chunks. Chunks begin at multiples of their size,
+counted from the sequence's first key.
 """
 
 from typing import NamedTuple
 
 import cutlass
 import cutlass.cute as cute
-from cutlass import Int32, Int64
+from cutlass import Float32, Int32, Uint32
+
+from pa_ops.templates.device.quotients import divided
+
+SPREAD_BITS = 22  # of a fraction of a tile: exact for fewer than 2048 shares
 
 
 def whole(cut):
     """Tiles of all equal shares, which is where pieces begin."""
-    _, blocks, each, more, _ = cut
+    _, blocks, each, more, _, _ = cut
     return blocks * each + more
 
 
@@ -25,8 +30,8 @@ def start_of(cut, share):
     With all of them in neighbours 1 x 128k was 2% slower; that blocks next to each other run on SMs next to each other,
     which may share a way to memory, is a supposition.
     """
-    _, blocks, each, more, piece = cut
-    equal = share * each + share * more // blocks
+    _, blocks, each, _, piece, spread = cut
+    equal = share * each + Int32(Uint32(share * spread) >> SPREAD_BITS)
     return Int32(cutlass.select_(share < blocks, equal, whole(cut) + (share - blocks) * piece))
 
 
@@ -36,11 +41,15 @@ def bounds(cut, share):
 
 
 def owner_of(cut, tile):
-    """The share that holds `tile`."""
-    _, blocks, _, _, piece = cut
+    """The share that holds `tile`. Among equal ones a product in fp32 is it or a neighbour, for up to 2^20 shares: a
+    64-bit division takes 130 instructions."""
+    _, blocks, _, _, piece, _ = cut
     equal = whole(cut)
-    among_equal = Int32(((Int64(tile) + 1) * Int64(blocks) - 1) // Int64(equal))
-    return Int32(cutlass.select_(tile < equal, among_equal, blocks + (tile - equal) // piece))
+    owner = blocks + divided(cutlass.max(tile - equal, 0), piece)
+    if_equal = cutlass.min(Int32(Float32(tile) * (Float32(blocks) / Float32(equal))), blocks - 1)
+    if_equal = if_equal + Int32(start_of(cut, if_equal + 1) <= tile)
+    if_equal = if_equal - Int32(start_of(cut, if_equal) > tile)
+    return Int32(cutlass.select_(tile < equal, if_equal, owner))
 
 
 class Place(NamedTuple):

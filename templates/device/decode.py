@@ -13,6 +13,8 @@ from cutlass import Float32, Int32, Int64
 from pa_ops.templates.device import products, softmax
 from pa_ops.templates.device.feed import Feed
 from pa_ops.templates.device.ptx import ld_global_pair, ld_shared_32, opaque, start_next_grid, wait_for_grid
+from pa_ops.templates.device.quotients import by_factor
+from pa_ops.templates.device.segments import BYTES, Segments
 from pa_ops.templates.device.shares import WORDS, Shares
 from pa_ops.templates.device.states import ROWS, STATS_BYTES, THREADS, WARPS, States
 from pa_ops.templates.device.tiles import Fragments, TileShape
@@ -30,9 +32,11 @@ class Decode:
         # After the rings: hole words of each warp's stages, the shares' scratch, maxima and sums, a word of news.
         self.stage_bytes = 2 * self.warp_keys * self.shape.pitch
         self.holes_at = WARPS * stages * self.stage_bytes
-        shares_at = self.holes_at + WARPS * stages * 4
+        notes_at = self.holes_at + WARPS * stages * 4
+        shares_at = notes_at + WARPS * BYTES
         stats_at = shares_at + WORDS * 4
         self.shares = Shares(ROWS, keys, window, pieces, most_chunks, uncut, shares_at)
+        self.segments = Segments(self.shares, WARPS, notes_at)
         self.feed = Feed(self.shape, self.shares, self.warp_keys, stages)
         # Outputs of warps meet in the stage computed last: 16 keys of K and V are the bytes of 16 rows in fp32.
         self.states = States(dtype, head_dim, stages * self.stage_bytes, stats_at)
@@ -58,13 +62,16 @@ class Decode:
         if begin >= end:  # who waits for this grid waits for the last one, by blocks without a share too
             wait_for_grid(self.chained)
         at = self.feed.state()
+        frag_q = cute.make_rmem_tensor((self.head_dim // 16 * 4,), Int32)
         while begin < end:
             sequence, base = self.shares.located(args, smem, begin)
-            self.feed.open(args, at, sequence, base, begin, end)
+            stand = self.segments.enter(args, smem, sequence, base, begin, end, warp)
+            self.feed.open(args, at, sequence, end - begin, stand)
             for slot in cutlass.range_constexpr(self.feed.ahead):
                 self.feed.look_up(args, at, slot, warp, lane)
             wait_for_grid(self.chained)
             start_next_grid(self.chained)
+            self.load_queries(args, frag_q, self.segments.rows(smem, warp), lane)
             ring, holes = self.ring_of(smem, warp), self.holes_of(smem, warp)
             for stage in cutlass.range(self.feed.ahead, unroll=1):
                 self.feed.copy(args, at, 0, ring, holes, stage, lane)
@@ -73,43 +80,39 @@ class Decode:
             stage = Int32(0)
             unit = begin
             while unit < end:
-                stage, outputs = self.attend(args, smem, at, stage, sequence, unit - base, end - unit)
-                unit = self.conclude(args, smem, outputs, sequence, base, unit, end)
-                sequence, base = self.shares.seek(args, sequence, base, cutlass.min(unit, end - 1))
+                stage, outputs, unit = self.attend(args, smem, at, frag_q, stage)
+                rows, part = self.segments.rows(smem, warp), self.segments.part(smem, warp)
+                if unit < end:  # the next segment's queries come while this one is concluded
+                    sequence, base = self.shares.seek(args, sequence, base, unit)
+                    cute.arch.sync_warp()
+                    self.segments.enter(args, smem, sequence, base, unit, end, warp)
+                    self.load_queries(args, frag_q, self.segments.rows(smem, warp), lane)
+                self.conclude(args, smem, outputs, rows, part, unit)
             cute.arch.cp_async_wait_group(0)
             begin, end = self.shares.following(args, smem)
 
     @cute.jit
-    def attend(self, args, smem: Int32, at, stage: Int32, sequence: Int32, unit: Int32, limit: Int32):
-        """Attend to the tiles of one head and row block from the sequence's tile `unit` on, to the end of a chunk and
-        no more than `limit`.
+    def attend(self, args, smem: Int32, at, frag_q, stage: Int32):
+        """Attend to the tiles of the segment that the warp has noted.
 
-        The first is in ring stage `stage`. Returns the stage of the next tile, and where the warps' states are: in
-        the stage of the last.
+        The first is in ring stage `stage`. Returns the stage of the next tile, where the warps' states are: in the
+        stage of the last; and the tile after the segment's.
         """
         lane = cute.arch.lane_idx()
         warp = cute.arch.make_warp_uniform(cute.arch.warp_idx())
-        q_start, q_len, k_len, first, tiles, blocks = self.shares.span(args, sequence)
-        place = unit // tiles
-        tile = unit - place * tiles
-        kv_head = place // blocks
-        row_first = (place - kv_head * blocks) * ROWS
-        live_rows = cutlass.min(q_len * args.group - row_first, ROWS)
-        shift = k_len - q_len
+        seen, rows = self.segments.seen(smem, warp), self.segments.rows(smem, warp)
         # Keys [0, safe_high) are seen by every row, keys from safe_low on too.
-        safe_high, safe_low = k_len, Int32(0)
+        safe_high, safe_low = seen.k_len, Int32(0)
         if args.causal != 0:
-            safe_high = cutlass.min(k_len, shift + row_first // args.group + 1)
+            safe_high = cutlass.min(seen.k_len, seen.shift + self.token_of(args, rows.first) + 1)
         if cutlass.const_expr(self.window):
-            safe_low = shift + (row_first + live_rows - 1) // args.group - args.window + 1
+            safe_low = seen.shift + self.token_of(args, rows.first + rows.live - 1) - args.window + 1
 
-        frag_q = cute.make_rmem_tensor((self.head_dim // 16 * 4,), Int32)
-        self.load_queries(args, frag_q, q_start, kv_head, row_first, live_rows, lane)
         acc_s = cute.make_rmem_tensor((self.n_tiles * 4,), Float32)
         acc_o, row_max, row_sum = softmax.fresh_state(1, self.d_tiles)
 
-        begin = (first + tile) * self.keys + warp * self.warp_keys
-        end = begin + cutlass.min(self.shares.reach(args, first, tiles, tile), limit) * self.keys
+        begin = seen.key + warp * self.warp_keys
+        end = begin + seen.count * self.keys
         for key in cutlass.range(begin, end, self.keys, unroll=1):
             cute.arch.cp_async_wait_group(self.stages - 2)
             cute.arch.sync_warp()
@@ -128,7 +131,7 @@ class Decode:
             if cutlass.const_expr(self.window):
                 edge = edge | (key < safe_low)
             for turn in cutlass.range(opaque(edge), unroll=1):
-                self.mask(args, acc_s, shift, row_first, key + turn, k_len, hole, lane)
+                self.mask(args, acc_s, seen, rows.first, key + turn, hole, lane)
             outgrown = softmax.outgrown(acc_s, row_max, args.log2_scale, self.n_tiles)
             for _ in cutlass.range(opaque(outgrown), unroll=1):
                 softmax.rescale(acc_s, acc_o, row_max, row_sum, args.log2_scale, self.n_tiles, self.d_tiles)
@@ -138,8 +141,8 @@ class Decode:
             stage = Int32(cutlass.select_(stage == self.stages - 1, Int32(0), stage + 1))
         cute.arch.sync_warp()
         outputs = smem + self.before(stage) * self.stage_bytes
-        self.states.publish(smem, outputs, acc_o, row_max, row_sum, args.log2_scale, live_rows, warp)
-        return stage, outputs
+        self.states.publish(smem, outputs, acc_o, row_max, row_sum, args.log2_scale, rows.live, warp)
+        return stage, outputs, self.segments.part(smem, warp).unit + seen.count
 
     def ring_of(self, smem, warp):
         """Shared address of a warp's stages."""
@@ -154,54 +157,50 @@ class Decode:
         return Int32(cutlass.select_(stage == 0, Int32(self.stages - 1), stage - 1))
 
     @cute.jit
-    def conclude(
-        self,
-        args,
-        smem: Int32,
-        outputs: Int32,
-        sequence: Int32,
-        base: Int32,
-        unit: Int32,
-        end: Int32,
-    ):
-        """Turn the warps' states, of tiles [unit, stop), into output rows, or leave them for a merge; returns `stop`.
-
-        What `attend` knew of the segment is found again, which costs a few loads from L1: kept around its loop, it
-        would cost registers that head size 256 has not got.
-        """
+    def conclude(self, args, smem: Int32, outputs: Int32, rows, part, stop: Int32):
+        """Turn the warps' states, of a segment's rows and tiles [part.unit, stop), into output rows, or leave them for
+        a merge."""
         tid, _, _ = cute.arch.thread_idx()
         cute.arch.barrier()
-        q_start, q_len, _, first, tiles, blocks = self.shares.span(args, sequence)
-        place = (unit - base) // tiles
-        start = base + place * tiles
-        stop = cutlass.min(unit + self.shares.reach(args, first, tiles, unit - start), end)
-        kv_head = place // blocks
-        row_first = (place - kv_head * blocks) * ROWS
-        live_rows = cutlass.min(q_len * args.group - row_first, ROWS)
-        first_state, skip, step, states, last = Int32(0), Int32(0), Int32(0), Int32(0), stop - unit == tiles
+        where, posts, last = (
+            (Int32(0), Int32(0), Int32(0), Int32(0)),
+            (Int32(0), Int32(0)),
+            stop - part.unit == part.tiles,
+        )
         if not last:
-            part = self.shares.part(args, smem, start, first, tiles, unit - start)
-            first_state, skip, step, states = part.base, part.skip, part.step, part.states
-            last = self.states.leave(args, smem, outputs, part, live_rows, tid)
+            if self.shares.posting(smem):
+                last = part.unit == part.start
+                share = self.shares.own(smem)
+                if last:
+                    posts = share + 1, self.shares.last(smem, part.start, part.tiles) + 1
+                else:
+                    self.states.post(args, smem, outputs, share, rows.live, tid)
+            else:
+                left = self.shares.part(args, smem, part)
+                where = left.base, left.skip, left.step, left.states
+                last = self.states.leave(args, smem, outputs, left, rows.live, tid)
         if last:
-            where = (first_state, skip, step)
-            self.states.finish(args, smem, outputs, where, states, q_start, kv_head, row_first, live_rows, tid)
+            self.states.finish(args, smem, outputs, where, posts, rows, tid)
         cute.arch.barrier()
-        return stop
 
-    def load_queries(self, args, frag_q, q_start, kv_head, row_first, live_rows, lane):
+    def token_of(self, args, line):
+        """The token of a sequence that a line, a token's head of the group, belongs to."""
+        return by_factor(line, args.group, args.group_factor)
+
+    def load_queries(self, args, frag_q, rows, lane):
         """The query rows as A operands; rows and columns that do not exist are zeros."""
         for half in range(2):
             row = half * 8 + (lane >> 2)
-            line = row_first + row
-            token = q_start + line // args.group
-            head = kv_head * args.group + line % args.group
-            source = args.q + Int64(token) * args.q_token_stride + Int64(head) * args.q_head_stride
+            line = rows.first + row
+            token = self.token_of(args, line)
+            head = rows.kv_head * args.group + line - token * args.group
+            column = (lane & 3) * 2
+            source = args.q + Int64(rows.q_start + token) * args.q_token_stride + Int64(head) * args.q_head_stride
+            source = source + Int64(column * 2)
+            width = Int32(cutlass.select_(row < rows.live, args.head_dim - column, Int32(0)))
             for step in range(self.head_dim // 16):
                 for right in range(2):
-                    column = step * 16 + right * 8 + (lane & 3) * 2
-                    there = (row < live_rows) & (column < args.head_dim)
-                    frag_q[step * 4 + right * 2 + half] = ld_global_pair(source + Int64(column) * 2, there)
+                    frag_q[step * 4 + right * 2 + half] = ld_global_pair(source, step * 16 + right * 8, width)
 
     def scores(self, frag_q, frag_k, acc_s):
         """acc_s = Q K^T for all rows and this warp's keys of the tile."""
@@ -211,14 +210,13 @@ class Decode:
 
         products.scores(self.dtype, queries, frag_k, self.head_dim, 1, self.n_tiles, acc_s)
 
-    def mask(self, args, acc_s, shift, row_first, key_first, k_len, hole, lane):
+    def mask(self, args, acc_s, seen, row_first, key_first, hole, lane):
         """-inf where a row does not see a key."""
         hidden = Float32(-Float32.inf)
         column = (lane & 3) * 2
         for r in range(2):
-            line = row_first + r * 8 + (lane >> 2)
-            here = shift + line // args.group
-            end = Int32(cutlass.select_(args.causal != 0, cutlass.min(k_len, here + 1), k_len))
+            here = seen.shift + self.token_of(args, row_first + r * 8 + (lane >> 2))
+            end = Int32(cutlass.select_(args.causal != 0, cutlass.min(seen.k_len, here + 1), seen.k_len))
             for nt in range(self.n_tiles):
                 for c in range(2):
                     key = key_first + nt * 8 + column + c

@@ -8,9 +8,8 @@ import cutlass
 import cutlass.cute as cute
 from cutlass import Int32, Int64, Uint32
 
-from pa_ops.templates.device.ptx import cp_async_16, ld_global_i32_where, st_shared_32
-
-EVERY = 0x7FFFFFFF  # a limit that no page exceeds
+from pa_ops.templates.device.ptx import cp_async_twice, ld_global_i32_where, st_shared_32
+from pa_ops.templates.device.quotients import by_factor, divided
 
 # Words of the stream's state: where it stands, then what has been looked up and not yet copied.
 UNITS = 0  # tiles of the share that are still to be looked up
@@ -36,14 +35,10 @@ class Feed:
         """Room for where the stream stands."""
         return cute.make_rmem_tensor((PENDING + 3 * self.ahead,), Int32)
 
-    @cute.jit
-    def open(self, args, at, sequence: Int32, base: Int32, begin: Int32, end: Int32):
-        """Stand before tile `begin` of the share [begin, end), in the sequence whose tiles begin at `base`."""
-        _, q_len, k_len, first, tiles, blocks = self.shares.span(args, sequence)
-        place = (begin - base) // tiles
-        skipped = begin - base - place * tiles
-        at[UNITS] = end - begin
-        self.stand(args, at, sequence, place, q_len, k_len, first + skipped, tiles - skipped, blocks)
+    def open(self, args, at, sequence, units, stand):
+        """Stand at the beginning of a share of so many tiles, where `stand` (segments.py) says, in a sequence."""
+        at[UNITS] = units
+        self.stand(args, at, sequence, *stand)
 
     @cute.jit
     def enter(self, args, at, sequence: Int32, place: Int32):
@@ -53,15 +48,18 @@ class Feed:
             _, q_len, k_len, first, tiles, blocks = self.shares.span(args, sequence)
             found = place < blocks * args.kv_heads
             if found:
-                self.stand(args, at, sequence, place, q_len, k_len, first, tiles, blocks)
+                head = place
+                if blocks > 1:
+                    head = divided(place, blocks)
+                self.stand(args, at, sequence, q_len, k_len, place, head, first, tiles)
             sequence = sequence + 1
             place = Int32(0)
 
-    def stand(self, args, at, sequence, place, q_len, k_len, first, tiles, blocks):
+    def stand(self, args, at, sequence, q_len, k_len, place, head, first, tiles):
         """Note where the stream stands: before tile `first`, with `tiles` left of the place."""
         at[SEQUENCE] = sequence
         at[PLACE] = place
-        at[HEAD] = place // blocks
+        at[HEAD] = head
         at[LEFT] = tiles
         at[KEY] = first * self.shares.keys
         at[HIGH] = k_len
@@ -83,7 +81,7 @@ class Feed:
         key = at[KEY] + warp * self.warp_keys + lane
         live = (at[UNITS] > 0) & (lane < self.warp_keys) & (key >= at[LOW]) & (key < at[HIGH])
         table = args.block_table + Int64(at[SEQUENCE]) * args.table_stride
-        logical = Int32(Uint32(key) // Uint32(args.page_size))
+        logical = by_factor(key, args.page_size, args.page_factor)
         live = live & (logical < args.max_pages)
         at[PENDING + 3 * slot] = ld_global_i32_where(table + Int64(logical) * 4, live, -1)
         at[PENDING + 3 * slot + 1] = key - logical * args.page_size
@@ -97,27 +95,33 @@ class Feed:
     def copy(self, args, at, slot, ring, holes, stage, lane):
         """Start copying the warp's keys and values of a tile that was looked up; keys without a page become zeros.
 
-        A word at `holes` + 4 `stage` has a bit for each of them.
+        A word at `holes` + 4 `stage` has a bit for each of them. The lane that looked a key up finds its two rows, and
+        hands their addresses to the lanes that copy them: 90 instructions a tile, of 170 where each lane finds rows.
         """
         shape = self.shape
-        page_here, offset_here, head = (at[PENDING + 3 * slot + i] for i in range(3))
-        page_here = Int32(cutlass.select_((page_here < 0) | (page_here >= args.num_pages), Int32(-1), page_here))
+        page, offset, head = (at[PENDING + 3 * slot + i] for i in range(3))
+        hole = (page < 0) | (page >= args.num_pages)
+        missing = Int32(cute.arch.vote_ballot_sync(hole & (lane < self.warp_keys)))
+        k_row = Int64(page) * args.k_page_stride + Int64(offset) * args.k_token_stride
+        v_row = Int64(page) * args.v_page_stride + Int64(offset) * args.v_token_stride
+        k_row = k_row + args.k + Int64(head) * args.k_head_stride
+        v_row = v_row + args.v + Int64(head) * args.v_head_stride
         row, chunk = lane // shape.lanes_a_row, lane % shape.lanes_a_row
         keys_at = ring + stage * (2 * self.tile_bytes)
-        k_base = args.k + Int64(head) * args.k_head_stride
-        v_base = args.v + Int64(head) * args.v_head_stride
+        mine = missing >> row  # bit `step`: the row that this lane copies in that pass
         for step in range(0, self.warp_keys, shape.rows_a_pass):
-            page = cute.arch.shuffle_sync(page_here, row + step)
-            offset = cute.arch.shuffle_sync(offset_here, row + step)
-            k_row = k_base + Int64(page) * args.k_page_stride + Int64(offset) * args.k_token_stride
-            v_row = v_base + Int64(page) * args.v_page_stride + Int64(offset) * args.v_token_stride
+            sources = [self.handed(value, row + step) + Int64(chunk * 16) for value in (k_row, v_row)]
             target = shape.address(keys_at, row + step, chunk)  # a pass is shorter than the swizzle's eight rows
             for j in range(shape.chunks_a_lane):
                 column = chunk + j * shape.lanes_a_row
-                limit = cutlass.select_(column * 8 < args.head_dim, Int32(EVERY), Int32(0))
                 at_chunk = j * shape.lanes_a_row * 16
-                cp_async_16(target + at_chunk, k_row + Int64(column * 16), page, limit)
-                cp_async_16(target + self.tile_bytes + at_chunk, v_row + Int64(column * 16), page, limit)
+                skip = mine | Int32(cutlass.select_(column * 8 < args.head_dim, Int32(0), Int32(-1)))
+                cp_async_twice(target + at_chunk, self.tile_bytes, sources, at_chunk, skip, step)
         cute.arch.cp_async_commit_group()
-        missing = cute.arch.vote_ballot_sync((page_here < 0) & (lane < self.warp_keys))
-        st_shared_32(holes + stage * 4, Int32(missing))
+        st_shared_32(holes + stage * 4, missing)
+
+    def handed(self, value, lane):
+        """A 64-bit value of another lane."""
+        low = cute.arch.shuffle_sync(Int32(value & 0xFFFFFFFF), lane)
+        high = cute.arch.shuffle_sync(Int32(value >> 32), lane)
+        return (Int64(high) << 32) | Int64(Uint32(low))

@@ -103,6 +103,31 @@ def cp_async_16(shared, source, position, limit, *, loc=None, ip=None):
 
 
 @dsl_user_op
+def cp_async_twice(shared, apart, sources, offset, limit, number, *, loc=None, ip=None):
+    """Start two 16-byte copies from `offset` bytes behind two sources, `apart` bytes from each other in shared memory,
+    where bit `number` of `limit` is 0; zeros elsewhere, where no source is read.
+
+    `apart`, `offset` and `number` are constants.
+    """
+    copies = " ".join(
+        f"cp.async.cg.shared.global.L2::128B [$0 + {apart * i}], [${1 + i} + {offset}], 16, skip;" for i in range(2)
+    )
+    _asm(
+        None,
+        [
+            Int32(shared).ir_value(loc=loc, ip=ip),
+            *(Int64(source).ir_value(loc=loc, ip=ip) for source in sources),
+            Int32(limit).ir_value(loc=loc, ip=ip),
+        ],
+        f"{{ .reg .pred skip; .reg .b32 t; and.b32 t, $3, {1 << number}; setp.ne.b32 skip, t, 0; {copies} }}",
+        "r,l,l,r",
+        True,
+        loc,
+        ip,
+    )
+
+
+@dsl_user_op
 def fma(a, b, c, *, loc=None, ip=None):
     """a * b + c in one rounding; the DSL's own * and + stay two instructions."""
     operands = [Float32(x).ir_value(loc=loc, ip=ip) for x in (a, b, c)]
@@ -196,6 +221,39 @@ def st_global_f32x4(address, values, where, *, loc=None, ip=None):
 
 
 @dsl_user_op
+def ld_posted(address, offset, count, where, *, loc=None, ip=None):
+    """Load `count` registers, two or four, that another block may be storing; zeros where `where` does not hold.
+
+    Each word is either old or new: only single words are atomic. `offset`, in bytes, is a constant.
+    """
+    names = ", ".join(f"${i}" for i in range(count))
+    zeros = " ".join(f"mov.b32 ${i}, 0;" for i in range(count))
+    load = f"@p ld.relaxed.gpu.global.v{count}.b32 {{{names}}}, [${count} + {offset}];"
+    words = _asm(
+        llvm.StructType.get_literal([T.i32()] * count),
+        [Int64(address).ir_value(loc=loc, ip=ip), Int32(where).ir_value(loc=loc, ip=ip)],
+        f"{{ .reg .pred p; setp.ne.b32 p, ${count + 1}, 0; {zeros} {load} }}",
+        ",".join([*["=&r"] * count, "l", "r"]),
+        True,
+        loc,
+        ip,
+    )
+    return [Int32(llvm.extractvalue(T.i32(), words, [i], loc=loc, ip=ip)) for i in range(count)]
+
+
+@dsl_user_op
+def st_posted(address, offset, words, where, *, loc=None, ip=None):
+    """Store registers, two or four, which another block may be loading, where `where` holds."""
+    count = len(words)
+    names = ", ".join(f"${i + 1}" for i in range(count))
+    operands = [Int64(address).ir_value(loc=loc, ip=ip)] + [Int32(w).ir_value(loc=loc, ip=ip) for w in words]
+    operands.append(Int32(where).ir_value(loc=loc, ip=ip))
+    store = f"@p st.relaxed.gpu.global.v{count}.b32 [$0 + {offset}], {{{names}}};"
+    text = f"{{ .reg .pred p; setp.ne.b32 p, ${count + 1}, 0; {store} }}"
+    _asm(None, operands, text, ",".join(["l", *["r"] * (count + 1)]), True, loc, ip)
+
+
+@dsl_user_op
 def take(address, *, loc=None, ip=None):
     """Add one to an int32 in global memory; the value before."""
     operand = [Int64(address).ir_value(loc=loc, ip=ip)]
@@ -285,11 +343,13 @@ def ld_global_i32_where(address, where, otherwise, *, loc=None, ip=None):
 
 
 @dsl_user_op
-def ld_global_pair(address, where, *, loc=None, ip=None):
-    """Load two 16-bit elements as one register where `where` holds, else zeros."""
-    text = "{ .reg .pred p; setp.ne.b32 p, $2, 0; mov.b32 $0, 0; @p ld.global.b32 $0, [$1]; }"
-    operands = [Int64(address).ir_value(loc=loc, ip=ip), Int32(where).ir_value(loc=loc, ip=ip)]
-    return Int32(_asm(T.i32(), operands, text, "=r,l,r", True, loc, ip))
+def ld_global_pair(address, column, width, *, loc=None, ip=None):
+    """Load two 16-bit elements as one register, `column` elements behind `address`, where that is less than `width`;
+    else zeros. `column` is a constant."""
+    load = f"@p ld.global.b32 $0, [$1 + {column * 2}];"
+    text = f"{{ .reg .pred p; setp.gt.s32 p, $2, {column}; mov.b32 $0, 0; {load} }}"
+    operands = [Int64(address).ir_value(loc=loc, ip=ip), Int32(width).ir_value(loc=loc, ip=ip)]
+    return Int32(_asm(T.i32(), operands, text, "=&r,l,r", True, loc, ip))
 
 
 @dsl_user_op

@@ -16,21 +16,25 @@ import cutlass.cute as cute
 from cutlass import Int32
 
 from pa_ops.templates.device.cuts import (
+    SPREAD_BITS,
     Place,
     bounds,
     chunk_begin,
     chunk_bits,
     chunk_left,
+    owner_of,
     part_of_chunk,
     part_of_share,
     whole,
 )
 from pa_ops.templates.device.ptx import ld_shared_32, st_global_i32, st_shared_32, take
+from pa_ops.templates.device.quotients import divided
 from pa_ops.templates.device.worklist import length_at, paged_keys, scan_warp
 
 THREADS = 128
 LEAST = 4  # tiles of a share that is cut
 KEPT = 16  # one part in so many of a block's equal share becomes pieces
+LONG = 256  # tiles of a share of which some become pieces: of 128 that costs more than it gains
 FINEST = 16  # parts of a share that a piece must not exceed, or nothing is gained
 LARGEST = 16  # tiles of a piece, where there is room for so many
 MOST_PARTS = 64  # pieces of a head of average length: one block merges them
@@ -39,9 +43,10 @@ MOST_PARTS = 64  # pieces of a head of average length: one block merges them
 SUMS = 0  # tiles and places of each warp's sequences
 BEGIN = 8  # the sequence in which a share begins, or a thread's first before it, and the first tile of that
 END = 10  # the same for where it ends
-CUT = 12  # the five numbers of cuts.py
-SHARE = 17  # the block's own
-STARTS = 18  # the first tile of each thread's sequences, and the end of the last one's
+CUT = 12  # the six numbers of cuts.py
+SHARE = 18  # the block's own
+POSTING = 19  # whether parts of a row are posted to the block that opened it: where neither pieces nor chunks are
+STARTS = 20  # the first tile of each thread's sequences, and the end of the last one's
 WORDS = STARTS + THREADS + 2  # an even number
 
 
@@ -102,14 +107,17 @@ class Shares:
             total = total + sums
             places = places + self.get(smem, SUMS + 1 + w * 2)
         cut = self.cut(args, total * args.kv_heads, places * args.kv_heads)
-        begin, end = bounds(cut, block)
+        # The other way round: who opens a row waits for the shares after its own, whose blocks start no later.
+        share = Int32(cutlass.select_(block < cut[1], cut[1] - 1 - block, cut[1]))
+        begin, end = bounds(cut, share)
         stop = (before + inclusive) * args.kv_heads
         self.put(smem, STARTS + 1 + tid, stop)
         self.mark(args, smem, BEGIN, begin, stop - own * args.kv_heads, stop)
         self.mark(args, smem, END, end, stop - own * args.kv_heads, stop)
         if tid == 0:
             self.put(smem, STARTS, Int32(0))
-            self.put(smem, SHARE, block)
+            self.put(smem, SHARE, share)
+            self.put(smem, POSTING, Int32((args.chunk_bits == self.uncut) & (whole(cut) == cut[0])))
             for i in cutlass.range_constexpr(len(cut)):
                 self.put(smem, CUT + i, cut[i])
         cute.arch.barrier()
@@ -128,19 +136,33 @@ class Shares:
         """
         grid, _, _ = cute.arch.grid_dim()
         blocks = cutlass.max(cutlass.min(grid, cutlass.max(places, total // LEAST)), 1)
-        each = total // blocks
+        each = divided(total, blocks)
         more, piece = total - each * blocks, Int32(LEAST)
-        if (args.chunk_bits == self.uncut) & (blocks == grid) & (each >= LEAST * FINEST):
+        if (args.chunk_bits == self.uncut) & (blocks == grid) & (each >= LONG):
             kept, room = each - each // KEPT, grid * self.pieces
-            finest = cutlass.max((total - blocks * kept + (room - 1)) // room, total // places // MOST_PARTS)
+            finest = divided(total - blocks * kept + (room - 1), room)
+            finest = cutlass.max(finest, divided(total, places) // MOST_PARTS)
             finest = cutlass.max(finest, cutlass.max(cutlass.min(each // KEPT, LARGEST), LEAST))
             if finest * FINEST <= each:
                 each, more, piece = kept, Int32(0), finest
-        return total, blocks, each, more, piece
+        spread = divided((more << SPREAD_BITS) + (blocks - 1), blocks)
+        return total, blocks, each, more, piece, spread
+
+    def posting(self, smem):
+        """Whether parts of a row are posted to the block that opened it."""
+        return self.get(smem, POSTING) != 0
+
+    def own(self, smem):
+        """The number of the block's share."""
+        return self.get(smem, SHARE)
+
+    def last(self, smem, start, tiles):
+        """The share with the last of the tiles [start, start + `tiles`)."""
+        return owner_of(self.noted(smem), start + tiles - 1)
 
     def noted(self, smem):
         """The block's cut, from shared memory."""
-        return tuple(self.get(smem, CUT + i) for i in range(5))
+        return tuple(self.get(smem, CUT + i) for i in range(6))
 
     def place(self, args, start, first, tiles):
         """The tiles [start, start + `tiles`) of the row, of one head and row block, as cuts.py wants them."""
@@ -155,17 +177,17 @@ class Shares:
         """The first tile of the chunk that holds tile `unit`, which was marked at `word`."""
         sequence, base = self.seek(args, self.get(smem, word), self.get(smem, word + 1), unit)
         _, _, _, first, tiles, _ = self.span(args, sequence)
-        tile = (unit - base) % tiles
+        tile = unit - base - divided(unit - base, tiles) * tiles
         return unit - tile + chunk_begin(self.place(args, Int32(0), first, tiles), tile)
 
     @cute.jit
-    def part(self, args, smem: Int32, start: Int32, first: Int32, tiles: Int32, tile: Int32):
-        """What the block has computed, from `tile` on, of a place that starts at `start`: a Part."""
+    def part(self, args, smem: Int32, segment):
+        """What the block has computed of a place by a segment, of which Segments.part tells: a Part of cuts.py."""
         cut, share = self.noted(smem), self.get(smem, SHARE)
-        place = self.place(args, start, first, tiles)
+        place = self.place(args, segment.start, segment.first, segment.tiles)
         part = part_of_share(cut, share, place)
         if args.chunk_bits < self.uncut:
-            part = part_of_chunk(cut, share, place, tile, (1 << self.most) + 1)
+            part = part_of_chunk(cut, share, place, segment.unit - segment.start, (1 << self.most) + 1)
         return part
 
     @cute.jit
@@ -176,9 +198,13 @@ class Shares:
             self.put(smem, word, tid * self.run_of(args))
             self.put(smem, word + 1, start)
 
-    def located(self, args, smem, unit):
+    @cute.jit
+    def located(self, args, smem: Int32, unit: Int32):
         """(sequence, its first tile) of tile `unit`, where a share begins that was marked before the last barrier."""
-        return self.seek(args, self.get(smem, BEGIN), self.get(smem, BEGIN + 1), unit)
+        sequence, base = self.get(smem, BEGIN), self.get(smem, BEGIN + 1)
+        if self.run_of(args) > 1:  # else the thread that marked it has counted that sequence alone
+            sequence, base = self.seek(args, sequence, base, unit)
+        return sequence, base
 
     @cute.jit
     def seek(self, args, sequence: Int32, base: Int32, unit: Int32):
@@ -198,14 +224,14 @@ class Shares:
         """The share after a block's last, as `count` finds the first: a piece by ticket, if there are any."""
         begin, end = Int32(0), Int32(0)
         cut = self.noted(smem)
-        total, blocks, _, _, piece = cut
+        total, blocks, _, _, piece, _ = cut
         beyond = total - whole(cut)
         if beyond > 0:
             tid, _, _ = cute.arch.thread_idx()
             if tid == 0:
                 ticket = take(args.tickets)
                 # Every block stops at its first ticket beyond the last piece: this one is the last of all.
-                if ticket == (beyond + (piece - 1)) // piece + blocks - 1:
+                if ticket == divided(beyond + (piece - 1), piece) + blocks - 1:
                     st_global_i32(args.tickets, Int32(0))
                 self.put(smem, SHARE, blocks + ticket)
             cute.arch.barrier()

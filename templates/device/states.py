@@ -10,6 +10,7 @@ import cutlass.cute as cute
 from cutlass import Float32, Int32, Int64
 
 from pa_ops.templates.device import softmax
+from pa_ops.templates.device.posts import Posts
 from pa_ops.templates.device.ptx import (
     arrive,
     ex2,
@@ -28,6 +29,7 @@ from pa_ops.templates.device.ptx import (
     st_shared_32,
     st_shared_f32x2,
 )
+from pa_ops.templates.device.quotients import by_factor
 
 LOG2_E = 1.4426950408889634
 LN_2 = 0.6931471805599453
@@ -64,12 +66,16 @@ class States:
         self.floats = ROWS * (head_dim + 2)
         self.lanes = min(32, runs & -runs)
         self.rows_a_pass = THREADS // self.lanes
+        self.together = min(2, ROWS // self.rows_a_pass)  # passes whose waits hide each other's
         self.runs = range(runs // self.lanes)
         self.batch = 16 // len(self.runs)  # states that are on their way at a time: 16 bytes each and run
+        self.post_batch = 16 // len(self.runs)
+        self.posts = Posts(self, ROWS)
 
-    def passes_of(self, live_rows):
-        """Rounds in which the block's threads come by all live rows; a loop, because every copy of it is fetched."""
-        return (live_rows + (self.rows_a_pass - 1)) // self.rows_a_pass
+    def passes_of(self, live_rows, passes=1):
+        """Rounds, of so many passes each, in which the block's threads come by all live rows; a loop, because every
+        copy of it is fetched."""
+        return (live_rows + (self.rows_a_pass * passes - 1)) // (self.rows_a_pass * passes)
 
     def row_of(self, step, tid):
         """The row that a thread works on in a pass."""
@@ -111,7 +117,7 @@ class States:
         A state there is the sum of the warps' outputs, then (maximum, sum) a row, with what the block had left before
         of the same rows where the part joins that.
         """
-        target = self.state(args, (part.base, part.skip, part.step), part.mine)
+        target = self.state(args, (part.base, part.skip, part.step, part.states), part.mine)
         for turn in cutlass.range(self.passes_of(live_rows), unroll=1):
             row = self.row_of(turn, tid)
             live = row < live_rows
@@ -141,9 +147,20 @@ class States:
             st_global_i32(counter, Int32(0))
         return last
 
+    @cute.jit
+    def post(self, args, smem: Int32, outputs: Int32, share: Int32, live_rows: Int32, tid: Int32):
+        """Send the sum of the warps' states to the block that finishes the rows."""
+        for turn in cutlass.range(self.passes_of(live_rows), unroll=1):
+            row = self.row_of(turn, tid)
+            weights, top, total = self.warp_weights(smem, row)
+            mixed = []
+            for run in self.runs:
+                mixed += self.mix_warps(outputs, row, self.column_of(run, tid), weights)
+            self.posts.send(args, share, row, row < live_rows, mixed, top, total, tid)
+
     def state(self, args, where, number):
-        """The address of a place's state `number`; `where`: base, skip and step of its Part."""
-        base, skip, step = where
+        """The address of a place's state `number`; `where`: base, skip, step and states of its Part."""
+        base, skip, step, _ = where
         later = Int32(cutlass.select_(number > 0, skip + number * step, Int32(0)))
         return args.partials + Int64(base + later) * (self.floats * 4)
 
@@ -169,53 +186,77 @@ class States:
         return values
 
     @cute.jit
-    def finish(
-        self,
-        args,
-        smem: Int32,
-        outputs: Int32,
-        where,
-        states: Int32,
-        q_start: Int32,
-        kv_head: Int32,
-        row_first: Int32,
-        live_rows: Int32,
-        tid: Int32,
-    ):
-        """Write output rows and LSE, from the warps' states, or from those in the workspace where there are any."""
-        values = cute.make_rmem_tensor((len(self.runs) * 4,), Float32)
-        stats = cute.make_rmem_tensor((2,), Float32)  # maximum and sum
-        for step in cutlass.range(self.passes_of(live_rows), unroll=1):
-            row = self.row_of(step, tid)
-            values.fill(0.0)
-            stats[0], stats[1] = -Float32.inf, Float32(0.0)
-            if states == 0:
-                self.take_warps(smem, outputs, row, values, stats, tid)
-            for first in cutlass.range(0, states, self.batch, unroll=1):
-                self.take_states(args, where, first, states, row, live_rows, values, stats, tid)
-            if row < live_rows:
-                self.write_row(args, values, stats[0], stats[1], q_start, kv_head, row_first + row, tid)
+    def finish(self, args, smem: Int32, outputs: Int32, where, posts, rows, tid: Int32):
+        """Write output rows and LSE, from the warps' states and posts to them, or from states in the workspace."""
+        states = where[3]
+        if (states == 0) & (posts[0] == posts[1]):
+            for step in cutlass.range(self.passes_of(rows.live, self.together), unroll=1):
+                passes = [step * self.together + i for i in range(self.together)]
+                self.write([self.of_warps(smem, outputs, number, tid) for number in passes], args, rows, tid)
+        else:
+            for step in cutlass.range(self.passes_of(rows.live), unroll=1):
+                row, values, stats = self.of_warps(smem, outputs, step, tid)
+                live = row < rows.live
+                if states > 0:
+                    values.fill(0.0)
+                    stats[0], stats[1] = -Float32.inf, Float32(0.0)
+                for first in cutlass.range(0, states, self.batch, unroll=1):
+                    self.take_states(args, where, first, states, row, live, values, stats, tid)
+                for first in cutlass.range(posts[0], posts[1], self.post_batch, unroll=1):
+                    self.take_posts(args, first, posts[1], row, live, values, stats, tid)
+                self.write([(row, values, stats)], args, rows, tid)
+                for first in cutlass.range(posts[0], posts[1], self.post_batch, unroll=1):
+                    self.posts.clear(args, first, self.post_batch, posts[1], row, live, tid)
 
-    def take_warps(self, smem, outputs, row, values, stats, tid):
-        """Put the sums of the warps' outputs into `values`, the row's maximum and sum into `stats`."""
+    def of_warps(self, smem, outputs, step, tid):
+        """A thread's row of a pass: (row, outputs, (maximum, sum)), summed over the warps."""
+        row = self.row_of(step, tid)
+        values = cute.make_rmem_tensor((len(self.runs) * 4,), Float32)
+        stats = cute.make_rmem_tensor((2,), Float32)
         weights, stats[0], stats[1] = self.warp_weights(smem, row)
         for run in self.runs:
             mixed = self.mix_warps(outputs, row, self.column_of(run, tid), weights)
             for k in range(4):
                 values[run * 4 + k] = mixed[k]
+        return row, values, stats
 
-    def take_states(self, args, where, first, states, row, live_rows, values, stats, tid):
+    def take_states(self, args, where, first, states, row, live, values, stats, tid):
         """Add states from number `first` on to `values`; all loads of the batch are on their way before one is used."""
         loaded = []
         for number in (first + i for i in range(self.batch)):
             source = self.state(args, where, number)
-            loaded.append(self.load_state(source, row < live_rows, number < states, row, tid))
+            loaded.append(self.load_state(source, live, number < states, row, tid))
         for top, total, outputs in loaded:
             peak, keep, gain = joint(stats[0], top)
             stats[0] = peak
             stats[1] = mix(stats[1], keep, total, gain)
             for i, output in enumerate(outputs):
                 values[i] = mix(values[i], keep, output, gain)
+
+    @cute.jit
+    def take_posts(self, args, first: Int32, limit: Int32, row: Int32, live, values, stats, tid: Int32):
+        """Add posts from share `first` on, those below `limit`, to `values`: the warp waits until all are there."""
+        missing = first < limit
+        while missing:
+            posts = self.posts.load(args, first, self.post_batch, limit, row, live, tid)
+            missing = self.posts.some_empty(posts)
+            if not missing:
+                self.add(posts, [first + i < limit for i in range(self.post_batch)], values, stats)
+
+    def add(self, posts, there, values, stats):
+        """Add posts, those that are there, to `values`: all relative to one maximum, so that none waits for another."""
+        floats = [[word.bitcast(Float32) for word in words] for words in posts]
+        none = Float32(-Float32.inf)
+        tops = [Float32(cutlass.select_(is_there, f[-2], none)) for is_there, f in zip(there, floats, strict=True)]
+        peak = cute.arch.fmax(stats[0], softmax.largest(tops))
+        base = Float32(cutlass.select_(peak == none, Float32(0.0), peak))
+        keep, gains = ex2(stats[0] - base), [ex2(top - base) for top in tops]
+        stats[0] = peak
+        for sums, at, place in ((stats, 1, -1), *((values, k, k) for k in range(len(self.runs) * 4))):
+            total = sums[at] * keep
+            for gain, f in zip(gains, floats, strict=True):
+                total = fma(f[place], gain, total)
+            sums[at] = total
 
     def load_state(self, source, live, there, row, tid):
         """(maximum, sum, outputs) of a thread in a row of a state: those of no keys where there is no such state."""
@@ -228,25 +269,37 @@ class States:
         return Float32(cutlass.select_(there, top, Float32(-Float32.inf))), total, outputs
 
     @cute.jit
-    def write_row(
-        self, args, values, top: Float32, total: Float32, q_start: Int32, kv_head: Int32, line: Int32, tid: Int32
-    ):
-        """A thread's outputs of one row, normalised and rounded, and the row's LSE."""
-        token = q_start + line // args.group
-        head = kv_head * args.group + line % args.group
-        sink = Float32(-Float32.inf)
+    def write(self, found, args, rows, tid: Int32):
+        """A thread's outputs of some rows, normalised and rounded, and their LSE; several hide each other's waits."""
+        tokens = [by_factor(rows.first + row, args.group, args.group_factor) for row, _, _ in found]
+        pairs = list(zip(tokens, found, strict=True))
+        heads = [rows.kv_head * args.group + rows.first + row - token * args.group for token, (row, _, _) in pairs]
+        sinks = cute.make_rmem_tensor((len(found),), Float32)
+        sinks.fill(-Float32.inf)
         if args.sinks != 0:
-            sink = softmax.sink_of(self.dtype, args, head) * LOG2_E
+            for i in cutlass.range_constexpr(len(found)):
+                head = cutlass.select_(found[i][0] < rows.live, heads[i], Int32(0))
+                sinks[i] = softmax.sink_of(self.dtype, args, head) * LOG2_E
+        ready = [self.normalised(stats, values, sinks[i]) for i, (_, values, stats) in enumerate(found)]
+        for i in cutlass.range_constexpr(len(found)):
+            words, lse = ready[i]
+            live, token, head = found[i][0] < rows.live, rows.q_start + tokens[i], heads[i]
+            lse_at = args.lse + Int64(head) * args.lse_head_stride + Int64(token) * 4
+            st_global_f32(lse_at, lse, live & (tid % self.lanes == 0) & (args.lse != 0))
+            target = args.out + Int64(token) * args.out_token_stride + Int64(head) * args.out_head_stride
+            for run in cutlass.range_constexpr(len(self.runs)):
+                column = self.column_of(run, tid)
+                st_global_64(target + Int64(column) * 2, words[run * 2 : run * 2 + 2], live & (column < args.head_dim))
+
+    def normalised(self, stats, values, sink):
+        """(outputs, packed in pairs; LSE) of a row."""
+        top, total = stats[0], stats[1]
         peak = cute.arch.fmax(top, sink)
         base = Float32(cutlass.select_(peak == -Float32.inf, Float32(0.0), peak))
-        denominator = total * ex2(top - base) + ex2(sink - base)
+        shrink = ex2(top - base)
+        denominator = total * shrink + ex2(sink - base)
         # By select: a row that sees no key gives zeros, whatever its accumulator holds.
-        scale = Float32(cutlass.select_(total == 0.0, Float32(0.0), ex2(top - base) * rcp(denominator)))
+        scale = Float32(cutlass.select_(total == 0.0, Float32(0.0), shrink * rcp(denominator)))
         lse = Float32(cutlass.select_(denominator > 0.0, (lg2(denominator) + base) * LN_2, Float32(-Float32.inf)))
-        lse_at = args.lse + Int64(head) * args.lse_head_stride + Int64(token) * 4
-        st_global_f32(lse_at, lse, (tid % self.lanes == 0) & (args.lse != 0))
-        target = args.out + Int64(token) * args.out_token_stride + Int64(head) * args.out_head_stride
-        for run in cutlass.range_constexpr(len(self.runs)):
-            words = [softmax.scaled_pair(self.dtype, values[i], values[i + 1], scale) for i in (run * 4, run * 4 + 2)]
-            column = self.column_of(run, tid)
-            st_global_64(target + Int64(column) * 2, words, column < args.head_dim)
+        pairs = range(0, len(self.runs) * 4, 2)
+        return [softmax.scaled_pair(self.dtype, values[i], values[i + 1], scale) for i in pairs], lse

@@ -12,8 +12,8 @@ from torch import Tensor
 import pa_ops
 from helpers.parity import Evidence, check, error_of
 from helpers.problems import Call, Shape, paged
-from pa_ops import reference, scratch
-from pa_ops.spec import InstanceSpec
+from helpers.rooms import as_it_began, poison
+from pa_ops import reference
 
 pytestmark = pytest.mark.gpu
 
@@ -35,7 +35,6 @@ LENGTHS = (  # context, window
     (1, 1),
 )
 PREFIX = "pa_attn_decode_"
-LEAST_TILES = 4  # of a share that is cut (templates/device/shares.py)
 
 
 def uniform(
@@ -81,35 +80,23 @@ def test_E1_keys_admitted(window: int, dtype: torch.dtype, device: torch.device,
     on_decode(paged([(1, 1000), (1, 3), (2, 700)], shape, device, sliding_window=window), evidence, f"window {window}")
 
 
-def poisoned(device: torch.device) -> Tensor:
-    """The stream's workspace, its room for states filled with NaN."""
-    room = scratch.workspace(device.index)
-    num_sms = torch.cuda.get_device_properties(device).multi_processor_count
-    states = room[: scratch.counters_at(num_sms) // 4].view(torch.float32)
-    states.fill_(torch.nan)
-    return states
-
-
 @pytest.mark.parametrize(
-    ("ctx", "window"), [(9216, 8192), (4097, 2048), (2048, 512), (2048, 1024), (768, 512), (513, 512), (512, 512)]
+    ("ctx", "window", "states"),
+    [(9216, 8192, 16), (4097, 2048, 5), (2048, 512, 0), (2048, 1024, 2), (768, 512, 1), (513, 512, 1), (512, 512, 0)],
 )
-def test_E2_E3_keys_behind_the_window_are_in_no_share(ctx: int, window: int, device: torch.device) -> None:
-    """Every share that a sequence is cut into leaves a state: shares of live tiles do, and no state but theirs."""
+def test_E2_E3_keys_behind_the_window_are_in_no_share(ctx: int, window: int, states: int, device: torch.device) -> None:
+    """A chunk of 512 keys leaves a state, or adds to its share's first: as many are left as there are live chunks.
+
+    A row of one chunk leaves none, and one of less than two shares' tiles the sum of its chunks.
+    """
     head_dim, rows = 64, 16
     call = uniform(1, ctx, window, (8, 1), head_dim, 16, torch.float16)
-    states = poisoned(device)
-    call.run(backend="decode")
-    last = pa_ops.trace.last()
-    assert last is not None
-    tile = InstanceSpec.parse(last.instance).tile.n
-    live = -(-ctx // tile) - (ctx - window) // tile
-    assert live * tile <= window + 2 * tile
+    room = poison(device)
+    with pa_ops.batch_invariant():
+        call.run(backend="decode")
     a_state = rows * (head_dim + 2)
-    whole = states[: states.numel() // a_state * a_state].view(-1, a_state)
-    left = int((~whole[:, rows * head_dim].isnan()).sum())
-    assert left == (live // LEAST_TILES if live >= 2 * LEAST_TILES else 0), (
-        f"{live} of {-(-ctx // tile)} tiles are live"
-    )
+    whole = room[: room.numel() // a_state * a_state].view(-1, a_state)
+    assert int((~whole[:, rows * head_dim].isnan()).sum()) == states
 
 
 def test_pieces_of_a_long_row(dtype: torch.dtype, device: torch.device, evidence: Evidence) -> None:
@@ -117,11 +104,11 @@ def test_pieces_of_a_long_row(dtype: torch.dtype, device: torch.device, evidence
     pairs = [(1 + row % 3, 6000 + (977 * row) % 7000) for row in range(64)]
     call = paged(pairs, Shape(64, kv_heads=4, group=2, dtype=dtype), device)
     first = on_decode(call, evidence, "pieces").clone()
-    counters = scratch.workspace(device.index)[poisoned(device).numel() :]
+    poison(device)
     for _ in range(5):
         again, _ = call.run(backend="decode")
         assert torch.equal(again[: call.rows], first[: call.rows])
-        assert not counters.any(), "counters and tickets must end as they began"
+        assert as_it_began(device)
 
 
 def test_E11_a_narrow_window_at_the_end_of_a_long_context(device: torch.device, evidence: Evidence) -> None:
@@ -129,10 +116,9 @@ def test_E11_a_narrow_window_at_the_end_of_a_long_context(device: torch.device, 
 
 
 def test_E4_a_workspace_of_nan_does_not_show(device: torch.device, evidence: Evidence) -> None:
-    states = poisoned(device)
+    poison(device)
     on_decode(paged([(1, 5000), (1, 3), (1, 900)], Shape(64), device), evidence, "NaN workspace")
-    counters = scratch.workspace(device.index)[states.numel() :]
-    assert not counters.any(), "the counters must end as they began"
+    assert as_it_began(device)
 
 
 def test_E8_a_window_beyond_the_context_is_none(device: torch.device) -> None:

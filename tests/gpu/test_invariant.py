@@ -12,7 +12,7 @@ from torch import Tensor
 import pa_ops
 from helpers.parity import Evidence, check
 from helpers.problems import Call, Shape, paged, prefix_sums, sinks
-from pa_ops import scratch
+from helpers.rooms import as_it_began, poison
 from pa_ops.arguments import CHUNK_KEYS
 
 pytestmark = pytest.mark.gpu
@@ -96,13 +96,7 @@ def test_X12_bits_alone_in_seven_and_in_sixty_four(
         results = on_decode(batch)
         for row, place in places.items():
             same(bits(batch, place, results), alone[row], (what, SEVEN[row]))
-        assert not counters(device).any(), "counters and tickets must end as they began"
-
-
-def counters(device: torch.device) -> Tensor:
-    """The words of the workspace that are zero between calls."""
-    num_sms = torch.cuda.get_device_properties(device).multi_processor_count
-    return scratch.workspace(device.index)[scratch.counters_at(num_sms) // 4 :]
+        assert as_it_began(device)
 
 
 def test_X12_bounds_room_and_padding_do_not_show(dtype: torch.dtype, device: torch.device) -> None:
@@ -152,8 +146,7 @@ def test_X12_a_sequence_has_the_kernel_of_its_own_rows(dtype: torch.dtype, devic
 @pytest.mark.parametrize("head_dim", (64, 80, 96, 128, 192, 256))
 def test_X12_results_are_right(head_dim: int, dtype: torch.dtype, device: torch.device, evidence: Evidence) -> None:
     """From a workspace of NaN, by one chunk, by some, by as many as a block has room for."""
-    num_sms = torch.cuda.get_device_properties(device).multi_processor_count
-    scratch.workspace(device.index)[: scratch.counters_at(num_sms) // 4].view(torch.float32).fill_(torch.nan)
+    poison(device)
     shape = Shape(head_dim, kv_heads=2, group=4, dtype=dtype)
     for window, softcap in product((0, 1200), (0.0, 20.0)):
         pairs = [*SEVEN[:4], (1, 1600), (2, 2600), (4, 8200), (4, 4096), (1, 0), (1, 20_000)]

@@ -11,7 +11,7 @@ from torch import Tensor
 import pa_ops
 from helpers.parity import Evidence, check
 from helpers.problems import SPARE_ROWS, Call, prefix_sums
-from pa_ops import scratch
+from helpers.rooms import as_it_began, poison
 
 PTX = ("compute_53", "compute_70", "compute_75")
 MASKS: dict[str, dict[str, Any]] = {
@@ -33,13 +33,11 @@ def on_mea(call: Call, evidence: Evidence, what: object = "") -> tuple[Tensor, T
 def on_decode(call: Call, evidence: Evidence, what: object = "") -> tuple[Tensor, Tensor]:
     """Checks a call that the mea_decode family must serve alone, from a workspace of NaN, and leave counters at 0."""
     device = call.tensors["q"].device
-    room = scratch.workspace(device.index)
-    partials = scratch.counters_at(torch.cuda.get_device_properties(device).multi_processor_count) // 4
-    room[:partials].view(torch.float32).fill_(torch.nan)
+    poison(device)
     with pa_ops.trace.recording() as calls:
         found = check(call.with_options(backend="mea_decode"), evidence, what)
     assert [made.family for made in calls] == ["mea_decode"]
-    assert not room[partials:].any(), f"{what}: the counters must end as they began"
+    assert as_it_began(device), what
     return found
 
 
