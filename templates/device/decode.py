@@ -67,7 +67,7 @@ class Decode:
             sequence, base = self.shares.located(args, smem, begin)
             stand = self.segments.enter(args, smem, sequence, base, begin, end, warp)
             self.feed.open(args, at, sequence, end - begin, stand)
-            for slot in cutlass.range_constexpr(self.stages):  # a look-up behind a copy would come back behind it
+            for slot in cutlass.range_constexpr(self.feed.ahead):
                 self.feed.look_up(args, at, slot, warp, lane)
             wait_for_grid(self.chained)
             start_next_grid(self.chained)
@@ -76,6 +76,7 @@ class Decode:
             for stage in cutlass.range(self.feed.ahead, unroll=1):
                 self.feed.copy(args, at, 0, ring, holes, stage, lane)
                 self.feed.shift(at)
+            self.feed.look_up(args, at, 0, warp, lane)
             stage = Int32(0)
             unit = begin
             while unit < end:
@@ -130,7 +131,7 @@ class Decode:
             if cutlass.const_expr(self.window):
                 edge = edge | (key < safe_low)
             for turn in cutlass.range(opaque(edge), unroll=1):
-                self.mask(args, acc_s, smem, my_warp, key + turn, hole, lane)
+                self.mask(args, acc_s, seen, rows.first, key + turn, hole, lane)
             outgrown = softmax.outgrown(acc_s, row_max, args.log2_scale, self.n_tiles)
             for _ in cutlass.range(opaque(outgrown), unroll=1):
                 softmax.rescale(acc_s, acc_o, row_max, row_sum, args.log2_scale, self.n_tiles, self.d_tiles)
@@ -140,9 +141,8 @@ class Decode:
             stage = Int32(cutlass.select_(stage == self.stages - 1, Int32(0), stage + 1))
         cute.arch.sync_warp()
         outputs = smem + self.before(stage) * self.stage_bytes
-        live = self.segments.rows(smem, warp).live
-        self.states.publish(smem, outputs, acc_o, row_max, row_sum, args.log2_scale, live, warp)
-        return stage, outputs, self.segments.part(smem, warp).unit + self.segments.seen(smem, warp).count
+        self.states.publish(smem, outputs, acc_o, row_max, row_sum, args.log2_scale, rows.live, warp)
+        return stage, outputs, self.segments.part(smem, warp).unit + seen.count
 
     def ring_of(self, smem, warp):
         """Shared address of a warp's stages."""
@@ -210,13 +210,12 @@ class Decode:
 
         products.scores(self.dtype, queries, frag_k, self.head_dim, 1, self.n_tiles, acc_s)
 
-    def mask(self, args, acc_s, smem, warp, key_first, hole, lane):
+    def mask(self, args, acc_s, seen, row_first, key_first, hole, lane):
         """-inf where a row does not see a key."""
-        seen, rows = self.segments.seen(smem, warp), self.segments.rows(smem, warp)
         hidden = Float32(-Float32.inf)
         column = (lane & 3) * 2
         for r in range(2):
-            here = seen.shift + self.token_of(args, rows.first + r * 8 + (lane >> 2))
+            here = seen.shift + self.token_of(args, row_first + r * 8 + (lane >> 2))
             end = Int32(cutlass.select_(args.causal != 0, cutlass.min(seen.k_len, here + 1), seen.k_len))
             for nt in range(self.n_tiles):
                 for c in range(2):

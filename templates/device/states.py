@@ -238,8 +238,8 @@ class States:
         """Add posts from share `first` on, those below `limit`, to `values`: the warp waits until all are there."""
         missing = first < limit
         while missing:
-            posts = self.posts.load(args, first, self.post_batch, limit, row, tid)
-            missing = self.posts.some_empty(posts, live)
+            posts = self.posts.load(args, first, self.post_batch, limit, row, live, tid)
+            missing = self.posts.some_empty(posts)
             if not missing:
                 self.add(posts, [first + i < limit for i in range(self.post_batch)], values, stats)
 
