@@ -2,8 +2,9 @@
 
 The rows of a block are the query heads that share a KV head, times the new tokens of a sequence. Each warp takes its
 own keys of every tile, through its own ring of cp.async stages, and keeps its own running softmax: warps meet once a
-segment, the part of a sequence, head and row block that lies in the block's share. A segment that a share cuts leaves
-partial states in the workspace; the last block to arrive merges them, in order, so results never depend on timing.
+segment, the part of a sequence, head and row block that lies in the block's share. Where shares cut a row, the block
+that opened it adds up what the others post to it (posts.py), or, where pieces or chunks are, the last to arrive what
+all have left in the workspace (states.py): in order, so results never depend on timing.
 """
 
 import cutlass
@@ -67,7 +68,7 @@ class Decode:
             sequence, base = self.shares.located(args, smem, begin)
             stand = self.segments.enter(args, smem, sequence, base, begin, end, warp)
             self.feed.open(args, at, sequence, end - begin, stand)
-            for slot in cutlass.range_constexpr(self.stages):  # a look-up behind a copy would come back behind it
+            for slot in cutlass.range_constexpr(self.feed.ahead):
                 self.feed.look_up(args, at, slot, warp, lane)
             wait_for_grid(self.chained)
             start_next_grid(self.chained)
@@ -76,17 +77,18 @@ class Decode:
             for stage in cutlass.range(self.feed.ahead, unroll=1):
                 self.feed.copy(args, at, 0, ring, holes, stage, lane)
                 self.feed.shift(at)
+            self.feed.look_up(args, at, 0, warp, lane)
             stage = Int32(0)
             unit = begin
             while unit < end:
                 stage, outputs, unit = self.attend(args, smem, at, frag_q, stage)
-                rows, part = self.segments.rows(smem, warp), self.segments.part(smem, warp)
+                rows, stretch = self.segments.rows(smem, warp), self.segments.stretch(smem, warp)
                 if unit < end:  # the next segment's queries come while this one is concluded
                     sequence, base = self.shares.seek(args, sequence, base, unit)
                     cute.arch.sync_warp()
                     self.segments.enter(args, smem, sequence, base, unit, end, warp)
                     self.load_queries(args, frag_q, self.segments.rows(smem, warp), lane)
-                self.conclude(args, smem, outputs, rows, part, unit)
+                self.conclude(args, smem, outputs, rows, stretch, unit)
             cute.arch.cp_async_wait_group(0)
             begin, end = self.shares.following(args, smem)
 
@@ -130,7 +132,7 @@ class Decode:
             if cutlass.const_expr(self.window):
                 edge = edge | (key < safe_low)
             for turn in cutlass.range(opaque(edge), unroll=1):
-                self.mask(args, acc_s, smem, my_warp, key + turn, hole, lane)
+                self.mask(args, acc_s, seen, rows.first, key + turn, hole, lane)
             outgrown = softmax.outgrown(acc_s, row_max, args.log2_scale, self.n_tiles)
             for _ in cutlass.range(opaque(outgrown), unroll=1):
                 softmax.rescale(acc_s, acc_o, row_max, row_sum, args.log2_scale, self.n_tiles, self.d_tiles)
@@ -140,9 +142,8 @@ class Decode:
             stage = Int32(cutlass.select_(stage == self.stages - 1, Int32(0), stage + 1))
         cute.arch.sync_warp()
         outputs = smem + self.before(stage) * self.stage_bytes
-        live = self.segments.rows(smem, warp).live
-        self.states.publish(smem, outputs, acc_o, row_max, row_sum, args.log2_scale, live, warp)
-        return stage, outputs, self.segments.part(smem, warp).unit + self.segments.seen(smem, warp).count
+        self.states.publish(smem, outputs, acc_o, row_max, row_sum, args.log2_scale, rows.live, warp)
+        return stage, outputs, self.segments.stretch(smem, warp).unit + seen.count
 
     def ring_of(self, smem, warp):
         """Shared address of a warp's stages."""
@@ -157,26 +158,26 @@ class Decode:
         return Int32(cutlass.select_(stage == 0, Int32(self.stages - 1), stage - 1))
 
     @cute.jit
-    def conclude(self, args, smem: Int32, outputs: Int32, rows, part, stop: Int32):
-        """Turn the warps' states, of a segment's rows and tiles [part.unit, stop), into output rows, or leave them for
-        a merge."""
+    def conclude(self, args, smem: Int32, outputs: Int32, rows, stretch, stop: Int32):
+        """Turn the warps' states, of a segment's rows and tiles [stretch.unit, stop), into output rows, or post or
+        leave them."""
         tid, _, _ = cute.arch.thread_idx()
         cute.arch.barrier()
         where, posts, last = (
             (Int32(0), Int32(0), Int32(0), Int32(0)),
             (Int32(0), Int32(0)),
-            stop - part.unit == part.tiles,
+            stop - stretch.unit == stretch.tiles,
         )
         if not last:
             if self.shares.posting(smem):
-                last = part.unit == part.start
+                last = stretch.unit == stretch.start
                 share = self.shares.own(smem)
                 if last:
-                    posts = share + 1, self.shares.last(smem, part.start, part.tiles) + 1
+                    posts = share + 1, self.shares.last(smem, stretch.start, stretch.tiles) + 1
                 else:
                     self.states.post(args, smem, outputs, share, rows.live, tid)
             else:
-                left = self.shares.part(args, smem, part)
+                left = self.shares.part(args, smem, stretch)
                 where = left.base, left.skip, left.step, left.states
                 last = self.states.leave(args, smem, outputs, left, rows.live, tid)
         if last:
@@ -210,13 +211,12 @@ class Decode:
 
         products.scores(self.dtype, queries, frag_k, self.head_dim, 1, self.n_tiles, acc_s)
 
-    def mask(self, args, acc_s, smem, warp, key_first, hole, lane):
+    def mask(self, args, acc_s, seen, row_first, key_first, hole, lane):
         """-inf where a row does not see a key."""
-        seen, rows = self.segments.seen(smem, warp), self.segments.rows(smem, warp)
         hidden = Float32(-Float32.inf)
         column = (lane & 3) * 2
         for r in range(2):
-            here = seen.shift + self.token_of(args, rows.first + r * 8 + (lane >> 2))
+            here = seen.shift + self.token_of(args, row_first + r * 8 + (lane >> 2))
             end = Int32(cutlass.select_(args.causal != 0, cutlass.min(seen.k_len, here + 1), seen.k_len))
             for nt in range(self.n_tiles):
                 for c in range(2):

@@ -6,9 +6,9 @@ are looked up one tile before their keys and values are copied.
 
 import cutlass
 import cutlass.cute as cute
-from cutlass import Int32, Int64
+from cutlass import Int32, Int64, Uint32
 
-from pa_ops.templates.device.ptx import cp_async_twice, halves, joined, ld_global_i32_where, st_shared_32
+from pa_ops.templates.device.ptx import cp_async_twice, ld_global_i32_where, st_shared_32
 from pa_ops.templates.device.quotients import by_factor, divided
 
 # Words of the stream's state: where it stands, then what has been looked up and not yet copied.
@@ -29,11 +29,11 @@ class Feed:
     def __init__(self, shape, shares, warp_keys, stages):
         self.shape, self.shares, self.warp_keys, self.stages = shape, shares, warp_keys, stages
         self.tile_bytes = warp_keys * shape.pitch
-        self.ahead = stages - 1  # tiles that are on their way while one is computed; one more costs 1% (performance.md)
+        self.ahead = stages - 1  # tiles that are on their way while one is computed
 
     def state(self):
         """Room for where the stream stands."""
-        return cute.make_rmem_tensor((PENDING + 3 * self.stages,), Int32)
+        return cute.make_rmem_tensor((PENDING + 3 * self.ahead,), Int32)
 
     def open(self, args, at, sequence, units, stand):
         """Stand at the beginning of a share of so many tiles, where `stand` (segments.py) says, in a sequence."""
@@ -69,7 +69,7 @@ class Feed:
 
     def shift(self, at):
         """The tile looked up second is now the first."""
-        for i in range(3 * self.ahead):
+        for i in range(3 * (self.ahead - 1)):
             at[PENDING + i] = at[PENDING + 3 + i]
 
     @cute.jit
@@ -96,7 +96,7 @@ class Feed:
         """Start copying the warp's keys and values of a tile that was looked up; keys without a page become zeros.
 
         A word at `holes` + 4 `stage` has a bit for each of them. The lane that looked a key up finds its two rows, and
-        hands their addresses to the lanes that copy them: 90 instructions a tile, of 170 where each lane finds rows.
+        hands their addresses to the lanes that copy them: 128 instructions a tile, of 173 where each lane finds rows.
         """
         shape = self.shape
         page, offset, head = (at[PENDING + 3 * slot + i] for i in range(3))
@@ -122,4 +122,6 @@ class Feed:
 
     def handed(self, value, lane):
         """A 64-bit value of another lane."""
-        return joined(*(cute.arch.shuffle_sync(half, lane) for half in halves(value)))
+        low = cute.arch.shuffle_sync(Int32(value & 0xFFFFFFFF), lane)
+        high = cute.arch.shuffle_sync(Int32(value >> 32), lane)
+        return (Int64(high) << 32) | Int64(Uint32(low))

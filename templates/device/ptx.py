@@ -170,22 +170,6 @@ def st_shared_128(address, words, *, loc=None, ip=None):
 
 
 @dsl_user_op
-def halves(value, *, loc=None, ip=None):
-    """The lower and the upper 32 bits of a 64-bit number; a shift and a mask become instructions."""
-    operand = [Int64(value).ir_value(loc=loc, ip=ip)]
-    kinds = llvm.StructType.get_literal([T.i32()] * 2)
-    pair = _asm(kinds, operand, "mov.b64 {$0, $1}, $2;", "=r,=r,l", False, loc, ip)
-    return [Int32(llvm.extractvalue(T.i32(), pair, [i], loc=loc, ip=ip)) for i in range(2)]
-
-
-@dsl_user_op
-def joined(low, high, *, loc=None, ip=None):
-    """The 64-bit number of two halves."""
-    operands = [Int32(x).ir_value(loc=loc, ip=ip) for x in (low, high)]
-    return Int64(_asm(T.i64(), operands, "mov.b64 $0, {$1, $2};", "=l,r,r", False, loc, ip))
-
-
-@dsl_user_op
 def ld_shared_32(address, *, loc=None, ip=None):
     """Load one register from shared memory."""
     operand = [Int32(address).ir_value(loc=loc, ip=ip)]
@@ -237,17 +221,19 @@ def st_global_f32x4(address, values, where, *, loc=None, ip=None):
 
 
 @dsl_user_op
-def ld_posted(address, offset, count, *, loc=None, ip=None):
-    """Load `count` registers, two or four, that another block may be storing.
+def ld_posted(address, offset, count, where, *, loc=None, ip=None):
+    """Load `count` registers, two or four, that another block may be storing; zeros where `where` does not hold.
 
     Each word is either old or new: only single words are atomic. `offset`, in bytes, is a constant.
     """
     names = ", ".join(f"${i}" for i in range(count))
+    zeros = " ".join(f"mov.b32 ${i}, 0;" for i in range(count))
+    load = f"@p ld.relaxed.gpu.global.v{count}.b32 {{{names}}}, [${count} + {offset}];"
     words = _asm(
         llvm.StructType.get_literal([T.i32()] * count),
-        [Int64(address).ir_value(loc=loc, ip=ip)],
-        f"ld.relaxed.gpu.global.v{count}.b32 {{{names}}}, [${count} + {offset}];",
-        ",".join([*["=r"] * count, "l"]),
+        [Int64(address).ir_value(loc=loc, ip=ip), Int32(where).ir_value(loc=loc, ip=ip)],
+        f"{{ .reg .pred p; setp.ne.b32 p, ${count + 1}, 0; {zeros} {load} }}",
+        ",".join([*["=&r"] * count, "l", "r"]),
         True,
         loc,
         ip,
