@@ -15,21 +15,17 @@ from pa_ops.templates.device import mask_tile, offsets, pages, products, softmax
 from pa_ops.templates.device.cp_tiles import TileCopies
 from pa_ops.templates.device.pairs import Pair
 from pa_ops.templates.device.ptx import (
-    ld_shared_128,
     opaque,
     rcp,
-    st_global_128,
-    st_global_f32,
-    st_shared_32,
     start_next_grid,
     wait_for_grid,
 )
 from pa_ops.templates.device.ptx_warp import meet_and_vote, pinned
+from pa_ops.templates.device.row_store import RowStore
 from pa_ops.templates.device.tiles import Fragments, TileShape
 from pa_ops.templates.device.worklist import find_tile, length_at, paged_keys
 
 LOG2_E = 1.4426950408889634
-LN_2 = 0.6931471805599453
 
 
 class FlashSm80:
@@ -48,6 +44,7 @@ class FlashSm80:
         self.kept = 4 if head_dim == 64 and not (paged or masked) else 0
         self.shape = TileShape(head_dim, self.threads)
         self.copies = TileCopies(self.shape, rows, keys, ranged=window or masked)
+        self.out = RowStore(dtype, self.shape, self.m_tiles, self.d_tiles)
         self.q_bytes = rows * head_dim * 2
         self.kv_bytes = keys * head_dim * 2
         self.mask_tile = mask_tile.MaskTile(dtype, rows, keys, self.threads)
@@ -237,7 +234,7 @@ class FlashSm80:
         if args.sinks != 0:
             sink = softmax.sink_of(self.dtype, args, head) * LOG2_E
         factors = offsets.ended(row_offset, row_sum, sink, self.m_tiles)
-        self.store(args, s_q, acc_o, factors, q_start + row_first, count, head, warp_row, team, lane)
+        self.out.store(args, s_q, acc_o, factors, q_start + row_first, count, head, warp_row, team, lane)
 
     def unit(self, args, bits_a_unit):
         """`bits_a_unit`, 1 / scale; found anew where its register would be one too many."""
@@ -307,32 +304,3 @@ class FlashSm80:
                             drop = drop | pages.is_hole(holes, nt * 8 + c)
                         at = (mt * self.n_tiles + nt) * 4 + r * 2 + c
                         acc_s[at] = cutlass.select_(drop, hidden, acc_s[at])
-
-    def store(self, args, s_q, acc_o, factors, token, count, head, warp_row, team, lane):
-        """Write this warp's part of its rows: through that of the query tile, so that stores are 16 bytes wide."""
-        scale, lse = factors
-        shape = self.shape
-        first_chunk = team * self.d_tiles
-        lse_row = args.lse + Int64(head) * args.lse_head_stride + Int64(token) * 4
-        out_row = args.out + Int64(token) * args.out_token_stride + Int64(head) * args.out_head_stride
-        cute.arch.sync_warp()  # every lane has read its queries: only this warp does, or the block has met since
-        for mt in range(self.m_tiles):
-            for r in range(2):
-                row = warp_row + mt * 16 + r * 8 + (lane >> 2)
-                for dt in range(self.d_tiles):
-                    at = (mt * self.d_tiles + dt) * 4 + r * 2
-                    pair = softmax.scaled_pair(self.dtype, acc_o[at], acc_o[at + 1], scale[mt * 2 + r])
-                    st_shared_32(shape.address(s_q, row, first_chunk + dt) + (lane & 3) * 4, pair)
-                first = ((lane & 3) == 0) & (row < count) & (args.lse != 0) & (team == 0)
-                st_global_f32(lse_row + Int64(row) * 4, lse[mt * 2 + r] * LN_2, first)
-        cute.arch.sync_warp()
-        lanes = shape.lanes_a_row
-        rows_a_pass = 32 // lanes
-        chunk = lane % lanes
-        for i in range(16 * self.m_tiles // rows_a_pass):
-            row = warp_row + i * rows_a_pass + lane // lanes
-            target = out_row + Int64(row) * args.out_token_stride
-            for j in range(shape.chunks_a_lane // self.team):
-                column = first_chunk + chunk + j * lanes
-                where = (row < count) & (column * 8 < args.head_dim)
-                st_global_128(target + Int64(column * 16), ld_shared_128(shape.address(s_q, row, column)), where)
