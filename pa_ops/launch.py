@@ -203,15 +203,15 @@ def decode_launch(
         "skip_up_to": 0,
         "skip_above": skip_above,
         "lengths_ready": int(lengths_ready),
-        "page_factor": _factor(call.keys.page_size),
-        "group_factor": _factor(call.heads // call.keys.kv_heads),
+        "page_factor": factor_of(call.keys.page_size),
+        "group_factor": factor_of(call.heads // call.keys.kv_heads),
         "chunk_bits": (CHUNK_KEYS // spec.tile.n).bit_length() - 1 if invariant else UNCUT,
     }
     blocks = min(blocks_of(capability.num_sms), capability.num_sms * resident)
     return Launch(kernel, record, fields_of(record, sources), Grid(GridRule.FIXED, blocks, 1))
 
 
-def _factor(divisor: int) -> int:
+def factor_of(divisor: int) -> int:
     """What a kernel multiplies with to divide, as the int32 with the bits of the unsigned number."""
     return ctypes.c_int32((2**32 - 1) // divisor).value
 

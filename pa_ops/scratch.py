@@ -1,8 +1,9 @@
 """Turns a device and its current stream into the memory in which split attention leaves partial results.
 
 Its size depends on the device alone. A stream has its own, so that calls on two streams never meet; graphs captured on
-one stream share it, and must not be replayed at the same time. The counters must be zero when a kernel begins, and it
-leaves them so; what is zeroed under capture is zero in that graph's replays alone, and is therefore not kept.
+one stream share it, and must not be replayed at the same time. Posts must be empty and counters zero when a kernel
+begins, and it leaves them so; what is filled under capture is so in that graph's replays alone, and is therefore not
+kept.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ BLOCKS_AN_SM = 2
 SHARES_A_BLOCK = 1 + PIECES_A_BLOCK
 MAX_STATE_WORDS = 16 * WIDEST_STATE  # as many rows as a tile has
 MAX_POST_WORDS = 16 * WIDEST_POST
+EMPTY = -1  # a word that has not been posted: templates/device/posts.py
 
 held: dict[tuple[int, int], Tensor] = {}
 """Device and stream -> the workspace that is the stream's for good."""
@@ -52,7 +54,7 @@ def workspace(device: int) -> Tensor:
     """The current stream's, [words] int32, kept because graphs may refer to it; waits for the device once, when made.
 
     A stream that is first met under capture gets the spare one. Where that is gone it gets memory of the graph's own,
-    whose counters every replay sets to zero first.
+    which every replay fills first.
     """
     key = (device, stream_of(device))
     found = held.get(key)
@@ -77,6 +79,6 @@ def _made(device: int) -> Tensor:
     num_sms = torch.cuda.get_device_properties(device).multi_processor_count
     posts, counters = posts_at(num_sms) // 4, counters_at(num_sms) // 4
     fresh = torch.empty(tickets_at(num_sms) // 4 + 1, dtype=torch.int32, device=torch.device("cuda", device))
-    fresh[posts:counters].fill_(-1)
+    fresh[posts:counters].fill_(EMPTY)
     fresh[counters:].zero_()
     return fresh

@@ -2,8 +2,9 @@
 
 The rows of a block are the query heads that share a KV head, times the new tokens of a sequence. Each warp takes its
 own keys of every tile, through its own ring of cp.async stages, and keeps its own running softmax: warps meet once a
-segment, the part of a sequence, head and row block that lies in the block's share. A segment that a share cuts leaves
-partial states in the workspace; the last block to arrive merges them, in order, so results never depend on timing.
+segment, the part of a sequence, head and row block that lies in the block's share. Where shares cut a row, the block
+that opened it adds up what the others post to it (posts.py), or, where pieces or chunks are, the last to arrive what
+all have left in the workspace (states.py): in order, so results never depend on timing.
 """
 
 import cutlass
@@ -81,13 +82,13 @@ class Decode:
             unit = begin
             while unit < end:
                 stage, outputs, unit = self.attend(args, smem, at, frag_q, stage)
-                rows, part = self.segments.rows(smem, warp), self.segments.part(smem, warp)
+                rows, stretch = self.segments.rows(smem, warp), self.segments.stretch(smem, warp)
                 if unit < end:  # the next segment's queries come while this one is concluded
                     sequence, base = self.shares.seek(args, sequence, base, unit)
                     cute.arch.sync_warp()
                     self.segments.enter(args, smem, sequence, base, unit, end, warp)
                     self.load_queries(args, frag_q, self.segments.rows(smem, warp), lane)
-                self.conclude(args, smem, outputs, rows, part, unit)
+                self.conclude(args, smem, outputs, rows, stretch, unit)
             cute.arch.cp_async_wait_group(0)
             begin, end = self.shares.following(args, smem)
 
@@ -142,7 +143,7 @@ class Decode:
         cute.arch.sync_warp()
         outputs = smem + self.before(stage) * self.stage_bytes
         self.states.publish(smem, outputs, acc_o, row_max, row_sum, args.log2_scale, rows.live, warp)
-        return stage, outputs, self.segments.part(smem, warp).unit + seen.count
+        return stage, outputs, self.segments.stretch(smem, warp).unit + seen.count
 
     def ring_of(self, smem, warp):
         """Shared address of a warp's stages."""
@@ -157,26 +158,26 @@ class Decode:
         return Int32(cutlass.select_(stage == 0, Int32(self.stages - 1), stage - 1))
 
     @cute.jit
-    def conclude(self, args, smem: Int32, outputs: Int32, rows, part, stop: Int32):
-        """Turn the warps' states, of a segment's rows and tiles [part.unit, stop), into output rows, or leave them for
-        a merge."""
+    def conclude(self, args, smem: Int32, outputs: Int32, rows, stretch, stop: Int32):
+        """Turn the warps' states, of a segment's rows and tiles [stretch.unit, stop), into output rows, or post or
+        leave them."""
         tid, _, _ = cute.arch.thread_idx()
         cute.arch.barrier()
         where, posts, last = (
             (Int32(0), Int32(0), Int32(0), Int32(0)),
             (Int32(0), Int32(0)),
-            stop - part.unit == part.tiles,
+            stop - stretch.unit == stretch.tiles,
         )
         if not last:
             if self.shares.posting(smem):
-                last = part.unit == part.start
+                last = stretch.unit == stretch.start
                 share = self.shares.own(smem)
                 if last:
-                    posts = share + 1, self.shares.last(smem, part.start, part.tiles) + 1
+                    posts = share + 1, self.shares.last(smem, stretch.start, stretch.tiles) + 1
                 else:
                     self.states.post(args, smem, outputs, share, rows.live, tid)
             else:
-                left = self.shares.part(args, smem, part)
+                left = self.shares.part(args, smem, stretch)
                 where = left.base, left.skip, left.step, left.states
                 last = self.states.leave(args, smem, outputs, left, rows.live, tid)
         if last:

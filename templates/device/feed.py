@@ -96,7 +96,7 @@ class Feed:
         """Start copying the warp's keys and values of a tile that was looked up; keys without a page become zeros.
 
         A word at `holes` + 4 `stage` has a bit for each of them. The lane that looked a key up finds its two rows, and
-        hands their addresses to the lanes that copy them: 90 instructions a tile, of 170 where each lane finds rows.
+        hands their addresses to the lanes that copy them: 128 instructions a tile, of 173 where each lane finds rows.
         """
         shape = self.shape
         page, offset, head = (at[PENDING + 3 * slot + i] for i in range(3))

@@ -3,7 +3,7 @@ the block which finishes the row waits for.
 
 Every word of a post is EMPTY until it is stored, and the block that has read it makes it so again. What is stored comes
 out of arithmetic, whose NaNs are canonical (0x7fffffff), so EMPTY is never among it. Each word tells of itself alone:
-no fence, no counter, no order between words is needed. A fence and an arrival cost 1.2 us where a row is cut, of 17.
+no fence, no counter, no order between words is needed. A fence and an arrival cost 1 us where a row is cut, of 17.
 
 A post is rows of fp32 outputs relative to a maximum, each with (maximum, sum) after them, in base 2.
 """

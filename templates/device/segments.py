@@ -35,7 +35,7 @@ class Rows(NamedTuple):
     q_start: Int32
 
 
-class Part(NamedTuple):
+class Stretch(NamedTuple):
     """Where it lies: its first tile and the place's in the row of all tiles; the place's tiles, and its first's number
     among the sequence's keys."""
 
@@ -72,7 +72,7 @@ class Segments:
         if cute.arch.lane_idx() == 0:
             st_shared_128(notes, Seen((first + tile) * self.shares.keys, count, k_len - q_len, k_len))
             st_shared_128(notes + 16, Rows(row_first, live, kv_head, q_start))
-            st_shared_128(notes + 32, Part(unit, start, tiles, first))
+            st_shared_128(notes + 32, Stretch(unit, start, tiles, first))
         cute.arch.sync_warp()
         return q_len, k_len, place, kv_head, first + tile, tiles - tile
 
@@ -84,6 +84,6 @@ class Segments:
         """The warp's Rows."""
         return Rows(*ld_shared_128(smem + self.at + warp * BYTES + 16))
 
-    def part(self, smem, warp):
-        """The warp's Part."""
-        return Part(*ld_shared_128(smem + self.at + warp * BYTES + 32))
+    def stretch(self, smem, warp):
+        """The warp's Stretch."""
+        return Stretch(*ld_shared_128(smem + self.at + warp * BYTES + 32))

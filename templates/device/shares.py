@@ -181,13 +181,13 @@ class Shares:
         return unit - tile + chunk_begin(self.place(args, Int32(0), first, tiles), tile)
 
     @cute.jit
-    def part(self, args, smem: Int32, segment):
-        """What the block has computed of a place by a segment, of which Segments.part tells: a Part of cuts.py."""
+    def part(self, args, smem: Int32, stretch):
+        """What the block has computed of a place, by a segment with that Stretch (segments.py): a Part of cuts.py."""
         cut, share = self.noted(smem), self.get(smem, SHARE)
-        place = self.place(args, segment.start, segment.first, segment.tiles)
+        place = self.place(args, stretch.start, stretch.first, stretch.tiles)
         part = part_of_share(cut, share, place)
         if args.chunk_bits < self.uncut:
-            part = part_of_chunk(cut, share, place, segment.unit - segment.start, (1 << self.most) + 1)
+            part = part_of_chunk(cut, share, place, stretch.unit - stretch.start, (1 << self.most) + 1)
         return part
 
     @cute.jit

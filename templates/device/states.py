@@ -1,8 +1,9 @@
 """Partial attention states of a row block: turns what warps and blocks found over parts of the keys into output rows.
 
 A state is rows of fp32 outputs relative to a maximum, then (maximum, sum) a row, in base 2. Warps leave theirs in
-shared memory; a block whose share was cut leaves the sum of its warps in the workspace, and the last to arrive adds
-up all parts in their order, so that results depend on no timing. Rows that do not exist are neither moved nor added.
+shared memory; a block whose share was cut posts the sum of its warps to the one that finishes the row, or leaves it in
+the workspace, where the last to arrive finishes. Parts are added up in their order, so that results depend on no
+timing. Rows that do not exist are neither moved nor added.
 """
 
 import cutlass

@@ -111,6 +111,16 @@ def test_pieces_of_a_long_row(dtype: torch.dtype, device: torch.device, evidence
         assert as_it_began(device)
 
 
+def test_a_nan_is_posted_like_a_number(dtype: torch.dtype, device: torch.device) -> None:
+    """Also one of ones alone, which is what a word that nobody has posted yet looks like: no block waits for ever."""
+    call = paged([(1, 4096)] * 2, Shape(128, kv_heads=2, group=4, dtype=dtype), device)
+    for cache in ("k_cache", "v_cache"):
+        call.tensors[cache].view(torch.int16).fill_(-1)
+    out, _ = call.run(backend="decode")
+    torch.cuda.synchronize(device)
+    assert out[: call.rows].isnan().all() and as_it_began(device)
+
+
 def test_E11_a_narrow_window_at_the_end_of_a_long_context(device: torch.device, evidence: Evidence) -> None:
     on_decode(uniform(8, 131072, 128, (32, 8), 128, 16, torch.bfloat16), evidence, "131072 keys, window 128")
 

@@ -7,8 +7,6 @@ from torch import Tensor
 
 from pa_ops import scratch
 
-EMPTY = -1  # templates/device/posts.py
-
 
 def parts(device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
     """(states, posts, counters and tickets), each int32."""
@@ -27,4 +25,4 @@ def poison(device: torch.device) -> Tensor:
 def as_it_began(device: torch.device) -> bool:
     """Whether kernels have left posts empty, and counters and tickets at zero."""
     _, posts, counters = parts(device)
-    return bool((posts == EMPTY).all()) and not bool(counters.any())
+    return bool((posts == scratch.EMPTY).all()) and not bool(counters.any())

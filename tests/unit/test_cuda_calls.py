@@ -18,8 +18,9 @@ from pa_ops import Capability, InvalidArgument, NoInstance, cuda, heuristics, re
 from pa_ops.arguments import CHUNK_KEYS, CONSTANT_BASE, MAP_ALIGNMENT, MAP_BYTES, RECORDS, STATES_A_BLOCK, UNCUT
 from pa_ops.checks import INT32_MAX
 from pa_ops.generator import matrix
+from pa_ops.launch import factor_of
 from pa_ops.launch_rows import FILLING_BLOCKS
-from pa_ops.scratch import MAX_STATE_WORDS, blocks_of, shares_of, tickets_at
+from pa_ops.scratch import MAX_POST_WORDS, MAX_STATE_WORDS, blocks_of, shares_of, tickets_at
 from pa_ops.spec import Family, InstanceSpec
 
 
@@ -251,7 +252,11 @@ def test_a_decode_step_is_append_and_decode(launches: Launches) -> None:
     states = STATES_A_BLOCK * blocks * MAX_STATE_WORDS
     assert (made.x, made.y) == (blocks, 1)
     assert (fields["partials"], fields["kv_heads"], fields["causal"]) == (start, 2, 1)
-    assert fields["counters"] == start + states * 4, "states come first"
+    posts = blocks * MAX_POST_WORDS
+    assert fields["posts"] == start + states * 4, "states come first"
+    assert fields["counters"] == fields["posts"] + posts * 4
+    factors = fields["page_factor"], fields["group_factor"]
+    assert factors == (factor_of(made.fields["page_size"]), factor_of(made.fields["group"]))
     assert fields["counters"] + 4 * shares == fields["tickets"] == start + tickets_at(SM90.num_sms)
     assert made.serves(1) and made.serves(INT32_MAX), "decode alone takes whatever comes"
 

@@ -1,7 +1,8 @@
-"""How decode cuts a batch: the arithmetic of templates/device/cuts.py itself, with plain integers for the DSL's."""
+"""How decode cuts a batch: templates/device/cuts.py and quotients.py themselves, with plain numbers for the DSL's."""
 
 from __future__ import annotations
 
+import ctypes
 import runpy
 import sys
 from collections.abc import Iterator, Sequence
@@ -15,24 +16,32 @@ from hypothesis import strategies as st
 
 from generator.matrix import DECODE_TILES
 from pa_ops.arguments import CHUNK_KEYS, PIECES_A_BLOCK, STATES_A_BLOCK, UNCUT, WIDEST_STATE, most_chunks
+from pa_ops.launch import factor_of
 
-ROOT = Path(__file__).parents[2]
+DEVICE = Path(__file__).parents[2] / "templates" / "device"
 ROWS = 16
 
 
+QUOTIENTS = "pa_ops.templates.device.quotients"
+
+
+def float32(value: float) -> float:
+    """The nearest fp32."""
+    return ctypes.c_float(value).value
+
+
 def loaded() -> SimpleNamespace:
-    """The device module, run with Python's integers."""
-    arch = SimpleNamespace(clz=lambda x: 32 - x.bit_length())
-    cute = ModuleType("cutlass.cute")
-    cutlass = ModuleType("cutlass")
-    vars(cute).update(arch=arch)
-    vars(cutlass).update(
-        cute=cute, min=min, max=max, select_=lambda where, a, b: a if where else b, Int32=int, Int64=int
-    )
-    before = {name: sys.modules.get(name) for name in ("cutlass", "cutlass.cute")}
-    sys.modules.update({"cutlass": cutlass, "cutlass.cute": cute})
+    """The names of both device modules, run with Python's numbers."""
+    cute, cutlass, quotients = ModuleType("cutlass.cute"), ModuleType("cutlass"), ModuleType(QUOTIENTS)
+    vars(cute).update(arch=SimpleNamespace(clz=lambda x: 32 - x.bit_length()))
+    vars(cutlass).update(cute=cute, min=min, max=max, select_=lambda where, a, b: a if where else b, Float32=float32)
+    vars(cutlass).update(dict.fromkeys(("Int32", "Int64", "Uint32", "Uint64"), int))
+    made = {"cutlass": cutlass, "cutlass.cute": cute, QUOTIENTS: quotients}
+    before = {name: sys.modules.get(name) for name in made}
+    sys.modules.update(made)
     try:
-        return SimpleNamespace(**runpy.run_path(str(ROOT / "templates" / "device" / "cuts.py")))
+        vars(quotients).update(runpy.run_path(str(DEVICE / "quotients.py")))
+        return SimpleNamespace(**(vars(quotients) | runpy.run_path(str(DEVICE / "cuts.py"))))
     finally:
         for name, module in before.items():
             if module is None:
@@ -52,6 +61,11 @@ class Span(NamedTuple):
     places: int
 
 
+def spread(more: int, blocks: int) -> int:
+    """As shares.py has it."""
+    return -(-(more << cuts.SPREAD_BITS) // blocks)
+
+
 class Batch(NamedTuple):
     """Sequences, the blocks of the grid, and what the instance says of chunks."""
 
@@ -60,12 +74,12 @@ class Batch(NamedTuple):
     least: int
     most: int
 
-    def cut(self) -> tuple[int, int, int, int, int]:
+    def cut(self) -> tuple[int, int, int, int, int, int]:
         """The rule of shares.py without pieces."""
         total = sum(s.tiles * s.places for s in self.sequences)
         places = sum(s.places for s in self.sequences)
         blocks = max(min(self.grid, max(places, total // 4)), 1)
-        return total, blocks, total // blocks, total % blocks, 4
+        return total, blocks, *divmod(total, blocks), 4, spread(total % blocks, blocks)
 
     def places(self) -> Iterator[Any]:
         """All of them, in the row's order."""
@@ -175,6 +189,40 @@ def test_without_chunks_a_place_is_one_and_shares_have_two_states(batch: Batch) 
             part = cuts.part_of_share(cut, share, place)
             assert part.states == last - first + 1 and part.counter == first and part.meets
             assert _state(part, part.mine) == 2 * share + (share == first)
+
+
+@given(batches())
+def test_without_chunks_every_share_posts_what_it_has_of_one_row_that_another_opened(batch: Batch) -> None:
+    """The steps of shares.py and decode.py; a block waits for shares after its own, whose blocks have lower numbers."""
+    cut = batch.cut()
+    sent, awaited = [], []
+    for share in range(cut[1]):
+        begin, end = cuts.bounds(cut, share)
+        for place in batch.places():
+            unit, stop = max(begin, place.start), min(end, place.start + place.tiles)
+            if unit < stop and stop - unit < place.tiles and unit == place.start:
+                awaited += range(share + 1, cuts.owner_of(cut, place.start + place.tiles - 1) + 1)
+            elif unit < stop and stop - unit < place.tiles:
+                sent.append(share)
+    assert sorted(awaited) == sent == sorted(set(sent))
+
+
+@given(st.integers(1, 2047), st.integers(1, 16), st.data())
+def test_the_owner_of_a_tile_holds_it(blocks: int, piece: int, data: st.DataObject) -> None:
+    equal = data.draw(st.integers(blocks, 2**31 - 1))  # there are no more blocks than tiles
+    each, more = divmod(equal, blocks)
+    total = min(equal + (data.draw(st.integers(0, 5000)) if more == 0 else 0), 2**31 - 1)
+    cut = (total, blocks, each, more, piece, spread(more, blocks))
+    assert [cuts.start_of(cut, share) for share in (0, blocks)] == [0, equal]
+    tile = data.draw(st.one_of(st.integers(0, total - 1), st.integers(max(0, equal - 3), total - 1)))
+    begin, end = cuts.bounds(cut, cuts.owner_of(cut, tile))
+    assert begin <= tile < end
+
+
+@given(st.integers(0, 2**31 - 1), st.one_of(st.integers(1, 300), st.integers(1, 2**31 - 1)))
+def test_a_factor_divides_as_division_does(value: int, divisor: int) -> None:
+    factor = factor_of(divisor) % 2**32  # the field is an int32
+    assert cuts.by_factor(value, divisor, factor) == cuts.divided(value, divisor) == value // divisor
 
 
 @pytest.mark.parametrize("head_dim", sorted(DECODE_TILES))

@@ -10,7 +10,7 @@ import torch
 from pa_ops import scratch
 
 NUM_SMS = 2
-COUNTERS = scratch.counters_at(NUM_SMS) // 4
+POSTS, COUNTERS = scratch.posts_at(NUM_SMS) // 4, scratch.counters_at(NUM_SMS) // 4
 
 
 class Device:
@@ -52,6 +52,7 @@ def test_a_stream_keeps_its_own_and_waits_once(device: Device) -> None:
     assert scratch.workspace(0) is first
     for room in (first, second):
         assert room.numel() == COUNTERS + scratch.shares_of(NUM_SMS) + 1 and not room[COUNTERS:].any()
+        assert (room[POSTS:COUNTERS] == -1).all(), "posts are empty"
 
 
 def test_a_counter_a_share_and_one_of_tickets_are_the_last_words(device: Device) -> None:
@@ -82,5 +83,6 @@ def test_E11_the_workspace_holds_so_many_states_a_block_and_no_sequence_makes_it
     sms, rows, widest = 132, 16, 256
     blocks = 2 * sms
     shares = blocks + 2 * blocks  # one a block, and pieces
-    assert scratch.counters_at(sms) == 17 * blocks * rows * (widest + 2) * 4
+    assert scratch.posts_at(sms) == 17 * blocks * rows * (widest + 2) * 4
+    assert scratch.counters_at(sms) == scratch.posts_at(sms) + blocks * rows * (widest + 4) * 4
     assert scratch.tickets_at(sms) == scratch.counters_at(sms) + shares * 4
