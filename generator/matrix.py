@@ -28,6 +28,12 @@ FLASH_SM80_TILES: dict[int, dict[Layout, Tile]] = {
     128: {Layout.DENSE: Tile(128, 32, 1, 4), Layout.GATHER: Tile(128, 32, 1, 4)},
     256: {Layout.DENSE: Tile(64, 64, 1, 4), Layout.GATHER: Tile(64, 64, 1, 4)},
 }
+# Those of dense keys without a window where a target has room for more: registers at 128, and at 256 shared memory,
+# for eight warps, two of which share 32 rows.
+FLASH_SM80_LARGE_TILES: dict[str, dict[int, Tile]] = {
+    "sm_80": {128: Tile(128, 48, 1, 4)},
+    "sm_90a": {128: Tile(128, 64, 1, 4), 256: Tile(128, 96, 1, 8)},
+}
 # Tile of each head size for wgmma: 64 query rows a computing warpgroup beside one that copies,
 # and as many keys and stages as shared memory and registers hold. Keys are a multiple of 16, the rows of a copy's box
 # for the smallest usual page.
@@ -177,6 +183,21 @@ def _mea_tile(head_dim: int, target: str) -> Tile:
     return next(tile for oldest, tile in MEA_TILES[head_dim].items() if parse_target(target) >= oldest)
 
 
+def _flash_sm80_tile(cell: Cell, target: str) -> Tile:
+    """The tile of the family `flash_sm80` that a target gets."""
+    usual = TILE_EXCEPTIONS.get(cell, FLASH_SM80_TILES[cell.head_dim][cell.layout])
+    if cell.layout is Layout.GATHER or cell.mask not in (Mask.FULL, Mask.CAUSAL):
+        return usual
+    return FLASH_SM80_LARGE_TILES.get(target, {}).get(cell.head_dim, usual)
+
+
+def _is_other_tile(spec: InstanceSpec, target: str) -> bool:
+    """Whether `target` gets another tile for what `spec` serves."""
+    if spec.family is Family.FLASH_SM80:
+        return spec.tile != _flash_sm80_tile(Cell(spec.head_dim, spec.layout, spec.mask), target)
+    return spec.family is Family.MEA and spec.tile != _mea_tile(spec.head_dim, target)
+
+
 RULES: tuple[Rule, ...] = (
     Rule(
         "hopper-alone",
@@ -202,7 +223,7 @@ RULES: tuple[Rule, ...] = (
     ),
     Rule(
         "other-tile",
-        lambda spec, target: spec.family is Family.MEA and spec.tile != _mea_tile(spec.head_dim, target),
+        _is_other_tile,
         "one tile a target: the larger ones where tensor cores want fewer loads, and where they do not spill",
     ),
     Rule(
@@ -223,7 +244,7 @@ TILES = {  # of the families with one tile a head size, or one for most calls
 def _tiles(family: Family, cell: Cell) -> tuple[Tile, ...]:
     """The tiles of an attention family's kernels for `cell`: a rule leaves a target one, or sizes choose."""
     if family is Family.FLASH_SM80:
-        return (TILE_EXCEPTIONS.get(cell, FLASH_SM80_TILES[cell.head_dim][cell.layout]),)
+        return tuple(dict.fromkeys(_flash_sm80_tile(cell, target) for target in DECLARED_TARGETS))
     if family is Family.FLASH_SM90 and cell.mask is Mask.TENSOR:
         return (FLASH_SM90_TENSOR_TILES[cell.head_dim],)
     if family is Family.FLASH_SM90 and cell.mask is not Mask.WINDOW and cell.head_dim in FLASH_SM90_TALL_TILES:

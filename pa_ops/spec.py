@@ -204,10 +204,14 @@ def _query_and_stages(spec: InstanceSpec) -> int:
     return spec.tile.m * max(spec.head_dim, spec.head_dim_v) * spec.dtype.itemsize + _stages(spec)
 
 
-def _query_stages_and_mask(spec: InstanceSpec) -> int:
-    """The Q tile, every stage of the K and V tiles, and a tile of the mask, fp32 at the widest."""
-    mask = spec.tile.m * spec.tile.n * 4 if spec.mask is Mask.TENSOR else 0
-    return _query_and_stages(spec) + mask
+def _query_stages_and_scores(spec: InstanceSpec) -> int:
+    """The Q tile, every stage of the K and V tiles, and a tile of the mask, fp32 at the widest, or of probabilities.
+
+    Probabilities are there where warps trade them: eight, of which two share their rows.
+    """
+    tile = spec.tile
+    traded = spec.dtype.itemsize if tile.warps > 4 else 0
+    return _query_and_stages(spec) + tile.m * tile.n * (4 if spec.mask is Mask.TENSOR else traded)
 
 
 def _stages_and_stats(spec: InstanceSpec) -> int:
@@ -237,7 +241,7 @@ def _query_slices_and_room(spec: InstanceSpec) -> int:
 
 _SMEM: dict[Family, Callable[[InstanceSpec], int]] = {
     Family.DECODE: _stages_and_stats,
-    Family.FLASH_SM80: _query_stages_and_mask,
+    Family.FLASH_SM80: _query_stages_and_scores,
     Family.FLASH_SM90: _query_stages_and_barriers,
     Family.MEA: _query_slices_and_room,
     Family.MEA_DECODE: _query_and_tile_or_state,

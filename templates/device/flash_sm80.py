@@ -2,7 +2,8 @@
 
 mma.sync m16n8k16 with fp32 accumulation, cp.async, online softmax in base 2. One loop body: V of a block travels while
 Q K^T runs, K of the next block while softmax and P V run; masking sits behind a branch that is the same for a whole
-block, so interior blocks pay one compare for it. Two thread blocks an SM hide what is left.
+block, so interior blocks pay one compare for it. Two thread blocks an SM hide what is left, or one of eight warps, two
+of which share their rows (pairs.py).
 The scheme is FlashAttention-2's (Dao, arXiv 2307.08691); page look-up, masks and work list are this project's.
 """
 
@@ -10,22 +11,21 @@ import cutlass
 import cutlass.cute as cute
 from cutlass import Float32, Int32, Int64
 
-from pa_ops.templates.device import mask_tile, pages, products, softmax
+from pa_ops.templates.device import mask_tile, offsets, pages, products, softmax
+from pa_ops.templates.device.cp_tiles import TileCopies
+from pa_ops.templates.device.pairs import Pair
 from pa_ops.templates.device.ptx import (
-    cp_async_16,
-    ld_shared_128,
     opaque,
-    st_global_128,
-    st_global_f32,
-    st_shared_32,
+    rcp,
     start_next_grid,
     wait_for_grid,
 )
+from pa_ops.templates.device.ptx_warp import meet_and_vote, pinned
+from pa_ops.templates.device.row_store import RowStore
 from pa_ops.templates.device.tiles import Fragments, TileShape
 from pa_ops.templates.device.worklist import find_tile, length_at, paged_keys
 
 LOG2_E = 1.4426950408889634
-LN_2 = 0.6931471805599453
 
 
 class FlashSm80:
@@ -36,14 +36,20 @@ class FlashSm80:
         self.causal, self.window, self.masked = causal, window, masked
         self.rows, self.keys, self.warps = rows, keys, warps
         self.threads = warps * 32
-        self.m_tiles = rows // (16 * warps)
-        self.n_tiles = keys // 8
-        self.d_tiles = head_dim // 8
+        self.team = warps // 4  # warps that share rows: each has its part of the keys' scores and of the channels
+        self.m_tiles = rows * self.team // (16 * warps)
+        self.n_tiles = keys // 8 // self.team
+        self.d_tiles = head_dim // 8 // self.team
+        # Columns of Q / 16 that stay in registers, where there are any to spare.
+        self.kept = 4 if head_dim == 64 and not (paged or masked) else 0
         self.shape = TileShape(head_dim, self.threads)
+        self.copies = TileCopies(self.shape, rows, keys, ranged=window or masked)
+        self.out = RowStore(dtype, self.shape, self.m_tiles, self.d_tiles)
         self.q_bytes = rows * head_dim * 2
         self.kv_bytes = keys * head_dim * 2
         self.mask_tile = mask_tile.MaskTile(dtype, rows, keys, self.threads)
-        self.smem_bytes = self.q_bytes + 2 * self.kv_bytes + (self.mask_tile.bytes if masked else 0)
+        self.traded_bytes = rows * keys * 2 if self.team > 1 else 0
+        self.smem_bytes = self.q_bytes + 2 * self.kv_bytes + (self.mask_tile.bytes if masked else self.traded_bytes)
         accumulators = self.m_tiles * (self.d_tiles + self.n_tiles) * 4
         # Registers for addresses, statistics and fragments in flight come on top; pages take some more.
         others = 88 if paged or masked else 72
@@ -124,37 +130,59 @@ class FlashSm80:
             k_base = k_base + Int64(k_start) * args.k_token_stride
             v_base = v_base + Int64(k_start) * args.v_token_stride
 
-        warp_rows = warp * (16 * self.m_tiles) * self.shape.pitch
-        frag_q = Fragments(self.shape, s_q + warp_rows, lane, swapped=False)
-        frag_k = Fragments(self.shape, s_k, lane, swapped=True)
-        frag_v = Fragments(self.shape, s_v, lane, swapped=False)
+        team = warp % self.team
+        warp_row = warp // self.team * (16 * self.m_tiles)
+        team_keys = team * (self.n_tiles * 8)
+        frag_q = Fragments(self.shape, s_q + warp_row * self.shape.pitch, lane, swapped=False)
+        frag_k = Fragments(self.shape, s_k + team_keys * self.shape.pitch, lane, swapped=True)
+        frag_v = Fragments(self.shape, s_v + team * (self.d_tiles * 16), lane, swapped=False)
+        frag_q.lane = frag_v.lane = pinned(frag_q.lane, lane)
+        frag_k.lane = pinned(frag_k.lane, lane)
+        pair = Pair(s_mask, warp, lane, self.dtype, self.m_tiles, self.n_tiles, self.d_tiles)
         acc_s = cute.make_rmem_tensor((self.m_tiles * self.n_tiles * 4,), Float32)
-        acc_o, row_max, row_sum = softmax.fresh_state(self.m_tiles, self.d_tiles)
+        acc_o, row_offset, row_sum = offsets.fresh(self.m_tiles, self.d_tiles)
+        bits_a_unit = 1.0 / args.log2_scale
         live_pages = pages.page_registers(self.keys)
 
+        # Of dense keys: this thread's first chunk of a block in global memory, and where it goes.
+        row, chunk = self.copies.place(tid)
+        target = pinned(self.shape.address(s_k, row, chunk), lane)
+        first = (block_end - 1) * self.keys + row
+        k_from = k_base + Int64(first) * args.k_token_stride + Int64(chunk * 16)
+        v_from = v_base + Int64(first) * args.v_token_stride + Int64(chunk * 16)
+
+        count = row_last - row_first + 1
         if steps > 0:
-            self.load_queries(args, s_q, q_rows, row_last - row_first + 1, tid)
+            self.copies.queries(args, s_q, q_rows, count, tid)
+            if cutlass.const_expr(self.kept > 0):
+                cute.arch.cp_async_commit_group()
+            key_first = (block_end - 1) * self.keys
             if cutlass.const_expr(self.paged):
-                pages.look_up(args, live_pages, sequence, (block_end - 1) * self.keys, low, high, lane)
-            self.load_tile(
-                args, s_k, k_base, args.k_page_stride, args.k_token_stride, block_end - 1, low, high, live_pages, tid
-            )
+                pages.look_up(args, live_pages, sequence, key_first, low, high, lane)
+                self.copies.found(args, s_k, k_base, args.k_page_stride, args.k_token_stride, live_pages, tid)
+            else:
+                self.copies.next(args, target, k_from, args.k_token_stride, key_first, low, high, tid)
             if cutlass.const_expr(self.masked):
-                count = row_last - row_first + 1
                 mask_base = self.mask_tile.base(args, sequence, row_first, head)
-                self.mask_tile.load(args, s_mask, mask_base, (block_end - 1) * self.keys, count, k_len, tid)
+                self.mask_tile.load(args, s_mask, mask_base, key_first, count, k_len, tid)
             cute.arch.cp_async_commit_group()
+        kept = []
+        if cutlass.const_expr(self.kept > 0):
+            cute.arch.cp_async_wait_group(1)
+            cute.arch.barrier()
+            kept = [self.queries(frag_q, column * 16) for column in range(self.kept)]
 
         for step in cutlass.range(steps, unroll=1):
-            n_block = block_end - 1 - step
-            key_first = n_block * self.keys
+            key_first = (block_end - 1 - step) * self.keys
             cute.arch.cp_async_wait_group(0)
             cute.arch.barrier()
-            self.load_tile(
-                args, s_v, v_base, args.v_page_stride, args.v_token_stride, n_block, low, high, live_pages, tid
-            )
+            if cutlass.const_expr(self.paged):
+                self.copies.found(args, s_v, v_base, args.v_page_stride, args.v_token_stride, live_pages, tid)
+            else:
+                v_target = target + self.kv_bytes
+                self.copies.next(args, v_target, v_from, args.v_token_stride, key_first, low, high, tid)
             cute.arch.cp_async_commit_group()
-            self.scores(frag_q, frag_k, acc_s)
+            self.scores(frag_q, frag_k, acc_s, kept)
 
             # Loops of one turn or none: a plain `if` around arithmetic is turned into predicated instructions, and
             # interior blocks then issue the mask and the softcap's exponentials for nothing.
@@ -164,41 +192,72 @@ class FlashSm80:
                 safe_low, safe_high = self.safe_keys(args, k_len, shift + row_first, shift + row_last)
             edge = key_first + self.keys > safe_high
             if cutlass.const_expr(self.masked):
-                warp_row = warp * (16 * self.m_tiles) + (lane >> 2)
-                self.mask_tile.apply(args, s_mask, acc_s, warp_row, lane, self.m_tiles, self.n_tiles)
+                self.mask_tile.apply(args, s_mask, acc_s, warp_row + (lane >> 2), lane, self.m_tiles, self.n_tiles)
             if cutlass.const_expr(self.window or self.masked):
                 edge = edge | (key_first < safe_low)
             if cutlass.const_expr(self.paged):
                 edge = edge | pages.has_hole(live_pages)
             for turn in cutlass.range(opaque(edge), unroll=1):
-                # The turn is 0; it keeps the comparisons inside the loop.
-                top = shift + row_first + warp * (16 * self.m_tiles) + (lane >> 2) + turn
-                self.mask(args, acc_s, top, key_first + (lane & 3) * 2, k_len, live_pages, lane)
+                # The turn is 0; it keeps the comparisons inside the loop. `high` is as good an end as that of the keys.
+                top = shift + row_first + warp_row + (lane >> 2) + turn
+                self.mask(args, acc_s, top, key_first + team_keys + (lane & 3) * 2, high, live_pages, lane)
 
+            grown = offsets.may_outgrow(acc_s, row_offset, self.unit(args, bits_a_unit), self.n_tiles)
             cute.arch.cp_async_wait_group(0)
-            cute.arch.barrier()
+            if cutlass.const_expr(self.team > 1):
+                grown = meet_and_vote(grown)
+            else:
+                cute.arch.barrier()
+            k_from = k_from - args.k_token_stride * self.keys
+            v_from = v_from - args.v_token_stride * self.keys
             if step + 1 < steps:
+                key_next = key_first - self.keys
                 if cutlass.const_expr(self.paged):
-                    pages.look_up(args, live_pages, sequence, key_first - self.keys, low, high, lane)
-                self.load_tile(
-                    args, s_k, k_base, args.k_page_stride, args.k_token_stride, n_block - 1, low, high, live_pages, tid
-                )
+                    pages.look_up(args, live_pages, sequence, key_next, low, high, lane)
+                    self.copies.found(args, s_k, k_base, args.k_page_stride, args.k_token_stride, live_pages, tid)
+                else:
+                    self.copies.next(args, target, k_from, args.k_token_stride, key_next, low, high, tid)
                 if cutlass.const_expr(self.masked):
-                    count = row_last - row_first + 1
                     mask_base = self.mask_tile.base(args, sequence, row_first, head)
-                    self.mask_tile.load(args, s_mask, mask_base, key_first - self.keys, count, k_len, tid)
+                    self.mask_tile.load(args, s_mask, mask_base, key_next, count, k_len, tid)
                 cute.arch.cp_async_commit_group()
-            outgrown = softmax.outgrown(acc_s, row_max, args.log2_scale, self.n_tiles)
-            for _ in cutlass.range(opaque(outgrown), unroll=1):
-                softmax.rescale(acc_s, acc_o, row_max, row_sum, args.log2_scale, self.n_tiles, self.d_tiles)
-            softmax.exponentiate(acc_s, row_max, row_sum, args.log2_scale, self.n_tiles)
-            products.accumulate(self.dtype, acc_s, frag_v, self.m_tiles, self.n_tiles, self.d_tiles, acc_o)
+            for _ in cutlass.range(opaque(cute.arch.vote_any_sync(grown != 0)), unroll=1):
+                for _ in cutlass.range(opaque(self.outgrown(args, acc_s, row_offset)), unroll=1):
+                    self.rescale(args, pair, acc_s, acc_o, row_offset, row_sum)
+            offsets.exponentiate(acc_s, row_offset, row_sum, args.log2_scale, self.n_tiles)
+            self.accumulate(pair, team, frag_v, acc_s, acc_o)
 
+        if cutlass.const_expr(self.team > 1):
+            cute.arch.barrier()
+            pair.join(row_sum)
         sink = Float32(-Float32.inf)
         if args.sinks != 0:
             sink = softmax.sink_of(self.dtype, args, head) * LOG2_E
-        factors = softmax.finish(row_max, row_sum, args.log2_scale, sink, self.m_tiles)
-        self.store(args, s_q, acc_o, factors, q_start + row_first, row_last - row_first + 1, head, warp, lane)
+        factors = offsets.ended(row_offset, row_sum, sink, self.m_tiles)
+        self.out.store(args, s_q, acc_o, factors, q_start + row_first, count, head, warp_row, team, lane)
+
+    def unit(self, args, bits_a_unit):
+        """`bits_a_unit`, 1 / scale; found anew where its register would be one too many."""
+        return rcp(opaque(args.log2_scale.bitcast(Int32)).bitcast(Float32)) if self.team > 1 else bits_a_unit
+
+    def outgrown(self, args, acc_s, row_offset):
+        """Whether some row outgrew its maximum indeed. Warps that share rows have to agree, and believe that it may."""
+        if self.team > 1:
+            return Int32(1)
+        return offsets.outgrown(acc_s, row_offset, args.log2_scale, self.n_tiles)
+
+    def rescale(self, args, pair, acc_s, acc_o, row_offset, row_sum):
+        """Move outputs and sums to the maxima of the rows, this block included."""
+        tops = pair.tops(acc_s) if self.team > 1 else offsets.warp_tops(acc_s, self.m_tiles * 2, self.n_tiles)
+        offsets.rescale(acc_o, row_offset, row_sum, tops, args.log2_scale, self.d_tiles)
+
+    def accumulate(self, pair, team, frag_v, acc_s, acc_o):
+        """acc_o += P V for the block's keys and this warp's rows and channels."""
+        if self.team == 1:
+            products.accumulate(self.dtype, acc_s, frag_v, self.m_tiles, self.n_tiles, self.d_tiles, acc_o)
+        else:
+            keys = self.n_tiles * 8
+            pair.accumulate(acc_s, frag_v.below(team * keys), frag_v.below((1 - team) * keys), acc_o)
 
     def safe_keys(self, args, k_len, first, last):
         """Where the keys begin and end that every row sees, of rows that stand at [first, last], by run-time flags.
@@ -209,62 +268,31 @@ class FlashSm80:
         low = cutlass.select_(args.window > 0, last - args.window + 1, Int32(0))
         return low, cutlass.select_(args.causal != 0, cutlass.min(k_len, first + 1), k_len)
 
-    def load_queries(self, args, s_q, rows_base, count, tid):
-        """Start copying the block's query rows; rows beyond `count` and columns beyond the head size become zeros."""
-        row = tid // self.shape.lanes_a_row
-        step = self.shape.rows_a_pass
-        source = rows_base + Int64(row) * args.q_token_stride
-        for i in range(self.rows // step):
-            self.copy_row(args, s_q, source, tid, i * step, row + i * step, count)
-            source = source + args.q_token_stride * step
+    def queries(self, frag_q, column):
+        """The A operands of this warp's rows at columns [column, column + 16)."""
+        return [frag_q.load(mt * 16, column) for mt in range(self.m_tiles)]
 
-    def load_tile(self, args, shared, base, page_stride, token_stride, n_block, low, high, live_pages, tid):
-        """Start copying one block of K or V; keys outside [low, high) or on unmapped pages become zeros, unread."""
-        row = tid // self.shape.lanes_a_row
-        step = self.shape.rows_a_pass
-        key = n_block * self.keys + row
-        source = base + Int64(key) * token_stride
-        for i in range(self.keys // step):
-            if self.paged:
-                page, offset = pages.page_of_row(live_pages, row, i * step)
-                source = base + Int64(page) * page_stride + Int64(offset) * token_stride
-                self.copy_row(args, shared, source, tid, i * step, page, Int32(0x7FFFFFFF))
-            else:
-                first = low if self.window or self.masked else 0
-                self.copy_row(args, shared, source, tid, i * step, key + i * step - first, high - first)
-                source = source + token_stride * step
-
-    def copy_row(self, args, shared, source, tid, step, position, limit):
-        """This thread's chunks of one tile row: copied where `position` < `limit`, unsigned, and zeros elsewhere."""
-        shape = self.shape
-        row, chunk = tid // shape.lanes_a_row, tid % shape.lanes_a_row
-        target = shape.address(shared, row, chunk) + step * shape.pitch
-        for j in range(shape.chunks_a_lane):
-            column = chunk + j * shape.lanes_a_row
-            ceiling = cutlass.select_(column * 8 < args.head_dim, limit, Int32(0))
-            offset = j * shape.lanes_a_row * 16
-            cp_async_16(target + offset, source + Int64(column * 16), position, ceiling)
-
-    def scores(self, frag_q, frag_k, acc_s):
-        """acc_s = Q K^T for this warp's rows and the block's keys."""
+    def scores(self, frag_q, frag_k, acc_s, kept):
+        """acc_s = Q K^T for this warp's rows and its keys of the block; `kept`: operands of the first columns."""
 
         def queries(column):
-            return [frag_q.load(mt * 16, column) for mt in range(self.m_tiles)]
+            at = column // 16
+            return kept[at] if at < len(kept) else self.queries(frag_q, column)
 
         products.scores(self.dtype, queries, frag_k, self.head_dim, self.m_tiles, self.n_tiles, acc_s)
 
-    def mask(self, args, acc_s, position, column, k_len, live_pages, lane):
+    def mask(self, args, acc_s, position, column, high, live_pages, lane):
         """-inf wherever a row (first at `position`) must not see a key (this thread's first at `column`)."""
         hidden = Float32(-Float32.inf)
         holes = pages.holes(live_pages, lane) if self.paged else None
         for mt in range(self.m_tiles):
             for r in range(2):
                 here = position + (mt * 16 + r * 8)
-                end, begin = k_len, here - args.window + 1 - column
+                end, begin = high, here - args.window + 1 - column
                 if self.causal or self.window:
-                    end = cutlass.min(k_len, here + 1)
+                    end = cutlass.min(high, here + 1)
                 if self.masked:
-                    end = cutlass.select_(args.causal != 0, cutlass.min(k_len, here + 1), k_len)
+                    end = cutlass.select_(args.causal != 0, cutlass.min(high, here + 1), high)
                     begin = cutlass.select_(args.window > 0, begin, Int32(-0x7FFFFFFF))
                 end = end - column
                 for nt in range(self.n_tiles):
@@ -276,32 +304,3 @@ class FlashSm80:
                             drop = drop | pages.is_hole(holes, nt * 8 + c)
                         at = (mt * self.n_tiles + nt) * 4 + r * 2 + c
                         acc_s[at] = cutlass.select_(drop, hidden, acc_s[at])
-
-    def store(self, args, s_q, acc_o, factors, token, count, head, warp, lane):
-        """Write this warp's rows: through its own rows of the query tile, so that global stores are 16 bytes wide."""
-        scale, lse = factors
-        shape = self.shape
-        warp_row = warp * (16 * self.m_tiles)
-        lse_row = args.lse + Int64(head) * args.lse_head_stride + Int64(token) * 4
-        out_row = args.out + Int64(token) * args.out_token_stride + Int64(head) * args.out_head_stride
-        cute.arch.sync_warp()  # every lane has read its queries: only this warp reads these rows
-        for mt in range(self.m_tiles):
-            for r in range(2):
-                row = warp_row + mt * 16 + r * 8 + (lane >> 2)
-                for dt in range(self.d_tiles):
-                    at = (mt * self.d_tiles + dt) * 4 + r * 2
-                    pair = softmax.scaled_pair(self.dtype, acc_o[at], acc_o[at + 1], scale[mt * 2 + r])
-                    st_shared_32(shape.address(s_q, row, dt) + (lane & 3) * 4, pair)
-                first = ((lane & 3) == 0) & (row < count) & (args.lse != 0)
-                st_global_f32(lse_row + Int64(row) * 4, lse[mt * 2 + r] * LN_2, first)
-        cute.arch.sync_warp()
-        lanes = shape.lanes_a_row
-        rows_a_pass = 32 // lanes
-        chunk = lane % lanes
-        for i in range(16 * self.m_tiles // rows_a_pass):
-            row = warp_row + i * rows_a_pass + lane // lanes
-            target = out_row + Int64(row) * args.out_token_stride
-            for j in range(shape.chunks_a_lane):
-                column = chunk + j * lanes
-                where = (row < count) & (column * 8 < args.head_dim)
-                st_global_128(target + Int64(column * 16), ld_shared_128(shape.address(s_q, row, column)), where)

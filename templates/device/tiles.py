@@ -5,6 +5,8 @@ matrix fall into different banks: by row % 8 where a row is a multiple of 128 by
 rows of head size 96 (which alternate between two halves of the banks by themselves).
 """
 
+from copy import copy
+
 from pa_ops.templates.device.ptx import ldmatrix_x4
 
 CHUNK = 16  # bytes of one cp.async, and of one row of an 8x8 matrix
@@ -44,6 +46,12 @@ class Fragments:
         row = (lane & 7) + upper * 8
         self.shape, self.base = shape, base
         self.lane = row * shape.pitch + ((right ^ shape.swizzle(row)) << 4)
+
+    def below(self, rows):
+        """The same fragments `rows` rows further down."""
+        other = copy(self)
+        other.base = self.base + rows * self.shape.pitch
+        return other
 
     def load(self, row, column, transpose=False):
         """Registers of rows [row, row + 16) and columns [column, column + 16), both constants."""

@@ -52,13 +52,24 @@ def test_G3_declared_names_are_sorted_unique_and_invertible(preset: str) -> None
 def test_presets_nest() -> None:
     smoke, serving, full = (set(declared(name)) for name in ("smoke", "serving", "full"))
     assert smoke < serving == full
-    counts = [Counter(spec.family for spec in specs) for specs in (smoke, serving)]
+    counts = [Counter(spec.family for spec in declared(name, ("sm_90a",))) for name in ("smoke", "serving")]
     for family, tiles in ((Family.FLASH_SM80, FLASH_SM80_TILES), (Family.FLASH_SM90, FLASH_SM90_TILES)):
         each = len(Layout) * len(PLAIN_MASKS) + 1  # and the mask tensor, where dense
         tall = (4, 2 * len(Layout) * 2) if family is Family.FLASH_SM90 else (0, 0)  # at 128, causal and full
         assert [count[family] for count in counts] == [12 + tall[0], len(tiles) * 2 * each + tall[1]]
     assert [count[Family.DECODE] for count in counts] == [6, len(DECODE_TILES) * 2 * len(DECODE_MASKS)]
     assert {spec.op for spec in smoke} == set(KernelOp)
+
+
+@pytest.mark.parametrize("target", ("sm_80", "sm_90a", "sm_100f", "sm_120f"))
+def test_a_target_gets_one_tile_of_flash_sm80_for_a_cell(target: str) -> None:
+    specs = [spec for spec in declared("full", (target,)) if spec.family is Family.FLASH_SM80]
+    cells = Counter((spec.dtype, spec.head_dim, spec.layout, spec.mask) for spec in specs)
+    assert set(cells.values()) == {1}
+    assert len(cells) == len(FLASH_SM80_TILES) * 2 * (len(Layout) * len(PLAIN_MASKS) + 1)
+    pairs = {(spec.head_dim, spec.layout, spec.mask) for spec in specs if spec.tile.warps > 4}
+    hopper = {(256, Layout.DENSE, Mask.CAUSAL), (256, Layout.DENSE, Mask.FULL)}
+    assert pairs == (hopper if target == "sm_90a" else set())
 
 
 def test_G4_every_candidate_is_declared_or_refused_with_a_reason() -> None:
