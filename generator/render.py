@@ -12,7 +12,7 @@ from pa_ops.errors import BuildError
 from pa_ops.spec import InstanceSpec
 
 from .language import Language, language_of
-from .matrix import FLASH_SM90_SKIPPING_TILES
+from .tiles import FLASH_SM90_SKIPPING_TILES
 
 CUDA_TYPES = {ADDRESS: "unsigned long long", INT64: "long long", INT32: "int", FLOAT32: "float"}
 

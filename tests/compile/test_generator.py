@@ -19,20 +19,17 @@ from pa_ops.generator import doctor, inventory, matrix, ninja, targets
 from pa_ops.generator.cubin import read_facts
 from pa_ops.generator.digest import Digester
 from pa_ops.generator.language import OLDEST_CUTE_SM, Language, language_of
-from pa_ops.generator.matrix import (
-    DECODE_MASKS,
+from pa_ops.generator.matrix import DECODE_MASKS, RULES, declared, refusals
+from pa_ops.generator.plan import Planner
+from pa_ops.generator.render import CUDA_TYPES, Renderer
+from pa_ops.generator.tiles import (
     DECODE_TILES,
     FLASH_SM80_TILES,
     FLASH_SM90_TALL_TILES,
     FLASH_SM90_TILES,
     MEA_DECODE_TILES,
     MEA_TILES,
-    RULES,
-    declared,
-    refusals,
 )
-from pa_ops.generator.plan import Planner
-from pa_ops.generator.render import CUDA_TYPES, Renderer
 from pa_ops.generator.toolchain import Toolchain
 from pa_ops.problem import Problem
 from pa_ops.selection import select_entry

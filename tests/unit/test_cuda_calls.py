@@ -17,7 +17,7 @@ from helpers.launches import SM90, Launches, write_product
 from pa_ops import Capability, InvalidArgument, NoInstance, cuda, heuristics, registry, trace
 from pa_ops.arguments import CHUNK_KEYS, CONSTANT_BASE, MAP_ALIGNMENT, MAP_BYTES, RECORDS, STATES_A_BLOCK, UNCUT
 from pa_ops.checks import INT32_MAX
-from pa_ops.generator import matrix
+from pa_ops.generator import tiles
 from pa_ops.launch import factor_of
 from pa_ops.launch_rows import FILLING_BLOCKS
 from pa_ops.scratch import MAX_POST_WORDS, MAX_STATE_WORDS, blocks_of, shares_of, tickets_at
@@ -108,7 +108,7 @@ def test_head_sizes_go_to_the_smallest_instance_that_holds_them(launches: Launch
     asked = {"flash_sm90": (40, "auto"), "flash_sm80": (40, "flash_sm80"), "decode": (3, "auto")}
     for new, backend in asked.values():
         call("paged_attention", *paged(new, dim=dim, dtype=torch.bfloat16), backend=backend)
-    tables = (matrix.FLASH_SM90_TILES, matrix.FLASH_SM80_TILES, matrix.DECODE_TILES)
+    tables = (tiles.FLASH_SM90_TILES, tiles.FLASH_SM80_TILES, tiles.DECODE_TILES)
     for made, family, table in zip(launches, asked, tables, strict=True):
         held = min(size for size in table if size >= dim)
         assert made.family == family and f"_bf16_kvbf16_d{held}v{held}_" in made.symbol

@@ -14,7 +14,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from generator.matrix import DECODE_TILES
+from generator.tiles import DECODE_TILES
 from pa_ops.arguments import CHUNK_KEYS, PIECES_A_BLOCK, STATES_A_BLOCK, UNCUT, WIDEST_STATE, most_chunks
 from pa_ops.launch import factor_of
 
