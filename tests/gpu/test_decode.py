@@ -14,6 +14,7 @@ from helpers.parity import Evidence, check, error_of
 from helpers.problems import Call, Shape, paged
 from helpers.rooms import as_it_began, poison
 from pa_ops import reference
+from pa_ops.spec import InstanceSpec
 
 pytestmark = pytest.mark.gpu
 
@@ -94,6 +95,11 @@ def test_E2_E3_keys_behind_the_window_are_in_no_share(ctx: int, window: int, sta
     room = poison(device)
     with pa_ops.batch_invariant():
         call.run(backend="decode")
+    last = pa_ops.trace.last()
+    assert last is not None
+    tile = InstanceSpec.parse(last.instance).tile.n
+    live = -(-ctx // tile) - (ctx - window) // tile
+    assert live * tile <= window + 2 * tile
     a_state = rows * (head_dim + 2)
     whole = room[: room.numel() // a_state * a_state].view(-1, a_state)
     assert int((~whole[:, rows * head_dim].isnan()).sum()) == states

@@ -2,12 +2,8 @@
 
 from __future__ import annotations
 
-import ctypes
-import runpy
-import sys
 from collections.abc import Iterator, Sequence
-from pathlib import Path
-from types import ModuleType, SimpleNamespace
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import pytest
@@ -15,42 +11,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from generator.tiles import DECODE_TILES
+from helpers import plain
 from pa_ops.arguments import CHUNK_KEYS, PIECES_A_BLOCK, STATES_A_BLOCK, UNCUT, WIDEST_STATE, most_chunks
 from pa_ops.launch import factor_of
 
-DEVICE = Path(__file__).parents[2] / "templates" / "device"
 ROWS = 16
-
-
-QUOTIENTS = "pa_ops.templates.device.quotients"
-
-
-def float32(value: float) -> float:
-    """The nearest fp32."""
-    return ctypes.c_float(value).value
-
-
-def loaded() -> SimpleNamespace:
-    """The names of both device modules, run with Python's numbers."""
-    cute, cutlass, quotients = ModuleType("cutlass.cute"), ModuleType("cutlass"), ModuleType(QUOTIENTS)
-    vars(cute).update(arch=SimpleNamespace(clz=lambda x: 32 - x.bit_length()))
-    vars(cutlass).update(cute=cute, min=min, max=max, select_=lambda where, a, b: a if where else b, Float32=float32)
-    vars(cutlass).update(dict.fromkeys(("Int32", "Int64", "Uint32", "Uint64"), int))
-    made = {"cutlass": cutlass, "cutlass.cute": cute, QUOTIENTS: quotients}
-    before = {name: sys.modules.get(name) for name in made}
-    sys.modules.update(made)
-    try:
-        vars(quotients).update(runpy.run_path(str(DEVICE / "quotients.py")))
-        return SimpleNamespace(**(vars(quotients) | runpy.run_path(str(DEVICE / "cuts.py"))))
-    finally:
-        for name, module in before.items():
-            if module is None:
-                del sys.modules[name]
-            else:
-                sys.modules[name] = module
-
-
-cuts = loaded()
+quotients = SimpleNamespace(**plain.run("quotients", {}))
+cuts = SimpleNamespace(**plain.run("cuts", {"quotients": vars(quotients)}))
 
 
 class Span(NamedTuple):
@@ -222,7 +189,7 @@ def test_the_owner_of_a_tile_holds_it(blocks: int, piece: int, data: st.DataObje
 @given(st.integers(0, 2**31 - 1), st.one_of(st.integers(1, 300), st.integers(1, 2**31 - 1)))
 def test_a_factor_divides_as_division_does(value: int, divisor: int) -> None:
     factor = factor_of(divisor) % 2**32  # the field is an int32
-    assert cuts.by_factor(value, divisor, factor) == cuts.divided(value, divisor) == value // divisor
+    assert quotients.by_factor(value, divisor, factor) == quotients.divided(value, divisor) == value // divisor
 
 
 @pytest.mark.parametrize("head_dim", sorted(DECODE_TILES))

@@ -2,37 +2,23 @@
 
 from __future__ import annotations
 
-import runpy
-import sys
-from collections.abc import Callable
-from pathlib import Path
-from types import ModuleType
-
-import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-ROOT = Path(__file__).parents[2]
+from helpers import plain
+
 COLUMNS = [tile * 8 + column for tile in range(16) for column in range(2)]  # a thread's, of 128 keys
 
 
-def loaded() -> Callable[[int], int]:
-    """`columns_before`, run with Python's integers."""
-    cutlass, cute, device = ModuleType("cutlass"), ModuleType("cutlass.cute"), ModuleType("device")
-    vars(cutlass).update(cute=cute, min=min, max=max, Float32=float, Int32=int, Uint32=int)
-    vars(device).update(dict.fromkeys(("ld_shared_32", "row_of", "END", "KEYS", "POSITION")))
-    vars(device).update(low_bits=lambda count: (1 << min(count, 32)) - 1)
-    imported = ("ptx", "ptx_masks", "shared_sm90", "warpgroup")
-    stubs = {f"pa_ops.templates.device.{name}": device for name in imported}
-    stubs |= {"cutlass": cutlass, "cutlass.cute": cute}
-    with pytest.MonkeyPatch.context() as patch:
-        for name, module in stubs.items():
-            patch.setitem(sys.modules, name, module)
-        found: Callable[[int], int] = runpy.run_path(str(ROOT / "templates" / "device" / "hiding.py"))["columns_before"]
-    return found
-
-
-columns_before = loaded()
+columns_before = plain.run(
+    "hiding",
+    {
+        "ptx": {"ld_shared_32": None},
+        "ptx_masks": {"low_bits": lambda count: (1 << min(count, 32)) - 1},
+        "shared_sm90": dict.fromkeys(("END", "KEYS", "POSITION")),
+        "warpgroup": {"row_of": None},
+    },
+)["columns_before"]
 
 
 @given(st.integers(-(2**31), 2**31 - 1) | st.integers(-20, 150))

@@ -1,0 +1,47 @@
+"""Turns a device module into its names, run with Python's numbers for the DSL's."""
+
+from __future__ import annotations
+
+import ctypes
+import runpy
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+from typing import Any
+
+import pytest
+
+DEVICE = Path(__file__).parents[2] / "templates" / "device"
+
+
+def float32(value: float) -> float:
+    """The nearest fp32."""
+    return ctypes.c_float(value).value
+
+
+CUTE = {"arch": SimpleNamespace(clz=lambda x: 32 - x.bit_length())}
+CUTLASS: dict[str, Any] = {
+    **dict.fromkeys(("Int32", "Int64", "Uint32", "Uint64"), int),
+    "Float32": float32,
+    "min": min,
+    "max": max,
+    "select_": lambda where, a, b: a if where else b,
+}
+
+
+def run(name: str, imported: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+    """The names of templates/device/`name`.py; `imported`: the names of each device module that it imports."""
+    cute = _module("cutlass.cute", CUTE)
+    modules = [cute, _module("cutlass", {**CUTLASS, "cute": cute})]
+    modules += [_module(f"pa_ops.templates.device.{each}", names) for each, names in imported.items()]
+    with pytest.MonkeyPatch.context() as patch:
+        for module in modules:
+            patch.setitem(sys.modules, module.__name__, module)
+        return runpy.run_path(str(DEVICE / f"{name}.py"))
+
+
+def _module(name: str, names: Mapping[str, Any]) -> ModuleType:
+    made = ModuleType(name)
+    vars(made).update(names)
+    return made
