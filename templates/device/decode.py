@@ -73,15 +73,15 @@ class Decode:
             wait_for_grid(self.chained)
             start_next_grid(self.chained)
             self.load_queries(args, frag_q, self.segments.rows(smem, warp), lane)
-            ring, holes = self.ring_of(smem, warp), self.holes_of(smem, warp)
+            ring, holes, small = self.ring_of(smem, warp), self.holes_of(smem, warp), self.feed.is_small(end - begin)
             for stage in cutlass.range(self.feed.ahead, unroll=1):
-                self.feed.copy(args, at, 0, ring, holes, stage, lane)
+                self.feed.copy(args, at, 0, ring, holes, stage, lane, small)
                 self.feed.shift(at)
             self.feed.look_up(args, at, 0, warp, lane)
             stage = Int32(0)
             unit = begin
             while unit < end:
-                stage, outputs, unit = self.attend(args, smem, at, frag_q, stage)
+                stage, outputs, unit = self.attend(args, smem, at, frag_q, stage, small)
                 rows, stretch = self.segments.rows(smem, warp), self.segments.stretch(smem, warp)
                 if unit < end:  # the next segment's queries come while this one is concluded
                     sequence, base = self.shares.seek(args, sequence, base, unit)
@@ -93,7 +93,7 @@ class Decode:
             begin, end = self.shares.following(args, smem)
 
     @cute.jit
-    def attend(self, args, smem: Int32, at, frag_q, stage: Int32):
+    def attend(self, args, smem: Int32, at, frag_q, stage: Int32, small: Int32):
         """Attend to the tiles of the segment that the warp has noted.
 
         The first is in ring stage `stage`. Returns the stage of the next tile, where the warps' states are: in the
@@ -120,7 +120,7 @@ class Decode:
             # Opaque: 256 columns leave no register around the loop for addresses that follow from these two.
             my_lane, my_warp = opaque(lane), opaque(warp)
             ring, holes = self.ring_of(smem, my_warp), self.holes_of(smem, my_warp)
-            self.feed.copy(args, at, 0, ring, holes, self.before(stage), my_lane)
+            self.feed.copy(args, at, 0, ring, holes, self.before(stage), my_lane, small)
             self.feed.look_up(args, at, 0, my_warp, my_lane)
 
             keys_at = ring + stage * self.stage_bytes
@@ -132,7 +132,7 @@ class Decode:
             if cutlass.const_expr(self.window):
                 edge = edge | (key < safe_low)
             for turn in cutlass.range(opaque(edge), unroll=1):
-                self.mask(args, acc_s, seen, rows.first, key + turn, hole, lane)
+                self.mask(args, acc_s, smem, my_warp, key + turn, hole, lane)
             outgrown = softmax.outgrown(acc_s, row_max, args.log2_scale, self.n_tiles)
             for _ in cutlass.range(opaque(outgrown), unroll=1):
                 softmax.rescale(acc_s, acc_o, row_max, row_sum, args.log2_scale, self.n_tiles, self.d_tiles)
@@ -142,8 +142,9 @@ class Decode:
             stage = Int32(cutlass.select_(stage == self.stages - 1, Int32(0), stage + 1))
         cute.arch.sync_warp()
         outputs = smem + self.before(stage) * self.stage_bytes
-        self.states.publish(smem, outputs, acc_o, row_max, row_sum, args.log2_scale, rows.live, warp)
-        return stage, outputs, self.segments.stretch(smem, warp).unit + seen.count
+        live = self.segments.rows(smem, warp).live
+        self.states.publish(smem, outputs, acc_o, row_max, row_sum, args.log2_scale, live, warp)
+        return stage, outputs, self.segments.stretch(smem, warp).unit + self.segments.seen(smem, warp).count
 
     def ring_of(self, smem, warp):
         """Shared address of a warp's stages."""
@@ -211,12 +212,13 @@ class Decode:
 
         products.scores(self.dtype, queries, frag_k, self.head_dim, 1, self.n_tiles, acc_s)
 
-    def mask(self, args, acc_s, seen, row_first, key_first, hole, lane):
+    def mask(self, args, acc_s, smem, warp, key_first, hole, lane):
         """-inf where a row does not see a key."""
+        seen, rows = self.segments.seen(smem, warp), self.segments.rows(smem, warp)
         hidden = Float32(-Float32.inf)
         column = (lane & 3) * 2
         for r in range(2):
-            here = seen.shift + self.token_of(args, row_first + r * 8 + (lane >> 2))
+            here = seen.shift + self.token_of(args, rows.first + r * 8 + (lane >> 2))
             end = Int32(cutlass.select_(args.causal != 0, cutlass.min(seen.k_len, here + 1), seen.k_len))
             for nt in range(self.n_tiles):
                 for c in range(2):

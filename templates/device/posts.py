@@ -8,9 +8,11 @@ no fence, no counter, no order between words is needed. A fence and an arrival c
 A post is rows of fp32 outputs relative to a maximum, each with (maximum, sum) after them, in base 2.
 """
 
+import cutlass
 import cutlass.cute as cute
-from cutlass import Int32, Int64
+from cutlass import Int32, Int64, Uint32
 
+from pa_ops.templates.device import softmax
 from pa_ops.templates.device.ptx import ld_posted, st_posted
 
 EMPTY = -1
@@ -27,12 +29,15 @@ class Posts:
 
     def part(self, args, share, row, tid):
         """The address of a thread's first outputs of a row in a share's post."""
-        first = self.layout.column_of(0, tid) * 4
-        return args.posts + Int64(share) * self.bytes + Int64(row * self.pitch + first)
+        return self.at(args, share, row, self.layout.column_of(0, tid))
 
-    def stats_offset(self, tid):
-        """From there to the maximum and sum of the row, in bytes."""
-        return self.layout.head_dim * 4 - self.layout.column_of(0, tid) * 4
+    def stats(self, args, share, row):
+        """The address of (maximum, sum) of a row in a share's post."""
+        return self.at(args, share, row, self.layout.head_dim)
+
+    def at(self, args, share, row, word):
+        """The address of a word of a row."""
+        return args.posts + Int64(share) * self.bytes + Int64(row * self.pitch + word * 4)
 
     def send(self, args, share, row, live, outputs, top, total, tid):
         """Store a thread's part of a row."""
@@ -41,37 +46,23 @@ class Posts:
             words = [value.bitcast(Int32) for value in outputs[run * 4 : run * 4 + 4]]
             st_posted(target, self.step * run, words, live)
         stats = [top.bitcast(Int32), total.bitcast(Int32)]
-        st_posted(target + Int64(self.stats_offset(tid)), 0, stats, live & (tid % self.layout.lanes == 0))
+        st_posted(self.stats(args, share, row), 0, stats, live & (tid % self.layout.lanes == 0))
 
-    def load(self, args, first, count, limit, row, live, tid):
-        """A thread's words of a row of `count` posts from share `first` on: (outputs, maximum, sum) of each.
+    def load(self, part):
+        """A thread's words of a row of one post, which begin at `part`."""
+        words = []
+        for run in self.layout.runs:
+            words += ld_posted(part, run * self.step, 4)
+        return words
 
-        Those of shares from `limit` on are zeros.
-        """
-        source = self.part(args, first, row, tid)
-        stats = source + Int64(self.stats_offset(tid))
-        posts = []
-        for i in range(count):
-            wanted = live & (first + i < limit)
-            words = []
-            for run in self.layout.runs:
-                words += ld_posted(source, i * self.bytes + run * self.step, 4, wanted)
-            posts.append(words + ld_posted(stats, i * self.bytes, 2, wanted))
-        return posts
-
-    def some_empty(self, posts):
+    def some_empty(self, words):
         """Whether a word that the warp has loaded was not there yet."""
-        empty = False
-        for word in (word for words in posts for word in words):
-            empty = empty | (word == EMPTY)
-        return cute.arch.vote_any_sync(empty)
+        most = softmax.largest([Uint32(word) for word in words], cutlass.max)
+        return cute.arch.vote_any_sync(Int32(most) == EMPTY)
 
-    def clear(self, args, first, count, limit, row, live, tid):
-        """Make the words empty that `load` has loaded: for the next grid."""
-        source = self.part(args, first, row, tid)
-        stats = source + Int64(self.stats_offset(tid))
-        for i in range(count):
-            wanted = live & (first + i < limit)
+    def clear(self, parts, stats):
+        """Make what was loaded from `parts` and `stats` empty: for the next grid."""
+        for part in parts:
             for run in self.layout.runs:
-                st_posted(source, i * self.bytes + run * self.step, [Int32(EMPTY)] * 4, wanted)
-            st_posted(stats, i * self.bytes, [Int32(EMPTY)] * 2, wanted & (tid % self.layout.lanes == 0))
+                st_posted(part, run * self.step, [Int32(EMPTY)] * 4, True)
+        st_posted(stats, 0, [Int32(EMPTY)] * 2, True)

@@ -103,14 +103,19 @@ def cp_async_16(shared, source, position, limit, *, loc=None, ip=None):
 
 
 @dsl_user_op
-def cp_async_twice(shared, apart, sources, offset, limit, number, *, loc=None, ip=None):
+def cp_async_twice(shared, apart, sources, offset, limit, number, read_once, *, loc=None, ip=None):
     """Start two 16-byte copies from `offset` bytes behind two sources, `apart` bytes from each other in shared memory,
     where bit `number` of `limit` is 0; zeros elsewhere, where no source is read.
 
-    `apart`, `offset` and `number` are constants.
+    All but the addresses and `limit` are constants. The L2 cache gives up lines that are `read_once` before others.
     """
+    hint, policy, made = "", "", ""
+    if read_once:
+        hint, policy = ".L2::cache_hint", ", once"
+        made = ".reg .b64 once; createpolicy.fractional.L2::evict_first.b64 once, 1.0; "
     copies = " ".join(
-        f"cp.async.cg.shared.global.L2::128B [$0 + {apart * i}], [${1 + i} + {offset}], 16, skip;" for i in range(2)
+        f"cp.async.cg.shared.global{hint}.L2::128B [$0 + {apart * i}], [${1 + i} + {offset}], 16, skip{policy};"
+        for i in range(2)
     )
     _asm(
         None,
@@ -119,7 +124,7 @@ def cp_async_twice(shared, apart, sources, offset, limit, number, *, loc=None, i
             *(Int64(source).ir_value(loc=loc, ip=ip) for source in sources),
             Int32(limit).ir_value(loc=loc, ip=ip),
         ],
-        f"{{ .reg .pred skip; .reg .b32 t; and.b32 t, $3, {1 << number}; setp.ne.b32 skip, t, 0; {copies} }}",
+        f"{{ .reg .pred skip; .reg .b32 t; {made}and.b32 t, $3, {1 << number}; setp.ne.b32 skip, t, 0; {copies} }}",
         "r,l,l,r",
         True,
         loc,
@@ -221,19 +226,17 @@ def st_global_f32x4(address, values, where, *, loc=None, ip=None):
 
 
 @dsl_user_op
-def ld_posted(address, offset, count, where, *, loc=None, ip=None):
-    """Load `count` registers, two or four, that another block may be storing; zeros where `where` does not hold.
+def ld_posted(address, offset, count, *, loc=None, ip=None):
+    """Load `count` registers, two or four, that another block may be storing.
 
     Each word is either old or new: only single words are atomic. `offset`, in bytes, is a constant.
     """
     names = ", ".join(f"${i}" for i in range(count))
-    zeros = " ".join(f"mov.b32 ${i}, 0;" for i in range(count))
-    load = f"@p ld.relaxed.gpu.global.v{count}.b32 {{{names}}}, [${count} + {offset}];"
     words = _asm(
         llvm.StructType.get_literal([T.i32()] * count),
-        [Int64(address).ir_value(loc=loc, ip=ip), Int32(where).ir_value(loc=loc, ip=ip)],
-        f"{{ .reg .pred p; setp.ne.b32 p, ${count + 1}, 0; {zeros} {load} }}",
-        ",".join([*["=&r"] * count, "l", "r"]),
+        [Int64(address).ir_value(loc=loc, ip=ip)],
+        f"ld.relaxed.gpu.global.v{count}.b32 {{{names}}}, [${count} + {offset}];",
+        ",".join([*["=r"] * count, "l"]),
         True,
         loc,
         ip,
@@ -254,10 +257,21 @@ def st_posted(address, offset, words, where, *, loc=None, ip=None):
 
 
 @dsl_user_op
-def take(address, *, loc=None, ip=None):
-    """Add one to an int32 in global memory; the value before."""
+def add_to(address, count, *, loc=None, ip=None):
+    """Add a constant to an int32 in global memory; the value before."""
     operand = [Int64(address).ir_value(loc=loc, ip=ip)]
-    return Int32(_asm(T.i32(), operand, "atom.relaxed.gpu.global.add.u32 $0, [$1], 1;", "=r,l", True, loc, ip))
+    return Int32(_asm(T.i32(), operand, f"atom.relaxed.gpu.global.add.u32 $0, [$1], {count};", "=r,l", True, loc, ip))
+
+
+def take(address):
+    """The next ticket of a counter in global memory."""
+    return add_to(address, 1)
+
+
+@dsl_user_op
+def own_sm(*, loc=None, ip=None):
+    """The number of the SM that the block runs on."""
+    return Int32(_asm(T.i32(), [], "mov.u32 $0, %smid;", "=r", False, loc, ip))
 
 
 @dsl_user_op

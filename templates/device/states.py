@@ -18,10 +18,12 @@ from pa_ops.templates.device.ptx import (
     fma,
     ld_global_f32x2,
     ld_global_f32x4,
+    ld_posted,
     ld_shared_32,
     ld_shared_f32x2,
     ld_shared_f32x4,
     lg2,
+    opaque,
     rcp,
     st_global_64,
     st_global_f32,
@@ -203,11 +205,12 @@ class States:
                     stats[0], stats[1] = -Float32.inf, Float32(0.0)
                 for first in cutlass.range(0, states, self.batch, unroll=1):
                     self.take_states(args, where, first, states, row, live, values, stats, tid)
-                for first in cutlass.range(posts[0], posts[1], self.post_batch, unroll=1):
-                    self.take_posts(args, first, posts[1], row, live, values, stats, tid)
+                # Warps without a live row leave posts alone; in the others, lanes without one follow those that have.
+                begin = cutlass.select_(self.row_of(step, tid // 32 * 32) < rows.live, posts[0], posts[1])
+                near = cutlass.min(row, rows.live - 1)
+                for first in cutlass.range(Int32(begin), posts[1], self.post_batch, unroll=1):
+                    self.take_posts(args, first, posts[1], near, values, stats, tid)
                 self.write([(row, values, stats)], args, rows, tid)
-                for first in cutlass.range(posts[0], posts[1], self.post_batch, unroll=1):
-                    self.posts.clear(args, first, self.post_batch, posts[1], row, live, tid)
 
     def of_warps(self, smem, outputs, step, tid):
         """A thread's row of a pass: (row, outputs, (maximum, sum)), summed over the warps."""
@@ -235,29 +238,53 @@ class States:
                 values[i] = mix(values[i], keep, output, gain)
 
     @cute.jit
-    def take_posts(self, args, first: Int32, limit: Int32, row: Int32, live, values, stats, tid: Int32):
-        """Add posts from share `first` on, those below `limit`, to `values`: the warp waits until all are there."""
+    def take_posts(self, args, first: Int32, limit: Int32, row: Int32, values, stats, tid: Int32):
+        """Add a batch of posts from share `first` on, those below `limit`, and make them empty: the warp waits until
+        all are there.
+
+        A lane's part of each post is loaded whether it is there or not, beyond the last the last's once more, and one
+        maximum and sum a lane: the turn after the last post has come is all that is left to do.
+        """
+        lane = tid % self.lanes
+        count = cutlass.min(limit - first, self.post_batch)
+        parts = [self.posts.part(args, first + cutlass.min(i, count - 1), row, tid) for i in range(self.post_batch)]
+        stats_at = self.posts.stats(args, first + cutlass.min(lane, count - 1), row)
         missing = first < limit
         while missing:
-            posts = self.posts.load(args, first, self.post_batch, limit, row, live, tid)
-            missing = self.posts.some_empty(posts)
-            if not missing:
-                self.add(posts, [first + i < limit for i in range(self.post_batch)], values, stats)
+            posts = [self.posts.load(part) for part in parts]
+            told = ld_posted(stats_at, 0, 2)
+            missing = self.posts.some_empty([*told, *(word for words in posts for word in words)])
+            for _ in cutlass.range(opaque(not missing), unroll=1):  # a branch: who still waits must not step over it
+                self.posts.clear(parts, stats_at)
+                self.add(posts, told, lane < count, values, stats)
 
-    def add(self, posts, there, values, stats):
-        """Add posts, those that are there, to `values`: all relative to one maximum, so that none waits for another."""
-        floats = [[word.bitcast(Float32) for word in words] for words in posts]
-        none = Float32(-Float32.inf)
-        tops = [Float32(cutlass.select_(is_there, f[-2], none)) for is_there, f in zip(there, floats, strict=True)]
-        peak = cute.arch.fmax(stats[0], softmax.largest(tops))
-        base = Float32(cutlass.select_(peak == none, Float32(0.0), peak))
-        keep, gains = ex2(stats[0] - base), [ex2(top - base) for top in tops]
+    def add(self, posts, told, there, values, stats):
+        """Add a row of posts, of which each lane was `told` the maximum and sum of one, if it is `there`.
+
+        All are relative to one maximum, so that none waits for another, and lanes hand each other the factors.
+        """
+        top, total = (word.bitcast(Float32) for word in told)
+        top = Float32(cutlass.select_(there, top, Float32(-Float32.inf)))
+        peak = cute.arch.fmax(stats[0], self.of_lanes(top, cute.arch.fmax))
+        base = Float32(cutlass.select_(peak == -Float32.inf, Float32(0.0), peak))
+        keep, gain = ex2(stats[0] - base), ex2(top - base)
         stats[0] = peak
-        for sums, at, place in ((stats, 1, -1), *((values, k, k) for k in range(len(self.runs) * 4))):
-            total = sums[at] * keep
-            for gain, f in zip(gains, floats, strict=True):
-                total = fma(f[place], gain, total)
-            sums[at] = total
+        stats[1] = mix(stats[1], keep, self.of_lanes(gain * total, lambda a, b: a + b), Float32(1.0))
+        first = cute.arch.lane_idx() // self.lanes * self.lanes
+        for k in range(len(self.runs) * 4):
+            values[k] = values[k] * keep
+        for i, words in enumerate(posts):
+            factor = cute.arch.shuffle_sync(gain, first + i)
+            for k, word in enumerate(words):
+                values[k] = fma(word.bitcast(Float32), factor, values[k])
+
+    def of_lanes(self, value, combine):
+        """A value of the lanes that share a row, combined: the same bits in each."""
+        distance = 1
+        while distance < self.lanes:
+            value = combine(value, cute.arch.shuffle_sync_bfly(value, distance))
+            distance *= 2
+        return value
 
     def load_state(self, source, live, there, row, tid):
         """(maximum, sum, outputs) of a thread in a row of a state: those of no keys where there is no such state."""
