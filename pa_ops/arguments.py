@@ -139,7 +139,13 @@ ATTENTION = Record(
 FLASH_SM90 = Record(
     addresses=("out", "lse", "cu_seqlens_q", "kv_lengths", "block_table", "sinks", "tickets"),
     strides=("out_token_stride", "out_head_stride", "lse_head_stride", "table_stride"),
-    counts=(*ATTENTION.counts, "box_rows"),  # keys that one copy brings: they divide the page and the tile
+    counts=(
+        *ATTENTION.counts,
+        "box_rows",  # keys that one copy brings: they divide the page and the tile
+        "boxes",  # of a tile
+        "page_factor",  # (2^32 - 1) // page_size, by which kernels divide
+        "beside",  # 1 where the launch before this one runs at the same time, and leaves it some SMs
+    ),
     factors=ATTENTION.factors,
     maps=("q_map", "k_map", "v_map"),
 )
@@ -167,6 +173,8 @@ DECODE = Record(
         "chunk_bits",  # a sequence is cut every 2^chunk_bits tiles of keys, or 2^more where it is long; else UNCUT
         "page_factor",  # (2^32 - 1) // page_size, by which kernels divide
         "group_factor",  # (2^32 - 1) // group
+        "sms",  # of the device
+        "most_given",  # of them, which the launch after this one may have at the same time; 0: it does not run beside
     ),
     factors=ATTENTION.factors,
 )

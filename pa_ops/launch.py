@@ -19,7 +19,7 @@ from pa_ops.capability import Capability
 from pa_ops.errors import InvalidArgument
 from pa_ops.plan import resident_blocks
 from pa_ops.program import Address, Grid, GridRule, Launch, Size, Source, Stride, TensorMap, Value
-from pa_ops.scratch import blocks_of, counters_at, posts_at, tickets_at
+from pa_ops.scratch import blocks_of, counters_at, posts_at, tickets_at, tiles_at
 from pa_ops.spec import DType, InstanceSpec
 
 LOG2_E = math.log2(math.e)
@@ -27,6 +27,7 @@ WINDOW_LIMIT = 1 << 30  # keeps pos - W inside an int32; no sequence is that lon
 DTYPES = {DType.FP16: torch.float16, DType.BF16: torch.bfloat16}
 HALF = 2  # bytes of an element of fp16 or bf16
 ALIGNMENT = 16  # bytes of a vector access; what `Problem.aligned` promises
+GIVEN = 4  # decode leaves one SM in so many to the launch beside it, at most: with fewer it reads no faster than alone
 
 
 class Rows(NamedTuple):
@@ -127,7 +128,9 @@ class Attention:
         }
 
 
-def attention_launch(kernel: int, spec: InstanceSpec, call: Attention, *, skip_up_to: int, num_sms: int) -> Launch:
+def attention_launch(
+    kernel: int, spec: InstanceSpec, call: Attention, *, skip_up_to: int, num_sms: int, beside: bool
+) -> Launch:
     """Attend by tiles of query rows; sequences of `skip_up_to` tokens or fewer are left to `decode_launch`.
 
     The bound of lengths holds for every call to come.
@@ -139,13 +142,20 @@ def attention_launch(kernel: int, spec: InstanceSpec, call: Attention, *, skip_u
     return Launch(kernel, record, fields_of(record, sources), grid)
 
 
-def persistent_launch(kernel: int, spec: InstanceSpec, call: Attention, *, skip_up_to: int, num_sms: int) -> Launch:
-    """Attend by one block an SM that lists its tiles itself; shorter sequences are left as in `attention_launch`."""
+def persistent_launch(
+    kernel: int, spec: InstanceSpec, call: Attention, *, skip_up_to: int, num_sms: int, beside: bool
+) -> Launch:
+    """Attend by one block an SM that lists its tiles itself; shorter sequences are left as in `attention_launch`.
+
+    beside: that launch comes just before, and runs at the same time.
+    """
     sources: dict[str, Source] = {
         **call.sources(),
         **_map_sources(spec, call),
-        "tickets": Address("workspace", tickets_at(num_sms)),
+        "tickets": Address("workspace", tiles_at(num_sms)),
         "skip_up_to": skip_up_to,
+        "page_factor": factor_of(max(call.keys.page_size, 1)),
+        "beside": int(beside),
     }
     return Launch(kernel, FLASH_SM90, fields_of(FLASH_SM90, sources), Grid(GridRule.FIXED, num_sms, 1))
 
@@ -162,6 +172,7 @@ def _map_sources(spec: InstanceSpec, call: Attention) -> dict[str, Source]:
     q_sizes = (call.head_dim, _tokens(call.q), call.heads, 1)
     made: dict[str, Source] = {
         "box_rows": box_rows,
+        "boxes": spec.tile.n // box_rows,
         "q_map": TensorMap(call.q.address, q_sizes, (call.q.token, call.q.head, 0), spec.tile.m, dtype),
     }
     row = 1 if keys.page_size else 0
@@ -182,13 +193,15 @@ def decode_launch(
     skip_above: int,
     lengths_ready: bool,
     invariant: bool,
+    beside: bool,
     capability: Capability,
 ) -> Launch:
     """Attend by shares of all keys, with the blocks that the device holds; sequences of more than `skip_above` tokens
     are left.
 
     lengths_ready: the launch before this one, on the same stream, is ours, and writes neither lengths nor block table.
-    invariant: a sequence is cut where its own length says, not where shares end.
+    invariant: a sequence is cut where its own length says, not where shares end. beside: the launch after this one
+    computes the sequences that are left, and may at the same time.
     """
     record = record_of(spec)
     resident = max(resident_blocks(spec.smem_bytes, capability.smem_optin_bytes), 1)
@@ -205,6 +218,8 @@ def decode_launch(
         "lengths_ready": int(lengths_ready),
         "page_factor": factor_of(call.keys.page_size),
         "group_factor": factor_of(call.heads // call.keys.kv_heads),
+        "sms": capability.num_sms,
+        "most_given": capability.num_sms // GIVEN if beside else 0,
         "chunk_bits": (CHUNK_KEYS // spec.tile.n).bit_length() - 1 if invariant else UNCUT,
     }
     blocks = min(blocks_of(capability.num_sms), capability.num_sms * resident)

@@ -13,7 +13,7 @@ from pa_ops.launch import ALIGNMENT, DTYPES, HALF, Attention, Keys, Rows, axis_s
 from pa_ops.problem import Problem
 from pa_ops.program import Address, Grid, GridRule, Launch, Size, Source, Stride, TensorMap
 from pa_ops.registry import Registry
-from pa_ops.scratch import tickets_at
+from pa_ops.scratch import tiles_at
 from pa_ops.spec import InstanceSpec, TensorMask
 from pa_ops.steps import Step, attention_of, facts_of, rows_aligned, selected
 
@@ -70,7 +70,9 @@ def _launch(kernel: int, spec: InstanceSpec, call: Attention, arguments: Argumen
     }
     grid = Grid(GridRule.TILES, spec.tile.m, -1, call.heads)
     if record.maps:
-        sources |= {**_maps(spec, call), "tickets": Address("workspace", tickets_at(num_sms)), "box_rows": spec.tile.n}
+        tickets = Address("workspace", tiles_at(num_sms))
+        sources |= {**_maps(spec, call), "tickets": tickets, "box_rows": spec.tile.n, "boxes": 1, "page_factor": 0}
+        sources["beside"] = 0
         grid = Grid(GridRule.FIXED, num_sms, 1)
     return Launch(kernel, record, fields_of(record, sources), grid)
 

@@ -46,8 +46,13 @@ def counters_at(num_sms: int) -> int:
 
 
 def tickets_at(num_sms: int) -> int:
-    """Where the counter of tiles that blocks have taken lies, in bytes: after the arrival counters."""
+    """Where the counter of shares that blocks have taken lies, in bytes: after the arrival counters."""
     return counters_at(num_sms) + 4 * shares_of(num_sms)
+
+
+def tiles_at(num_sms: int) -> int:
+    """Where the counter of tiles that blocks have taken lies, in bytes: it has its own, for both may run at a time."""
+    return tickets_at(num_sms) + 4
 
 
 def workspace(device: int) -> Tensor:
@@ -78,7 +83,7 @@ def workspace_for(out: Tensor) -> Tensor | None:
 def _made(device: int) -> Tensor:
     num_sms = torch.cuda.get_device_properties(device).multi_processor_count
     posts, counters = posts_at(num_sms) // 4, counters_at(num_sms) // 4
-    fresh = torch.empty(tickets_at(num_sms) // 4 + 1, dtype=torch.int32, device=torch.device("cuda", device))
+    fresh = torch.empty(tiles_at(num_sms) // 4 + 1, dtype=torch.int32, device=torch.device("cuda", device))
     fresh[posts:counters].fill_(EMPTY)
     fresh[counters:].zero_()
     return fresh

@@ -102,6 +102,8 @@ def _attend(
     """
     few, many = _division(problem, arguments, registry)
     limit = 0 if few is None else few.entry.spec.tile.m // problem.group
+    invariant, sms = policy(arguments["backend"]).batch_invariant, registry.capability.num_sms
+    beside = few is not None and many is not None and many.family in BESIDE and not invariant
     if few is not None:
         launch = decode_launch(
             registry.kernel(few.entry),
@@ -110,15 +112,14 @@ def _attend(
             causal=arguments["causal"] or problem.window,
             skip_above=INT32_MAX if many is None else limit,
             lengths_ready=stored,
-            invariant=policy(arguments["backend"]).batch_invariant,
+            invariant=invariant,
+            beside=beside,
             capability=registry.capability,
         )
         yield Step(launch, _decision(op, few), aligned)
     if many is not None:
-        spec = many.entry.spec
-        launch = LAUNCHES[spec.family](
-            registry.kernel(many.entry), spec, call, skip_up_to=limit, num_sms=registry.capability.num_sms
-        )
+        kernel, spec = registry.kernel(many.entry), many.entry.spec
+        launch = LAUNCHES[spec.family](kernel, spec, call, skip_up_to=limit, num_sms=sms, beside=beside)
         yield Step(launch, _decision(op, many), aligned)
 
 
@@ -139,6 +140,9 @@ def _division(problem: Problem, arguments: Arguments, registry: Registry) -> tup
     chosen_by = divide(problem, splitting.entry.spec.tile.m)
     return None if chosen_by is Division.PREFILL else splitting, None if chosen_by is Division.DECODE else other
 
+
+BESIDE = frozenset({Family.FLASH_SM90})
+"""Families whose blocks take tiles as they come, and so can begin on the SMs that decode leaves them."""
 
 LAUNCHES: dict[Family, Callable[..., Launch]] = {
     Family.FLASH_SM80: attention_launch,

@@ -2,10 +2,11 @@
 
 import cutlass
 import cutlass.cute as cute
-from cutlass import Int32, Int64, Uint32
+from cutlass import Int32, Int64
 
 from pa_ops.templates.device import tma
 from pa_ops.templates.device.ptx import ld_global_i32, ld_shared_32, st_shared_32
+from pa_ops.templates.device.quotients import by_factor, divided
 from pa_ops.templates.device.shared_sm90 import (
     BARRIER,
     END,
@@ -20,6 +21,7 @@ from pa_ops.templates.device.shared_sm90 import (
 )
 from pa_ops.templates.device.warpgroup import COLUMN
 
+LANES = 32
 ASK_AHEAD = 4  # blocks of keys before a tile's last: to list a tile takes about as long as to compute two
 
 
@@ -92,40 +94,49 @@ class Copier:
         tiles_at, full_at, empty_at = ring
         kv_head = ld_shared_32(slot + HEAD) // args.group
         steps = ld_shared_32(slot + STEPS)
-        block = ld_shared_32(slot + END) - 1
-        row, page = self.box_of(args, slot, block)
+        row, page = ld_shared_32(slot + FIRST_KEY) + ld_shared_32(slot + END) * self.keys, Int32(0)
+        if cutlass.const_expr(self.masked):
+            page = ld_shared_32(slot + SEQUENCE)
+        lane, rows, pages, first = cute.arch.lane_idx(), Int32(0), Int32(0), Int32(0)
         for i in cutlass.range(steps, unroll=1):
             if i == cutlass.max(steps - ASK_AHEAD, 0):
                 self.ask(smem, ring)
             if cutlass.const_expr(self.paged):
-                page = Int32(cutlass.select_((page < 0) | (page >= args.num_pages), Int32(-1), page))
+                if first == 0:
+                    rows, pages = self.look_up(args, slot, ld_shared_32(slot + END) - 1 - i)
+                row, page = (cute.arch.shuffle_sync(value, first + lane) for value in (rows, pages))
+                first = first + args.boxes
+                first = Int32(cutlass.select_(first + args.boxes > LANES, Int32(0), first))
+            else:
+                row = row - self.keys
             tma.wait_for(smem + empty_at + stage * BARRIER, parity ^ 1)
             if cutlass.const_expr(self.paged and ring == self.k_ring):
-                missing = cute.arch.vote_ballot_sync((page < 0) & (cute.arch.lane_idx() < self.keys // args.box_rows))
-                if cute.arch.lane_idx() == 0:  # whose arrival tells of the stage
+                missing = cute.arch.vote_ballot_sync((page < 0) & (lane < args.boxes))
+                if lane == 0:  # whose arrival tells of the stage
                     st_shared_32(smem + self.shared.holes + stage * 4, Int32(missing))
             self.copy_tile(args, smem, tiles_at, full_at, tensor_map, stage, row, page, kv_head)
-            # The next look-up is under way, and what it brings not looked at, while the next stage is waited for.
-            row, page = self.box_of(args, slot, block - 1 - i)
             stage, parity = self.shared.after(stage, parity)
         return stage, parity
 
     @cute.jit
-    def box_of(self, args, slot: Int32, block: Int32):
-        """(row, page) of this lane's box of a block of keys; page -1 where none of its keys is live or in the table."""
-        row, page = ld_shared_32(slot + FIRST_KEY) + block * self.keys, Int32(0)
-        if cutlass.const_expr(self.masked):
-            page = ld_shared_32(slot + SEQUENCE)
-        if cutlass.const_expr(self.paged):
-            key = block * self.keys + cute.arch.lane_idx() * args.box_rows
-            page = Int32(-1)
-            if (key < ld_shared_32(slot + HIGH)) & (key + args.box_rows > ld_shared_32(slot + LOW)):
-                logical = Int32(Uint32(key) // Uint32(args.page_size))
-                row = key - logical * args.page_size
-                if logical < args.max_pages:
-                    table = args.block_table + Int64(ld_shared_32(slot + SEQUENCE)) * args.table_stride
-                    page = ld_global_i32(table + Int64(logical) * 4)
-        return row, page
+    def look_up(self, args, slot: Int32, block: Int32):
+        """(row, page) of the boxes of a block of keys, one a lane, and of blocks before it as long as there are lanes;
+        page -1 where none of a box's keys is live or in the table.
+
+        For each block by itself that took as long as to compute one: with pages of 80 and of 128, 10 and 13% more
+        cycles than without pages.
+        """
+        lane = cute.arch.lane_idx()
+        before = divided(lane, args.boxes)
+        key = (block - before) * self.keys + (lane - before * args.boxes) * args.box_rows
+        row, page = Int32(0), Int32(-1)
+        if (key < ld_shared_32(slot + HIGH)) & (key + args.box_rows > ld_shared_32(slot + LOW)):
+            logical = by_factor(key, args.page_size, args.page_factor)
+            row = key - logical * args.page_size
+            if logical < args.max_pages:
+                table = args.block_table + Int64(ld_shared_32(slot + SEQUENCE)) * args.table_stride
+                page = ld_global_i32(table + Int64(logical) * 4)
+        return row, Int32(cutlass.select_((page < 0) | (page >= args.num_pages), Int32(-1), page))
 
     @cute.jit
     def copy_tile(
@@ -149,7 +160,7 @@ class Copier:
         target = smem + tiles_at + stage * self.kv_bytes
         boxes = Int32(1)
         if cutlass.const_expr(self.paged):
-            boxes = self.keys // args.box_rows
+            boxes = args.boxes
             target = target + lane * (args.box_rows * COLUMN * 2)
             # Beyond the last page of the map, which has one even where the pool has none.
             page = Int32(cutlass.select_(page < 0, cutlass.max(args.num_pages, 1), page))

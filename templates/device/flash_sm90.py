@@ -70,7 +70,7 @@ class FlashSm90:
         self.turns = Turns(self.groups, taken=head_dim <= 192)
         sight = Sight(causal, window, masked, keys)
         self.walk = OwnRows(self.shared, sight, self.turns) if skipping else WholeTile()
-        self.lister = Lister(self.shared, sight, head_dim, paged, rows)
+        self.lister = Lister(self.shared, sight, head_dim, paged, rows, chained)
         self.copier = Copier(self.shared, head_dim, paged, masked, keys)
         self.hiding = Hiding(causal, window, masked, keys)
         self.mask_words = MaskWords(dtype, keys)
@@ -97,7 +97,8 @@ class FlashSm90:
             for barrier, arrivals in self.shared.barriers():
                 tma.init_barrier(smem + barrier, arrivals)
             tma.publish_barriers()
-        wait_for_grid(self.chained)
+        if args.beside == 0:  # else the grid before this one has waited for what this one reads
+            wait_for_grid(self.chained)
         start_next_grid(self.chained)
         cute.arch.barrier()
         computing, copying = REGISTERS[self.groups]

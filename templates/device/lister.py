@@ -10,7 +10,7 @@ from cutlass import Int32, Int64
 
 from pa_ops.templates.device import tma
 from pa_ops.templates.device.mask_tile import keys_of as padded_keys
-from pa_ops.templates.device.ptx import st_global_i32, st_shared_32, take
+from pa_ops.templates.device.ptx import st_global_i32, st_shared_32, take, wait_for_grid
 from pa_ops.templates.device.shared_sm90 import BARRIER, SLOT, SLOTS
 from pa_ops.templates.device.warpgroup import COLUMN
 from pa_ops.templates.device.worklist import find_tile, length_at, paged_keys
@@ -22,8 +22,8 @@ LATE = 2  # of a causal sequence's row blocks, one in so many comes after all ot
 class Lister:
     """Lists tiles of `rows` query rows, and the blocks of keys that `sight` finds for them."""
 
-    def __init__(self, shared, sight, head_dim, paged, rows):
-        self.shared, self.sight, self.paged, self.rows = shared, sight, paged, rows
+    def __init__(self, shared, sight, head_dim, paged, rows, chained):
+        self.shared, self.sight, self.paged, self.rows, self.chained = shared, sight, paged, rows, chained
         self.causal, self.masked = sight.causal, sight.masked
         self.halves, self.q_bytes = head_dim // COLUMN, rows * head_dim * 2
         self.near_keys = NEAR_BYTES // (head_dim * 4)
@@ -34,7 +34,10 @@ class Lister:
         if cute.arch.lane_idx() == 0:
             tma.prefetch_map(q_map)
         turn = Int32(0)
-        sequence, row_first, head = self.tile_at(args, cute.arch.block_idx()[0])
+        rank, _, _ = cute.arch.block_idx()
+        if args.beside != 0:  # some blocks start when the grid beside this one ends
+            rank = self.take_ticket(args)
+        sequence, row_first, head = self.tile_at(args, rank)
         while sequence >= 0:
             q_start, q_len = length_at(args.cu_seqlens_q, sequence, args.tokens)
             first_key, k_len = self.keys_of(args, sequence, q_len)
@@ -51,6 +54,8 @@ class Lister:
             turn = turn + 1
             sequence, row_first, head = self.tile_at(args, self.take_ticket(args))
         self.fill(smem, turn, (Int32(0),))
+        if args.beside != 0:  # who waits for this grid waits for that one too
+            wait_for_grid(self.chained)
 
     @cute.jit
     def copy_queries(self, smem: Int32, q_map: Int64, turn: Int32, token: Int32, head: Int32, sequence: Int32):
@@ -83,7 +88,9 @@ class Lister:
         """The rank of the block's next tile."""
         ticket = Int32(0)
         if cute.arch.lane_idx() == 0:
-            ticket = cute.arch.grid_dim()[0] + take(args.tickets)
+            ticket = take(args.tickets)
+            if args.beside == 0:  # each block has begun with a rank of its own
+                ticket = ticket + cute.arch.grid_dim()[0]
         return cute.arch.shuffle_sync(ticket, 0)
 
     @cute.jit

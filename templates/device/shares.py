@@ -15,6 +15,7 @@ import cutlass
 import cutlass.cute as cute
 from cutlass import Int32
 
+from pa_ops.templates.device import beside
 from pa_ops.templates.device.cuts import (
     SPREAD_BITS,
     Place,
@@ -47,7 +48,9 @@ CUT = 12  # the six numbers of cuts.py
 SHARE = 18  # the block's own
 POSTING = 19  # whether parts of a row are posted to the block that opened it: where neither pieces nor chunks are
 STARTS = 20  # the first tile of each thread's sequences, and the end of the last one's
-WORDS = STARTS + THREADS + 2  # an even number
+WORK = STARTS + THREADS + 1  # blocks and work of each warp's sequences, for the next grid
+TICKET = WORK + 2 * (THREADS // 32)  # of a block that shares the device with the next grid
+WORDS = TICKET + 1  # an even number
 
 
 class Shares:
@@ -85,20 +88,30 @@ class Shares:
         Each of the block's threads counts the tiles of a run of sequences.
         """
         tid, _, _ = cute.arch.thread_idx()
-        block, _, _ = cute.arch.block_idx()
         warp, lane = tid // 32, tid % 32
         run = self.run_of(args)
-        own, own_places = Int32(0), Int32(0)
+        early = Int32(-1)
+        if (args.most_given > 0) & (tid == 0):
+            early = beside.draw_early(args)
+        own, own_places, own_blocks, own_work = Int32(0), Int32(0), Int32(0), Int32(0)
         for i in cutlass.range(run, unroll=1):
             sequence = tid * run + i
             if sequence < args.sequences:
-                _, _, _, _, tiles, row_blocks = self.span(args, sequence)
+                _, q_len, _, _, tiles, row_blocks = self.span(args, sequence)
                 own = own + tiles * row_blocks
                 own_places = own_places + row_blocks
+                if q_len > args.skip_above:
+                    blocks, work = beside.work_of(args, q_len, tiles, self.keys)
+                    own_blocks, own_work = own_blocks + blocks, own_work + work
         inclusive, places_here = scan_warp(own), scan_warp(own_places)
         if lane == 31:
             self.put(smem, SUMS + warp * 2, inclusive)
             self.put(smem, SUMS + 1 + warp * 2, places_here)
+        if args.most_given > 0:
+            blocks_here, work_here = scan_warp(own_blocks), scan_warp(own_work)
+            if lane == 31:
+                self.put(smem, WORK + warp * 2, blocks_here)
+                self.put(smem, WORK + 1 + warp * 2, work_here)
         cute.arch.barrier()
         before, total, places = Int32(0), Int32(0), Int32(0)
         for w in cutlass.range_constexpr(THREADS // 32):
@@ -106,9 +119,10 @@ class Shares:
             before = before + Int32(cutlass.select_(Int32(w) < warp, sums, Int32(0)))
             total = total + sums
             places = places + self.get(smem, SUMS + 1 + w * 2)
-        cut = self.cut(args, total * args.kv_heads, places * args.kv_heads)
+        ticket, grid = self.ticket(args, smem, total, early)
+        cut = self.cut(args, total * args.kv_heads, places * args.kv_heads, grid)
         # The other way round: who opens a row waits for the shares after its own, whose blocks start no later.
-        share = Int32(cutlass.select_(block < cut[1], cut[1] - 1 - block, cut[1]))
+        share = Int32(cutlass.select_((ticket >= 0) & (ticket < cut[1]), cut[1] - 1 - ticket, cut[1]))
         begin, end = bounds(cut, share)
         stop = (before + inclusive) * args.kv_heads
         self.put(smem, STARTS + 1 + tid, stop)
@@ -128,17 +142,34 @@ class Shares:
         return begin, end
 
     @cute.jit
-    def cut(self, args, total: Int32, places: Int32):
-        """How `total` tiles, in so many heads and row blocks of sequences, become shares: a cut.
+    def ticket(self, args, smem: Int32, tiles: Int32, early: Int32):
+        """(the block's number among those that have shares, or -1; how many they are), for `tiles` tiles a KV head."""
+        ticket, _, _ = cute.arch.block_idx()
+        grid, _, _ = cute.arch.grid_dim()
+        if args.most_given > 0:
+            blocks, work = Int32(0), Int32(0)
+            for w in cutlass.range_constexpr(THREADS // 32):
+                blocks = blocks + self.get(smem, WORK + w * 2)
+                work = work + self.get(smem, WORK + 1 + w * 2)
+            spare = divided(beside.given(args, tiles, blocks, work) * grid, args.sms)
+            tid, _, _ = cute.arch.thread_idx()
+            if tid == 0:
+                self.put(smem, TICKET, beside.draw(args, grid, spare, early))
+            cute.arch.barrier()
+            ticket, grid = self.get(smem, TICKET), grid - spare
+        return ticket, grid
+
+    @cute.jit
+    def cut(self, args, total: Int32, places: Int32, grid: Int32):
+        """How `total` tiles, in so many heads and row blocks of sequences, become shares of `grid` blocks: a cut.
 
         No more than there are blocks and tiles, and else one a place, or as many as give each LEAST tiles: a merge
         costs as much as some tiles do, so what is cut is long, and what is short is not put together.
         """
-        grid, _, _ = cute.arch.grid_dim()
         blocks = cutlass.max(cutlass.min(grid, cutlass.max(places, total // LEAST)), 1)
         each = divided(total, blocks)
         more, piece = total - each * blocks, Int32(LEAST)
-        if (args.chunk_bits == self.uncut) & (blocks == grid) & (each >= LONG):
+        if (args.chunk_bits == self.uncut) & (args.most_given == 0) & (blocks == grid) & (each >= LONG):
             kept, room = each - each // KEPT, grid * self.pieces
             finest = divided(total - blocks * kept + (room - 1), room)
             finest = cutlass.max(finest, divided(total, places) // MOST_PARTS)

@@ -26,8 +26,8 @@ OPERATORS = {"paged": paged, "dense": varlen}
 
 
 def tickets() -> list[int]:
-    """The count of tickets in every stream's workspace."""
-    place = scratch.tickets_at(current_capability().num_sms) // 4
+    """The count of tiles that were taken in every stream's workspace."""
+    place = scratch.tiles_at(current_capability().num_sms) // 4
     return [int(room[place]) for room in scratch.held.values()]
 
 

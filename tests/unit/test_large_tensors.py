@@ -17,7 +17,7 @@ from pa_ops.launch import Attention, Keys, Rows, Scores, attention_launch, persi
 from pa_ops.launch_rows import gather_launch
 from pa_ops.plan import attention_tiles, work_list
 from pa_ops.program import Guard, Launch, Program
-from pa_ops.scratch import tickets_at
+from pa_ops.scratch import tiles_at
 from pa_ops.spec import InstanceSpec
 
 TOKENS, HEADS, DIM = 2_000_000, 64, 128
@@ -66,15 +66,17 @@ def test_B18_sixteen_billion_elements_of_ragged_attention(family: str, rows: Ten
     )
     spec = InstanceSpec.parse(name)
     if family == "flash_sm90":
-        launch = persistent_launch(3, spec, call, skip_up_to=0, num_sms=NUM_SMS)
-        given["workspace"] = torch.zeros(tickets_at(NUM_SMS) // 4 + 1, dtype=torch.int32)
+        launch = persistent_launch(3, spec, call, skip_up_to=0, num_sms=NUM_SMS, beside=False)
+        given["workspace"] = torch.zeros(tiles_at(NUM_SMS) // 4 + 1, dtype=torch.int32)
         made = launched("varlen_attention.out", launch, given)
         for found in programs.maps_of(FLASH_SM90, made.record).values():
             assert found.sizes == (DIM, TOKENS, HEADS, 1) and found.strides[:2] == (ROW_BYTES, 2 * DIM)
             assert found.strides[0] * (found.sizes[1] - 1) == LAST_ROW > 2**34
         assert (made.x, made.y) == (NUM_SMS, 1)
         return
-    made = launched("varlen_attention.out", attention_launch(3, spec, call, skip_up_to=0, num_sms=NUM_SMS), given)
+    made = launched(
+        "varlen_attention.out", attention_launch(3, spec, call, skip_up_to=0, num_sms=NUM_SMS, beside=False), given
+    )
     fields = MEA.unpack(made.record)
     assert (fields["tokens"], fields["keys"]) == (TOKENS, TOKENS)
     assert all(fields[f"{each}_token_stride"] * (TOKENS - 1) == LAST_ROW for each in ("q", "k", "v", "out"))

@@ -51,13 +51,14 @@ def test_a_stream_keeps_its_own_and_waits_once(device: Device) -> None:
     device.stream = 0
     assert scratch.workspace(0) is first
     for room in (first, second):
-        assert room.numel() == COUNTERS + scratch.shares_of(NUM_SMS) + 1 and not room[COUNTERS:].any()
+        assert room.numel() == COUNTERS + scratch.shares_of(NUM_SMS) + 2 and not room[COUNTERS:].any()
         assert (room[POSTS:COUNTERS] == -1).all(), "posts are empty"
 
 
-def test_a_counter_a_share_and_one_of_tickets_are_the_last_words(device: Device) -> None:
+def test_a_counter_a_share_and_two_of_tickets_are_the_last_words(device: Device) -> None:
     size = 4 * scratch.workspace(0).numel()
-    assert scratch.tickets_at(NUM_SMS) == size - 4 == scratch.counters_at(NUM_SMS) + 4 * scratch.shares_of(NUM_SMS)
+    assert scratch.tickets_at(NUM_SMS) == size - 8 == scratch.counters_at(NUM_SMS) + 4 * scratch.shares_of(NUM_SMS)
+    assert scratch.tiles_at(NUM_SMS) == size - 4, "grids that run at the same time count by themselves"
 
 
 def test_X6_a_stream_met_under_capture_gets_the_spare_and_shares_it_with_later_graphs(device: Device) -> None:
