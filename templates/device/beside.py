@@ -10,7 +10,9 @@ import cutlass
 import cutlass.cute as cute
 from cutlass import Float32, Int32
 
-from pa_ops.templates.device.ptx import add_to, own_sm, rcp, st_global_i32
+from pa_ops.templates.device.ptx import rcp
+from pa_ops.templates.device.ptx_global import add_to, st_global_i32
+from pa_ops.templates.device.ptx_grid import own_sm
 
 QUERIES = 64  # of a block of work
 SHORT = 4  # times as long is decode beside what is short

@@ -5,7 +5,8 @@ import cutlass.cute as cute
 from cutlass import Int32, Int64
 
 from pa_ops.templates.device import tma
-from pa_ops.templates.device.ptx import ld_global_i32, ld_shared_32, st_shared_32
+from pa_ops.templates.device.ptx import ld_shared_32, st_shared_32
+from pa_ops.templates.device.ptx_global import ld_global_i32
 from pa_ops.templates.device.quotients import by_factor, divided
 from pa_ops.templates.device.shared_sm90 import (
     BARRIER,

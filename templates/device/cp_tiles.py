@@ -7,7 +7,7 @@ import cutlass
 from cutlass import Int32, Int64
 
 from pa_ops.templates.device import pages
-from pa_ops.templates.device.ptx import cp_async_16
+from pa_ops.templates.device.ptx_global import cp_async_16
 
 ANY = 0x7FFFFFFF
 

@@ -13,7 +13,9 @@ from cutlass import Float32, Int32, Int64
 
 from pa_ops.templates.device import products, softmax
 from pa_ops.templates.device.feed import Feed
-from pa_ops.templates.device.ptx import ld_global_pair, ld_shared_32, opaque, start_next_grid, wait_for_grid
+from pa_ops.templates.device.ptx import ld_shared_32, opaque
+from pa_ops.templates.device.ptx_global import ld_global_pair
+from pa_ops.templates.device.ptx_grid import start_next_grid, wait_for_grid
 from pa_ops.templates.device.quotients import by_factor
 from pa_ops.templates.device.segments import BYTES, Segments
 from pa_ops.templates.device.shares import WORDS, Shares

@@ -8,7 +8,8 @@ import cutlass
 import cutlass.cute as cute
 from cutlass import Int32, Int64, Uint32
 
-from pa_ops.templates.device.ptx import cp_async_twice, ld_global_i32_where, st_shared_32
+from pa_ops.templates.device.ptx import st_shared_32
+from pa_ops.templates.device.ptx_global import cp_async_twice, ld_global_i32_where
 from pa_ops.templates.device.quotients import by_factor, divided
 
 # Words of the stream's state: where it stands, then what has been looked up and not yet copied.

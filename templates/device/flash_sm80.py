@@ -14,18 +14,12 @@ from cutlass import Float32, Int32, Int64
 from pa_ops.templates.device import mask_tile, offsets, pages, products, softmax
 from pa_ops.templates.device.cp_tiles import TileCopies
 from pa_ops.templates.device.pairs import Pair
-from pa_ops.templates.device.ptx import (
-    opaque,
-    rcp,
-    start_next_grid,
-    wait_for_grid,
-)
+from pa_ops.templates.device.ptx import opaque, rcp
+from pa_ops.templates.device.ptx_grid import start_next_grid, wait_for_grid
 from pa_ops.templates.device.ptx_warp import meet_and_vote, pinned
 from pa_ops.templates.device.row_store import RowStore
 from pa_ops.templates.device.tiles import Fragments, TileShape
 from pa_ops.templates.device.worklist import find_tile, length_at, paged_keys
-
-LOG2_E = 1.4426950408889634
 
 
 class FlashSm80:
@@ -232,7 +226,7 @@ class FlashSm80:
             pair.join(row_sum)
         sink = Float32(-Float32.inf)
         if args.sinks != 0:
-            sink = softmax.sink_of(self.dtype, args, head) * LOG2_E
+            sink = softmax.sink_of(self.dtype, args, head) * softmax.LOG2_E
         factors = offsets.ended(row_offset, row_sum, sink, self.m_tiles)
         self.out.store(args, s_q, acc_o, factors, q_start + row_first, count, head, warp_row, team, lane)
 

@@ -18,16 +18,9 @@ from pa_ops.templates.device.copier import Copier
 from pa_ops.templates.device.hiding import WINDOW_OFF, Hiding
 from pa_ops.templates.device.lister import Lister
 from pa_ops.templates.device.mask_words import MaskWords
-from pa_ops.templates.device.ptx import (
-    ld_shared_32,
-    opaque,
-    pack_pair,
-    st_global_128,
-    st_global_f32,
-    st_shared_128,
-    start_next_grid,
-    wait_for_grid,
-)
+from pa_ops.templates.device.ptx import ld_shared_32, opaque, pack_pair, st_shared_128
+from pa_ops.templates.device.ptx_global import st_global_128, st_global_f32
+from pa_ops.templates.device.ptx_grid import start_next_grid, wait_for_grid
 from pa_ops.templates.device.shared_sm90 import (
     BARRIER,
     END,
@@ -46,8 +39,6 @@ from pa_ops.templates.device.sight import OwnRows, Sight, WholeTile
 from pa_ops.templates.device.turns import Turns
 from pa_ops.templates.device.warpgroup import COLUMN, GROUP_ROWS, GROUP_THREADS, Products, row_of
 
-LOG2_E = 1.4426950408889634
-LN_2 = 0.6931471805599453
 TAILS = 8  # the first of the named barriers at which one has cleared the tail of a tile
 REGISTERS = {2: (232, 40), 3: (160, 32)}  # of a computing and of a copying thread, by computing warpgroups
 
@@ -309,7 +300,7 @@ class FlashSm90:
         head, token, live = ld_shared_32(slot + HEAD), ld_shared_32(slot + TOKEN), ld_shared_32(slot + LIVE)
         sink = Float32(-Float32.inf)
         if args.sinks != 0:
-            sink = softmax.sink_of(self.dtype, args, head) * LOG2_E
+            sink = softmax.sink_of(self.dtype, args, head) * softmax.LOG2_E
         scale, lse = softmax.finish(row_max, row_sum, args.log2_scale, sink, 1)
         for _ in cutlass.range(opaque((scale[0] == 0.0) | (scale[1] == 0.0)), unroll=1):
             softmax.zero_rows(acc_o, scale, self.d_tiles)
@@ -319,7 +310,7 @@ class FlashSm90:
         out_row = args.out + Int64(token) * args.out_token_stride + Int64(head) * args.out_head_stride
         for r in cutlass.range_constexpr(2):
             row = first_row + r * 8
-            st_global_f32(lse_row + Int64(row) * 4, lse[r] * LN_2, (mine == 0) & (row < live) & (args.lse != 0))
+            st_global_f32(lse_row + Int64(row) * 4, lse[r] * softmax.LN_2, (mine == 0) & (row < live) & (args.lse != 0))
             target = out_row + Int64(row) * args.out_token_stride
             for first in cutlass.range_constexpr(0, self.d_tiles, 4):
                 words = []

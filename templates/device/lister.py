@@ -10,7 +10,9 @@ from cutlass import Int32, Int64
 
 from pa_ops.templates.device import tma
 from pa_ops.templates.device.mask_tile import keys_of as padded_keys
-from pa_ops.templates.device.ptx import st_global_i32, st_shared_32, take, wait_for_grid
+from pa_ops.templates.device.ptx import st_shared_32
+from pa_ops.templates.device.ptx_global import st_global_i32, take
+from pa_ops.templates.device.ptx_grid import wait_for_grid
 from pa_ops.templates.device.shared_sm90 import BARRIER, SLOT, SLOTS
 from pa_ops.templates.device.warpgroup import COLUMN
 from pa_ops.templates.device.worklist import find_tile, length_at, paged_keys

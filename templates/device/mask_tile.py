@@ -8,7 +8,8 @@ import cutlass
 import cutlass.cute as cute
 from cutlass import Float32, Int32, Int64
 
-from pa_ops.templates.device.ptx import fma, ld_global_i32, opaque
+from pa_ops.templates.device.ptx import fma, opaque
+from pa_ops.templates.device.ptx_global import ld_global_i32
 from pa_ops.templates.device.ptx_masks import cp_async_part, ld_shared_bytes, ld_shared_floats, ld_shared_halves
 
 CHUNK = 16  # bytes of one copy

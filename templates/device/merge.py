@@ -7,24 +7,15 @@ import cutlass
 import cutlass.cute as cute
 from cutlass import Float32, Int32, Int64
 
-from pa_ops.templates.device.ptx import (
-    ex2,
-    ld_global_f32,
-    ld_global_half,
-    lg2,
-    st_global_f32,
-    st_global_half,
-    start_next_grid,
-    wait_for_grid,
-)
-
-LOG2_E = 1.4426950408889634
-LN_2 = 0.6931471805599453
+from pa_ops.templates.device import softmax
+from pa_ops.templates.device.ptx import ex2, lg2
+from pa_ops.templates.device.ptx_global import ld_global_f32, ld_global_half, st_global_f32, st_global_half
+from pa_ops.templates.device.ptx_grid import start_next_grid, wait_for_grid
 
 
 def base_two(address):
     """An lse in base 2, +inf read as -inf: both mean that no key was seen."""
-    value = ld_global_f32(address) * LOG2_E
+    value = ld_global_f32(address) * softmax.LOG2_E
     return cutlass.select_(value == Float32.inf, Float32(-Float32.inf), value)
 
 
@@ -71,7 +62,7 @@ class Merge:
             a = base_two(args.lse_a + head * args.lse_a_stride + token * 4)
             b = base_two(args.lse_b + head * args.lse_b_stride + token * 4)
             weight_a, weight_b, merged = weights(a, b)
-            st_global_f32(args.lse + head * args.lse_stride + token * 4, merged * LN_2, lane == 0)
+            st_global_f32(args.lse + head * args.lse_stride + token * 4, merged * softmax.LN_2, lane == 0)
             row_a = args.out_a + token * args.a_token_stride + head * args.a_head_stride
             row_b = args.out_b + token * args.b_token_stride + head * args.b_head_stride
             row_out = args.out + token * args.out_token_stride + head * args.out_head_stride

@@ -8,7 +8,7 @@ import cutlass
 import cutlass.cute as cute
 from cutlass import Int32, Int64, Uint32
 
-from pa_ops.templates.device.ptx import ld_global_i32
+from pa_ops.templates.device.ptx_global import ld_global_i32
 
 
 def page_registers(keys):

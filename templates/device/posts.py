@@ -13,7 +13,7 @@ import cutlass.cute as cute
 from cutlass import Int32, Int64, Uint32
 
 from pa_ops.templates.device import softmax
-from pa_ops.templates.device.ptx import ld_posted, st_posted
+from pa_ops.templates.device.ptx_global import ld_posted, st_posted
 
 EMPTY = -1
 

@@ -4,9 +4,8 @@ import cutlass.cute as cute
 from cutlass import Int64
 
 from pa_ops.templates.device import softmax
-from pa_ops.templates.device.ptx import ld_shared_128, st_global_128, st_global_f32, st_shared_32
-
-LN_2 = 0.6931471805599453
+from pa_ops.templates.device.ptx import ld_shared_128, st_shared_32
+from pa_ops.templates.device.ptx_global import st_global_128, st_global_f32
 
 
 class RowStore:
@@ -31,7 +30,7 @@ class RowStore:
                     pair = softmax.scaled_pair(self.dtype, acc_o[at], acc_o[at + 1], scale[mt * 2 + r])
                     st_shared_32(shape.address(s_q, row, first_chunk + dt) + (lane & 3) * 4, pair)
                 first = ((lane & 3) == 0) & (row < count) & (args.lse != 0) & (team == 0)
-                st_global_f32(lse_row + Int64(row) * 4, lse[mt * 2 + r] * LN_2, first)
+                st_global_f32(lse_row + Int64(row) * 4, lse[mt * 2 + r] * softmax.LN_2, first)
         cute.arch.sync_warp()
         lanes = shape.lanes_a_row
         rows_a_pass = 32 // lanes

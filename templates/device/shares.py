@@ -28,7 +28,8 @@ from pa_ops.templates.device.cuts import (
     part_of_share,
     whole,
 )
-from pa_ops.templates.device.ptx import ld_shared_32, st_global_i32, st_shared_32, take
+from pa_ops.templates.device.ptx import ld_shared_32, st_shared_32
+from pa_ops.templates.device.ptx_global import st_global_i32, take
 from pa_ops.templates.device.quotients import divided
 from pa_ops.templates.device.worklist import length_at, paged_keys, scan_warp
 

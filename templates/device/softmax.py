@@ -7,8 +7,11 @@ import cutlass
 import cutlass.cute as cute
 from cutlass import Float32, Int32, Int64
 
-from pa_ops.templates.device.ptx import ex2, fma, ld_global_f32, ld_global_half, lg2, pack_pair, rcp
+from pa_ops.templates.device.ptx import ex2, fma, lg2, pack_pair, rcp
+from pa_ops.templates.device.ptx_global import ld_global_f32, ld_global_half
 
+LOG2_E = 1.4426950408889634
+LN_2 = 0.6931471805599453
 RESCALE_BITS = 8.0
 NO_LIMIT = 0x7FFFFFFF
 

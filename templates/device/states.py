@@ -13,29 +13,29 @@ from cutlass import Float32, Int32, Int64
 from pa_ops.templates.device import softmax
 from pa_ops.templates.device.posts import Posts
 from pa_ops.templates.device.ptx import (
-    arrive,
     ex2,
     fma,
-    ld_global_f32x2,
-    ld_global_f32x4,
-    ld_posted,
     ld_shared_32,
     ld_shared_f32x2,
     ld_shared_f32x4,
     lg2,
     opaque,
     rcp,
+    st_shared_32,
+    st_shared_f32x2,
+)
+from pa_ops.templates.device.ptx_global import (
+    arrive,
+    ld_global_f32x2,
+    ld_global_f32x4,
+    ld_posted,
     st_global_64,
     st_global_f32,
     st_global_f32x4,
     st_global_i32,
-    st_shared_32,
-    st_shared_f32x2,
 )
 from pa_ops.templates.device.quotients import by_factor
 
-LOG2_E = 1.4426950408889634
-LN_2 = 0.6931471805599453
 WARPS = 4
 THREADS = WARPS * 32
 ROWS = 16  # of mma.m16n8k16
@@ -307,7 +307,7 @@ class States:
         if args.sinks != 0:
             for i in cutlass.range_constexpr(len(found)):
                 head = cutlass.select_(found[i][0] < rows.live, heads[i], Int32(0))
-                sinks[i] = softmax.sink_of(self.dtype, args, head) * LOG2_E
+                sinks[i] = softmax.sink_of(self.dtype, args, head) * softmax.LOG2_E
         ready = [self.normalised(stats, values, sinks[i]) for i, (_, values, stats) in enumerate(found)]
         for i in cutlass.range_constexpr(len(found)):
             words, lse = ready[i]
@@ -328,6 +328,8 @@ class States:
         denominator = total * shrink + ex2(sink - base)
         # By select: a row that sees no key gives zeros, whatever its accumulator holds.
         scale = Float32(cutlass.select_(total == 0.0, Float32(0.0), shrink * rcp(denominator)))
-        lse = Float32(cutlass.select_(denominator > 0.0, (lg2(denominator) + base) * LN_2, Float32(-Float32.inf)))
+        lse = Float32(
+            cutlass.select_(denominator > 0.0, (lg2(denominator) + base) * softmax.LN_2, Float32(-Float32.inf))
+        )
         pairs = range(0, len(self.runs) * 4, 2)
         return [softmax.scaled_pair(self.dtype, values[i], values[i + 1], scale) for i in pairs], lse

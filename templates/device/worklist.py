@@ -7,7 +7,7 @@ import cutlass
 import cutlass.cute as cute
 from cutlass import Int32, Int64
 
-from pa_ops.templates.device.ptx import ld_global_i32
+from pa_ops.templates.device.ptx_global import ld_global_i32
 
 
 @cute.jit
