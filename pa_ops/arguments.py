@@ -157,6 +157,7 @@ MEA = Record(
     factors=ATTENTION.factors,
 )
 
+_SPLIT = (*ATTENTION.addresses, "partials", "counters", "tickets")
 _SHARED_OUT = (
     "kv_heads",
     "causal",
@@ -165,7 +166,7 @@ _SHARED_OUT = (
 )
 # Kernels of all languages agree on a record's size only if it is a multiple of 8 bytes: no count here without a use.
 DECODE = Record(
-    addresses=(*ATTENTION.addresses, "partials", "counters", "tickets", "posts"),
+    addresses=(*_SPLIT, "posts"),
     strides=ATTENTION.strides,
     counts=(
         *(name for name in ATTENTION.counts if name not in ("heads", "skip_up_to")),
@@ -180,7 +181,7 @@ DECODE = Record(
 )
 
 MEA_DECODE = Record(
-    addresses=(*ATTENTION.addresses, "partials", "counters", "tickets"),
+    addresses=_SPLIT,
     strides=DECODE.strides,
     counts=(*(name for name in ATTENTION.counts if name != "heads"), *_SHARED_OUT),
     factors=DECODE.factors,

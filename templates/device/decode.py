@@ -17,7 +17,7 @@ from pa_ops.templates.device.ptx import ld_shared_32, opaque
 from pa_ops.templates.device.ptx_global import ld_global_pair
 from pa_ops.templates.device.ptx_grid import start_next_grid, wait_for_grid
 from pa_ops.templates.device.quotients import by_factor
-from pa_ops.templates.device.segments import BYTES, Segments
+from pa_ops.templates.device.segments import BYTES, Segments, token_and_head
 from pa_ops.templates.device.shares import WORDS, Shares
 from pa_ops.templates.device.states import ROWS, STATS_BYTES, THREADS, WARPS, States
 from pa_ops.templates.device.tiles import Fragments, TileShape
@@ -195,9 +195,7 @@ class Decode:
         """The query rows as A operands; rows and columns that do not exist are zeros."""
         for half in range(2):
             row = half * 8 + (lane >> 2)
-            line = rows.first + row
-            token = self.token_of(args, line)
-            head = rows.kv_head * args.group + line - token * args.group
+            token, head = token_and_head(args, rows, row)
             column = (lane & 3) * 2
             source = args.q + Int64(rows.q_start + token) * args.q_token_stride + Int64(head) * args.q_head_stride
             source = source + Int64(column * 2)

@@ -12,7 +12,7 @@ import cutlass.cute as cute
 from cutlass import Int32
 
 from pa_ops.templates.device.ptx import ld_shared_128, st_shared_128
-from pa_ops.templates.device.quotients import divided
+from pa_ops.templates.device.quotients import by_factor, divided
 
 BYTES = 48  # of a warp's notes
 
@@ -33,6 +33,13 @@ class Rows(NamedTuple):
     live: Int32
     kv_head: Int32
     q_start: Int32
+
+
+def token_and_head(args, rows, row):
+    """(token of the sequence, query head) of a row, `rows` being a Rows."""
+    line = rows.first + row
+    token = by_factor(line, args.group, args.group_factor)
+    return token, rows.kv_head * args.group + line - token * args.group
 
 
 class Stretch(NamedTuple):

@@ -34,7 +34,7 @@ from pa_ops.templates.device.ptx_global import (
     st_global_f32x4,
     st_global_i32,
 )
-from pa_ops.templates.device.quotients import by_factor
+from pa_ops.templates.device.segments import token_and_head
 
 WARPS = 4
 THREADS = WARPS * 32
@@ -299,9 +299,7 @@ class States:
     @cute.jit
     def write(self, found, args, rows, tid: Int32):
         """A thread's outputs of some rows, normalised and rounded, and their LSE; several hide each other's waits."""
-        tokens = [by_factor(rows.first + row, args.group, args.group_factor) for row, _, _ in found]
-        pairs = list(zip(tokens, found, strict=True))
-        heads = [rows.kv_head * args.group + rows.first + row - token * args.group for token, (row, _, _) in pairs]
+        tokens, heads = zip(*(token_and_head(args, rows, row) for row, _, _ in found), strict=True)
         sinks = cute.make_rmem_tensor((len(found),), Float32)
         sinks.fill(-Float32.inf)
         if args.sinks != 0:
@@ -328,8 +326,7 @@ class States:
         denominator = total * shrink + ex2(sink - base)
         # By select: a row that sees no key gives zeros, whatever its accumulator holds.
         scale = Float32(cutlass.select_(total == 0.0, Float32(0.0), shrink * rcp(denominator)))
-        lse = Float32(
-            cutlass.select_(denominator > 0.0, (lg2(denominator) + base) * softmax.LN_2, Float32(-Float32.inf))
-        )
+        lse = (lg2(denominator) + base) * softmax.LN_2
+        lse = Float32(cutlass.select_(denominator > 0.0, lse, Float32(-Float32.inf)))
         pairs = range(0, len(self.runs) * 4, 2)
         return [softmax.scaled_pair(self.dtype, values[i], values[i + 1], scale) for i in pairs], lse
