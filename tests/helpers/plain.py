@@ -20,7 +20,7 @@ def float32(value: float) -> float:
     return ctypes.c_float(value).value
 
 
-CUTE = {"arch": SimpleNamespace(clz=lambda x: 32 - x.bit_length())}
+CUTE = {"arch": SimpleNamespace(clz=lambda x: 32 - x.bit_length(), fmin=min), "jit": lambda function: function}
 CUTLASS: dict[str, Any] = {
     **dict.fromkeys(("Int32", "Int64", "Uint32", "Uint64"), int),
     "Float32": float32,
