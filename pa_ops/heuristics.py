@@ -34,6 +34,11 @@ FOR_FEW_ROWS = (Family.DECODE, Family.FLASH_SM90, Family.FLASH_SM80, Family.MEA_
 FOR_MANY_ROWS = (Family.FLASH_SM90, Family.FLASH_SM80, Family.MEA, Family.DECODE, Family.MEA_DECODE)
 SPLITTING = frozenset({Family.DECODE, Family.MEA_DECODE})  # blocks share the keys out; made for few query rows
 
+BESIDE = frozenset({Family.FLASH_SM90})  # blocks take tiles as they come: they begin on SMs that decode leaves them
+BESIDE_ROWS = (
+    1 << 18
+)  # of a batch, heads of a group included; decode counts their blocks times tiles of keys in 32 bits
+
 TIE = 0.1  # of recorded times: two runs of one kernel differ by up to 5%, on two machines by more
 
 Cost = tuple[int, int, int, bool, int, int, str]
@@ -124,6 +129,15 @@ def certain_division(problem: Problem, rows: int) -> Division:
     if few == 0:
         return Division.PREFILL
     return Division.DECODE if most <= few else Division.BOTH
+
+
+def runs_beside(problem: Problem, prefill: Family) -> bool:
+    """Whether the kernel for the others runs at the same time as the one for few query rows, where a batch needs both.
+
+    A plan holds for as many tokens as have the same power of two. Five tokens may be a block of work: with so many rows
+    a count stays within 32 bits where every sequence has 2.6 million keys, and with longer ones the more.
+    """
+    return prefill in BESIDE and (2 * problem.tokens - 1) * problem.group < BESIDE_ROWS
 
 
 def timing(entry: Entry, problem: Problem, capability: Capability) -> Timing | None:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from pa_ops.checks import INT32_MAX, Arguments, Sizes
 from pa_ops.faults import mask_of
-from pa_ops.heuristics import SPLITTING, Division, certain_division, division, extremes
+from pa_ops.heuristics import SPLITTING, Division, certain_division, division, extremes, runs_beside
 from pa_ops.launch import (
     ALIGNMENT,
     Attention,
@@ -103,7 +103,7 @@ def _attend(
     few, many = _division(problem, arguments, registry)
     limit = 0 if few is None else few.entry.spec.tile.m // problem.group
     invariant, sms = policy(arguments["backend"]).batch_invariant, registry.capability.num_sms
-    beside = few is not None and many is not None and many.family in BESIDE and not invariant
+    beside = few is not None and many is not None and not invariant and runs_beside(problem, many.family)
     if few is not None:
         launch = decode_launch(
             registry.kernel(few.entry),
@@ -140,9 +140,6 @@ def _division(problem: Problem, arguments: Arguments, registry: Registry) -> tup
     chosen_by = divide(problem, splitting.entry.spec.tile.m)
     return None if chosen_by is Division.PREFILL else splitting, None if chosen_by is Division.DECODE else other
 
-
-BESIDE = frozenset({Family.FLASH_SM90})
-"""Families whose blocks take tiles as they come, and so can begin on the SMs that decode leaves them."""
 
 LAUNCHES: dict[Family, Callable[..., Launch]] = {
     Family.FLASH_SM80: attention_launch,

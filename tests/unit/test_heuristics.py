@@ -22,10 +22,12 @@ from pa_ops.heuristics import (
     Division,
     division,
     extremes,
+    runs_beside,
 )
 from pa_ops.manifest import Entry
 from pa_ops.problem import Problem
 from pa_ops.selection import Policy, select_entry
+from pa_ops.spec import Family
 
 ROWS = 16  # of a tile
 ONE, BOTH, MANY = Division.DECODE, Division.BOTH, Division.PREFILL
@@ -90,6 +92,21 @@ def test_one_family_alone_is_sure_of_its_work_or_loses_little(
     if found is Division.PREFILL:
         assert group > rows or batch == 1 or tokens > MIXED_TOKENS * batch
     assert group <= rows or found is Division.PREFILL
+
+
+@given(tokens=st.integers(1, 1 << 20), group=st.integers(1, 16))
+def test_prefill_runs_beside_decode_where_the_work_fits_32_bits(tokens: int, group: int) -> None:
+    """Each 5 tokens a sequence of their own, of 2.6 million keys: as many as a plan made for `tokens` may meet."""
+    blocks = (2 * tokens - 1) // 5 * group
+    if runs_beside(paged(group, batch=9, tokens=tokens), Family.FLASH_SM90):
+        assert blocks * (2_600_000 // 64) < 2**31
+    else:
+        assert 2 * tokens * group >= 1 << 18, "16k tokens of 8 heads are no reason"
+
+
+def test_prefill_whose_blocks_do_not_take_tiles_runs_after_decode() -> None:
+    one = paged(batch=9, tokens=100)
+    assert [f for f in FOR_MANY_ROWS if runs_beside(one, f)] == [Family.FLASH_SM90]
 
 
 def test_every_attention_family_has_its_place_in_both_orders() -> None:
