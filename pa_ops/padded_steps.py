@@ -70,9 +70,14 @@ def _launch(kernel: int, spec: InstanceSpec, call: Attention, arguments: Argumen
     }
     grid = Grid(GridRule.TILES, spec.tile.m, -1, call.heads)
     if record.maps:
-        tickets = Address("workspace", tiles_at(num_sms))
-        sources |= {**_maps(spec, call), "tickets": tickets, "box_rows": spec.tile.n, "boxes": 1, "page_factor": 0}
-        sources["beside"] = 0
+        sources |= {
+            **_maps(spec, call),
+            "tickets": Address("workspace", tiles_at(num_sms)),
+            "box_rows": spec.tile.n,
+            "boxes": 1,
+            "page_factor": 0,
+            "beside": 0,
+        }
         grid = Grid(GridRule.FIXED, num_sms, 1)
     return Launch(kernel, record, fields_of(record, sources), grid)
 

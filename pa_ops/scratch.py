@@ -55,6 +55,11 @@ def tiles_at(num_sms: int) -> int:
     return tickets_at(num_sms) + 4
 
 
+def workspace_words(num_sms: int) -> int:
+    """Words of the workspace: that counter is its last."""
+    return tiles_at(num_sms) // 4 + 1
+
+
 def workspace(device: int) -> Tensor:
     """The current stream's, [words] int32, kept because graphs may refer to it; waits for the device once, when made.
 
@@ -83,7 +88,7 @@ def workspace_for(out: Tensor) -> Tensor | None:
 def _made(device: int) -> Tensor:
     num_sms = torch.cuda.get_device_properties(device).multi_processor_count
     posts, counters = posts_at(num_sms) // 4, counters_at(num_sms) // 4
-    fresh = torch.empty(tiles_at(num_sms) // 4 + 1, dtype=torch.int32, device=torch.device("cuda", device))
+    fresh = torch.empty(workspace_words(num_sms), dtype=torch.int32, device=torch.device("cuda", device))
     fresh[posts:counters].fill_(EMPTY)
     fresh[counters:].zero_()
     return fresh

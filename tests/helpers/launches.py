@@ -17,7 +17,7 @@ from pa_ops.arguments import record_of
 from pa_ops.checks import INT32_MAX
 from pa_ops.jit import declared_entries
 from pa_ops.manifest import FILE_NAME, Manifest
-from pa_ops.scratch import tiles_at
+from pa_ops.scratch import workspace_words
 from pa_ops.sources import ours
 from pa_ops.spec import Family, InstanceSpec
 
@@ -77,7 +77,7 @@ class Launches(list[Made]):
     def __init__(self) -> None:
         super().__init__()
         self.symbols: list[str] = []
-        self.workspace = torch.empty(tiles_at(SM90.num_sms) // 4 + 1, dtype=torch.int32)
+        self.workspace = torch.empty(workspace_words(SM90.num_sms), dtype=torch.int32)
 
     @property
     def families(self) -> list[str]:

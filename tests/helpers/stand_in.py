@@ -20,7 +20,7 @@ SM90 = pa_ops.Capability.of_sm(90)
 # at::detail::empty_strided_cpu(IntArrayRef, IntArrayRef, ScalarType, bool): the flag, of pinned memory, lies where the
 # device's type is passed to the one for CUDA, and the type of CPUs is 0.
 EMPTY = "_ZN2at6detail17empty_strided_cpuEN3c108ArrayRefIlEES3_NS1_10ScalarTypeEb"
-WORDS = scratch.tiles_at(SM90.num_sms) // 4 + 1
+WORDS = scratch.workspace_words(SM90.num_sms)
 
 held: list[torch.library.Library] = []  # PyTorch takes an operator back with what has defined it
 

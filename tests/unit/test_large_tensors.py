@@ -17,7 +17,7 @@ from pa_ops.launch import Attention, Keys, Rows, Scores, attention_launch, persi
 from pa_ops.launch_rows import gather_launch
 from pa_ops.plan import attention_tiles, work_list
 from pa_ops.program import Guard, Launch, Program
-from pa_ops.scratch import tiles_at
+from pa_ops.scratch import workspace_words
 from pa_ops.spec import InstanceSpec
 
 TOKENS, HEADS, DIM = 2_000_000, 64, 128
@@ -67,7 +67,7 @@ def test_B18_sixteen_billion_elements_of_ragged_attention(family: str, rows: Ten
     spec = InstanceSpec.parse(name)
     if family == "flash_sm90":
         launch = persistent_launch(3, spec, call, skip_up_to=0, num_sms=NUM_SMS, beside=False)
-        given["workspace"] = torch.zeros(tiles_at(NUM_SMS) // 4 + 1, dtype=torch.int32)
+        given["workspace"] = torch.zeros(workspace_words(NUM_SMS), dtype=torch.int32)
         made = launched("varlen_attention.out", launch, given)
         for found in programs.maps_of(FLASH_SM90, made.record).values():
             assert found.sizes == (DIM, TOKENS, HEADS, 1) and found.strides[:2] == (ROW_BYTES, 2 * DIM)

@@ -20,7 +20,7 @@ from pa_ops.capability import MODELS, Feature
 from pa_ops.families import device_passes, device_rejections, problem_passes, problem_rejections
 from pa_ops.gates import attention_families
 from pa_ops.padding import LAYOUTS
-from pa_ops.scratch import tiles_at
+from pa_ops.scratch import workspace_words
 from pa_ops.selection import select_entry
 from pa_ops.spec import DType, Family, InstanceSpec, Mask, Op, TensorMask
 from pa_ops.survey import HIDING_OPTIONS
@@ -30,7 +30,7 @@ from pa_ops.unsupported import unsupported
 @pytest.fixture(autouse=True)
 def room(monkeypatch: pytest.MonkeyPatch) -> None:
     """A workspace that no stream has."""
-    made = torch.empty(tiles_at(Capability.of_sm(90).num_sms) // 4 + 1, dtype=torch.int32)
+    made = torch.empty(workspace_words(Capability.of_sm(90).num_sms), dtype=torch.int32)
     monkeypatch.setattr(scratch, "workspace_for", lambda out: made)
 
 

@@ -28,7 +28,7 @@ from pa_ops.program import (
     Stride,
     TensorMap,
 )
-from pa_ops.scratch import tiles_at
+from pa_ops.scratch import tiles_at, workspace_words
 from pa_ops.spec import InstanceSpec, Layout
 
 CPU = torch.device("cpu")
@@ -89,7 +89,7 @@ def maps_of(layout: str, q: Tensor, k: Tensor, v: Tensor, tile_n: int = 112) -> 
     rows = Rows.of("q"), Rows.of("out")
     call = Attention(*rows, keys, q.shape[1], q.shape[2], v.shape[-1], Scores(0.1, 0, 0.0, None), None, None)
     launch = persistent_launch(3, spec, call, skip_up_to=0, num_sms=NUM_SMS, beside=False)
-    ends, room = torch.zeros(3, dtype=torch.int32), torch.zeros(tiles_at(NUM_SMS) // 4 + 1, dtype=torch.int32)
+    ends, room = torch.zeros(3, dtype=torch.int32), torch.zeros(workspace_words(NUM_SMS), dtype=torch.int32)
     given: dict[str, Any] = {"q": q, k_name: k, v_name: v, "cu_seqlens_q": ends, "out": torch.empty_like(q)}
     given |= {lengths: ends[:2] if layout == "gather" else ends, "workspace": room}
     if layout == "gather":
