@@ -11,11 +11,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from pa_ops.arguments import PIECES_A_BLOCK, STATES_A_BLOCK, WIDEST_POST, WIDEST_STATE
+from pa_ops.arguments import STATES_A_BLOCK, WIDEST_POST, WIDEST_STATE
 from pa_ops.program import stream_of
 
 BLOCKS_AN_SM = 2
-SHARES_A_BLOCK = 1 + PIECES_A_BLOCK
 MAX_STATE_WORDS = 16 * WIDEST_STATE  # as many rows as a tile has
 MAX_POST_WORDS = 16 * WIDEST_POST
 EMPTY = -1  # a word that has not been posted: templates/device/posts.py
@@ -30,11 +29,6 @@ def blocks_of(num_sms: int) -> int:
     return BLOCKS_AN_SM * num_sms
 
 
-def shares_of(num_sms: int) -> int:
-    """Shares into which they cut the keys, at most."""
-    return SHARES_A_BLOCK * blocks_of(num_sms)
-
-
 def posts_at(num_sms: int) -> int:
     """Where the posts begin, in bytes: after the states."""
     return STATES_A_BLOCK * blocks_of(num_sms) * MAX_STATE_WORDS * 4
@@ -47,7 +41,7 @@ def counters_at(num_sms: int) -> int:
 
 def tickets_at(num_sms: int) -> int:
     """Where the counter of shares that blocks have taken lies, in bytes: after the arrival counters."""
-    return counters_at(num_sms) + 4 * shares_of(num_sms)
+    return counters_at(num_sms) + 4 * blocks_of(num_sms)
 
 
 def tiles_at(num_sms: int) -> int:

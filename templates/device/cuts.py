@@ -1,10 +1,9 @@
 """How a row of key tiles is cut: turns a share into its tiles, and a tile into the share and the chunk that hold it.
 
-Plain arithmetic, the same for whoever asks. A *cut* is six numbers: all tiles; equal shares, their tiles, how many of
-them have one more; tiles of each of the pieces that follow; how many more a share has, in parts of 2^22. A *place* is
-the run of tiles of one head and row block of a sequence: where it starts in the row, the number of its first tile among
-the sequence's keys, its tiles, the logarithm of the tiles of its chunks. Chunks begin at multiples of their size,
-counted from the sequence's first key.
+Plain arithmetic, the same for whoever asks. A *cut* is four numbers: all tiles; shares, the tiles that each has, and
+how many more, in parts of 2^22. A *place* is the run of tiles of one head and row block of a sequence: where it starts
+in the row, the number of its first tile among the sequence's keys, its tiles, the logarithm of the tiles of its chunks.
+Chunks begin at multiples of their size, counted from the sequence's first key.
 """
 
 from typing import NamedTuple
@@ -13,15 +12,7 @@ import cutlass
 import cutlass.cute as cute
 from cutlass import Float32, Int32, Uint32
 
-from pa_ops.templates.device.quotients import divided
-
 SPREAD_BITS = 22  # of a fraction of a tile: exact for fewer than 2048 shares
-
-
-def whole(cut):
-    """Tiles of all equal shares, which is where pieces begin."""
-    _, blocks, each, more, _, _ = cut
-    return blocks * each + more
 
 
 def start_of(cut, share):
@@ -30,26 +21,24 @@ def start_of(cut, share):
     With all of them in neighbours 1 x 128k was 2% slower; that blocks next to each other run on SMs next to each other,
     which may share a way to memory, is a supposition.
     """
-    _, blocks, each, _, piece, spread = cut
-    equal = share * each + Int32(Uint32(share * spread) >> SPREAD_BITS)
-    return Int32(cutlass.select_(share < blocks, equal, whole(cut) + (share - blocks) * piece))
+    _, _, each, spread = cut
+    return share * each + Int32(Uint32(share * spread) >> SPREAD_BITS)
 
 
 def bounds(cut, share):
     """(begin, end) of a share; nothing beyond the last."""
-    return start_of(cut, share), cutlass.min(start_of(cut, share + 1), cut[0])
+    total, blocks, _, _ = cut
+    begin = Int32(cutlass.select_(share < blocks, start_of(cut, share), total))
+    return begin, Int32(cutlass.select_(share < blocks, start_of(cut, share + 1), total))
 
 
 def owner_of(cut, tile):
-    """The share that holds `tile`. Among equal ones a product in fp32 is it or a neighbour, for up to 2^20 shares: a
-    64-bit division takes 130 instructions."""
-    _, blocks, _, _, piece, _ = cut
-    equal = whole(cut)
-    owner = blocks + divided(cutlass.max(tile - equal, 0), piece)
-    if_equal = cutlass.min(Int32(Float32(tile) * (Float32(blocks) / Float32(equal))), blocks - 1)
-    if_equal = if_equal + Int32(start_of(cut, if_equal + 1) <= tile)
-    if_equal = if_equal - Int32(start_of(cut, if_equal) > tile)
-    return Int32(cutlass.select_(tile < equal, if_equal, owner))
+    """The share that holds `tile`. A product in fp32 is it or a neighbour, for up to 2^20 shares: a 64-bit division
+    takes 130 instructions."""
+    total, blocks, _, _ = cut
+    owner = cutlass.min(Int32(Float32(tile) * (Float32(blocks) / Float32(total))), blocks - 1)
+    owner = owner + Int32(start_of(cut, owner + 1) <= tile)
+    return owner - Int32(start_of(cut, owner) > tile)
 
 
 class Place(NamedTuple):
@@ -103,17 +92,6 @@ class Part(NamedTuple):
     counter: Int32
     meets: Int32
     last: Int32
-
-
-def part_of_share(cut, share, place):
-    """The part of a share that ends within `place`, or begins there: one state each.
-
-    A share has two, of the place that it opens and of the one before.
-    """
-    opener = owner_of(cut, place.start)
-    states = owner_of(cut, place.start + place.tiles - 1) - opener + 1
-    one, none = Int32(1), Int32(0)
-    return Part(opener * 2 + 1, Int32(-1), Int32(2), states, share - opener, none, opener, one, none)
 
 
 def part_of_chunk(cut, share, place, tile, room):

@@ -3,8 +3,8 @@
 The rows of a block are the query heads that share a KV head, times the new tokens of a sequence. Each warp takes its
 own keys of every tile, through its own ring of cp.async stages, and keeps its own running softmax: warps meet once a
 segment, the part of a sequence, head and row block that lies in the block's share. Where shares cut a row, the block
-that opened it adds up what the others post to it (posts.py), or, where pieces or chunks are, the last to arrive what
-all have left in the workspace (states.py): in order, so results never depend on timing.
+that opened it adds up what the others post to it (posts.py), or, where chunks are, the last to arrive what all have
+left in the workspace (states.py): in order, so results never depend on timing.
 """
 
 import cutlass
@@ -26,7 +26,7 @@ from pa_ops.templates.device.tiles import Fragments, TileShape
 class Decode:
     """One instance: the compile-time choices and the code that they specialise."""
 
-    def __init__(self, dtype, head_dim, window, keys, stages, pieces, most_chunks, uncut, chained):
+    def __init__(self, dtype, head_dim, window, keys, stages, most_chunks, uncut, chained):
         self.dtype, self.head_dim, self.window, self.chained = dtype, head_dim, window, chained
         self.keys, self.stages = keys, stages
         self.warp_keys = keys // WARPS
@@ -38,7 +38,7 @@ class Decode:
         notes_at = self.holes_at + WARPS * stages * 4
         shares_at = notes_at + WARPS * BYTES
         stats_at = shares_at + WORDS * 4
-        self.shares = Shares(ROWS, keys, window, pieces, most_chunks, uncut, shares_at)
+        self.shares = Shares(ROWS, keys, window, most_chunks, uncut, shares_at)
         self.segments = Segments(self.shares, WARPS, notes_at)
         self.feed = Feed(self.shape, self.shares, self.warp_keys, stages)
         # Outputs of warps meet in the stage computed last: 16 keys of K and V are the bytes of 16 rows in fp32.
@@ -66,7 +66,7 @@ class Decode:
             wait_for_grid(self.chained)
         at = self.feed.state()
         frag_q = cute.make_rmem_tensor((self.head_dim // 16 * 4,), Int32)
-        while begin < end:
+        if begin < end:
             sequence, base = self.shares.located(args, smem, begin)
             stand = self.segments.enter(args, smem, sequence, base, begin, end, warp)
             self.feed.open(args, at, sequence, end - begin, stand)
@@ -92,7 +92,6 @@ class Decode:
                     self.load_queries(args, frag_q, self.segments.rows(smem, warp), lane)
                 self.conclude(args, smem, outputs, rows, stretch, unit)
             cute.arch.cp_async_wait_group(0)
-            begin, end = self.shares.following(args, smem)
 
     @cute.jit
     def attend(self, args, smem: Int32, at, frag_q, stage: Int32, small: Int32):
@@ -172,7 +171,7 @@ class Decode:
             stop - stretch.unit == stretch.tiles,
         )
         if not last:
-            if self.shares.posting(smem):
+            if self.shares.posting(args):
                 last = stretch.unit == stretch.start
                 share = self.shares.own(smem)
                 if last:

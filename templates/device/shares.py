@@ -2,9 +2,10 @@
 
 Tiles of all sequences lie in one row: sequence by sequence, in each head by head, row block by row block, then by key.
 Every block has an equal part of that row, so that long and short sequences load the device alike (stream-K, Osama et
-al., PPoPP 2023), and finds it by itself: one trip to memory and one scan of the batch. Of a long row the last
-sixteenth is cut into pieces, for whoever is done first: on an H200, 24 of the SMs read memory a quarter faster than
-the others (docs/performance.md). Where a share begins and ends depends on the lengths alone, and so do all results.
+al., PPoPP 2023), and finds it by itself: one trip to memory and one scan of the batch. Where a share begins and ends
+depends on the lengths alone, and so do all results. On an H200, 24 of the SMs read memory a quarter faster than the
+others; when they are done the others are the faster for it, so that to have them help gained nothing
+(docs/performance.md).
 
 Under batch invariance sequences are cut into chunks, at multiples of a size that follows from their own lengths, and
 shares end between chunks: who computes one depends on the batch, what becomes of it does not. cuts.py has the
@@ -25,45 +26,35 @@ from pa_ops.templates.device.cuts import (
     chunk_left,
     owner_of,
     part_of_chunk,
-    part_of_share,
-    whole,
 )
 from pa_ops.templates.device.ptx import ld_shared_32, st_shared_32
-from pa_ops.templates.device.ptx_global import st_global_i32, take
 from pa_ops.templates.device.quotients import divided
 from pa_ops.templates.device.worklist import length_at, paged_keys, scan_warp
 
 THREADS = 128
 LEAST = 4  # tiles of a share that is cut
-KEPT = 16  # one part in so many of a block's equal share becomes pieces
-LONG = 256  # tiles of a share of which some become pieces: of 128 that costs more than it gains
-FINEST = 16  # parts of a share that a piece must not exceed, or nothing is gained
-LARGEST = 16  # tiles of a piece, where there is room for so many
-MOST_PARTS = 64  # pieces of a head of average length: one block merges them
 
 # Words of shared memory.
 SUMS = 0  # tiles and places of each warp's sequences
 BEGIN = 8  # the sequence in which a share begins, or a thread's first before it, and the first tile of that
 END = 10  # the same for where it ends
-CUT = 12  # the six numbers of cuts.py
-SHARE = 18  # the block's own
-POSTING = 19  # whether parts of a row are posted to the block that opened it: where neither pieces nor chunks are
-STARTS = 20  # the first tile of each thread's sequences, and the end of the last one's
+CUT = 12  # the four numbers of cuts.py
+SHARE = 16  # the block's own
+STARTS = 17  # the first tile of each thread's sequences, and the end of the last one's
 WORK = STARTS + THREADS + 1  # blocks and work of each warp's sequences, for the next grid
 TICKET = WORK + 2 * (THREADS // 32)  # of a block that shares the device with the next grid
-WORDS = TICKET + 1  # an even number
+WORDS = TICKET + 2  # an even number
 
 
 class Shares:
     """Shares of tiles of `rows` query rows and `keys` keys; WORDS words of shared memory at `at` tell of them.
 
-    The workspace has room for `pieces` pieces a block. Chunks of a sequence are 2^`most` at most, or one more;
-    there are none where the record's `chunk_bits` is `uncut`.
+    Chunks of a sequence are 2^`most` at most, or one more; there are none where the record's `chunk_bits` is `uncut`.
     """
 
-    def __init__(self, rows, keys, window, pieces, most, uncut, at):
+    def __init__(self, rows, keys, window, most, uncut, at):
         self.rows, self.keys, self.window, self.at = rows, keys, window, at
-        self.pieces, self.most, self.uncut = pieces, most, uncut
+        self.most, self.uncut = most, uncut
 
     @cute.jit
     def span(self, args, sequence: Int32):
@@ -132,7 +123,6 @@ class Shares:
         if tid == 0:
             self.put(smem, STARTS, Int32(0))
             self.put(smem, SHARE, share)
-            self.put(smem, POSTING, Int32((args.chunk_bits == self.uncut) & (whole(cut) == cut[0])))
             for i in cutlass.range_constexpr(len(cut)):
                 self.put(smem, CUT + i, cut[i])
         cute.arch.barrier()
@@ -169,20 +159,12 @@ class Shares:
         """
         blocks = cutlass.max(cutlass.min(grid, cutlass.max(places, total // LEAST)), 1)
         each = divided(total, blocks)
-        more, piece = total - each * blocks, Int32(LEAST)
-        if (args.chunk_bits == self.uncut) & (args.most_given == 0) & (blocks == grid) & (each >= LONG):
-            kept, room = each - each // KEPT, grid * self.pieces
-            finest = divided(total - blocks * kept + (room - 1), room)
-            finest = cutlass.max(finest, divided(total, places) // MOST_PARTS)
-            finest = cutlass.max(finest, cutlass.max(cutlass.min(each // KEPT, LARGEST), LEAST))
-            if finest * FINEST <= each:
-                each, more, piece = kept, Int32(0), finest
-        spread = divided((more << SPREAD_BITS) + (blocks - 1), blocks)
-        return total, blocks, each, more, piece, spread
+        spread = divided((total - each * blocks << SPREAD_BITS) + (blocks - 1), blocks)
+        return total, blocks, each, spread
 
-    def posting(self, smem):
-        """Whether parts of a row are posted to the block that opened it."""
-        return self.get(smem, POSTING) != 0
+    def posting(self, args):
+        """Whether parts of a row are posted to the block that opened it: where no chunks are."""
+        return args.chunk_bits == self.uncut
 
     def own(self, smem):
         """The number of the block's share."""
@@ -194,7 +176,7 @@ class Shares:
 
     def noted(self, smem):
         """The block's cut, from shared memory."""
-        return tuple(self.get(smem, CUT + i) for i in range(6))
+        return tuple(self.get(smem, CUT + i) for i in range(4))
 
     def place(self, args, start, first, tiles):
         """The tiles [start, start + `tiles`) of the row, of one head and row block, as cuts.py wants them."""
@@ -212,15 +194,11 @@ class Shares:
         tile = unit - base - divided(unit - base, tiles) * tiles
         return unit - tile + chunk_begin(self.place(args, Int32(0), first, tiles), tile)
 
-    @cute.jit
-    def part(self, args, smem: Int32, stretch):
+    def part(self, args, smem, stretch):
         """What the block has computed of a place, by a segment with that Stretch (segments.py): a Part of cuts.py."""
-        cut, share = self.noted(smem), self.get(smem, SHARE)
         place = self.place(args, stretch.start, stretch.first, stretch.tiles)
-        part = part_of_share(cut, share, place)
-        if args.chunk_bits < self.uncut:
-            part = part_of_chunk(cut, share, place, stretch.unit - stretch.start, (1 << self.most) + 1)
-        return part
+        tile = stretch.unit - stretch.start
+        return part_of_chunk(self.noted(smem), self.get(smem, SHARE), place, tile, (1 << self.most) + 1)
 
     @cute.jit
     def mark(self, args, smem: Int32, word: cutlass.Constexpr, unit: Int32, start: Int32, stop: Int32):
@@ -250,27 +228,6 @@ class Shares:
                 base = after
                 sequence = sequence + 1
         return sequence, base
-
-    @cute.jit
-    def following(self, args, smem: Int32):
-        """The share after a block's last, as `count` finds the first: a piece by ticket, if there are any."""
-        begin, end = Int32(0), Int32(0)
-        cut = self.noted(smem)
-        total, blocks, _, _, piece, _ = cut
-        beyond = total - whole(cut)
-        if beyond > 0:
-            tid, _, _ = cute.arch.thread_idx()
-            if tid == 0:
-                ticket = take(args.tickets)
-                # Every block stops at its first ticket beyond the last piece: this one is the last of all.
-                if ticket == divided(beyond + (piece - 1), piece) + blocks - 1:
-                    st_global_i32(args.tickets, Int32(0))
-                self.put(smem, SHARE, blocks + ticket)
-            cute.arch.barrier()
-            begin, end = bounds(cut, self.get(smem, SHARE))
-            self.mark(args, smem, BEGIN, begin, self.get(smem, STARTS + tid), self.get(smem, STARTS + 1 + tid))
-            cute.arch.barrier()
-        return begin, end
 
     def run_of(self, args):
         """Sequences that one thread counts."""

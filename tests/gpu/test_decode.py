@@ -105,12 +105,11 @@ def test_E2_E3_keys_behind_the_window_are_in_no_share(ctx: int, window: int, sta
     assert int((~whole[:, rows * head_dim].isnan()).sum()) == states
 
 
-def test_pieces_of_a_long_row(dtype: torch.dtype, device: torch.device, evidence: Evidence) -> None:
-    """Shares so long that their last sixteenth goes by ticket, of sequences of all lengths, to equal bits each time."""
+def test_shares_of_hundreds_of_tiles(dtype: torch.dtype, device: torch.device, evidence: Evidence) -> None:
+    """Of sequences of all lengths, 287 a block of an H200, to equal bits each time."""
     pairs = [(1 + row % 3, 6000 + (977 * row) % 7000) for row in range(64)]
-    # 76 000 tiles of 128 keys: 287 a block of an H200, of 256 from which on there are pieces (LONG in shares.py).
     call = paged(pairs, Shape(64, kv_heads=16, group=2, dtype=dtype), device)
-    first = on_decode(call, evidence, "pieces").clone()
+    first = on_decode(call, evidence, "long shares").clone()
     poison(device)
     for _ in range(5):
         again, _ = call.run(backend="decode")

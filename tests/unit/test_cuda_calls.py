@@ -20,7 +20,7 @@ from pa_ops.checks import INT32_MAX
 from pa_ops.generator import tiles
 from pa_ops.launch import factor_of
 from pa_ops.launch_rows import FILLING_BLOCKS
-from pa_ops.scratch import MAX_POST_WORDS, MAX_STATE_WORDS, blocks_of, shares_of, tickets_at
+from pa_ops.scratch import MAX_POST_WORDS, MAX_STATE_WORDS, blocks_of, tickets_at
 from pa_ops.spec import Family, InstanceSpec
 
 
@@ -248,7 +248,7 @@ def test_a_decode_step_is_append_and_decode(launches: Launches) -> None:
     serving_call(1, 1, 1, 1, 1, rotary=True)
     assert launches.families == ["append", "decode"]
     made, start = launches[1], launches.workspace.data_ptr()
-    blocks, shares, fields = blocks_of(SM90.num_sms), shares_of(SM90.num_sms), made.fields
+    blocks, fields = blocks_of(SM90.num_sms), made.fields
     states = STATES_A_BLOCK * blocks * MAX_STATE_WORDS
     assert (made.x, made.y) == (blocks, 1)
     assert (fields["partials"], fields["kv_heads"], fields["causal"]) == (start, 2, 1)
@@ -257,7 +257,7 @@ def test_a_decode_step_is_append_and_decode(launches: Launches) -> None:
     assert fields["counters"] == fields["posts"] + posts * 4
     factors = fields["page_factor"], fields["group_factor"]
     assert factors == (factor_of(made.fields["page_size"]), factor_of(made.fields["group"]))
-    assert fields["counters"] + 4 * shares == fields["tickets"] == start + tickets_at(SM90.num_sms)
+    assert fields["counters"] + 4 * blocks == fields["tickets"] == start + tickets_at(SM90.num_sms)
     assert made.serves(1) and made.serves(INT32_MAX), "decode alone takes whatever comes"
 
 

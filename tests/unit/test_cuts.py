@@ -12,12 +12,12 @@ from hypothesis import strategies as st
 
 from generator.tiles import DECODE_TILES
 from helpers import plain
-from pa_ops.arguments import CHUNK_KEYS, PIECES_A_BLOCK, STATES_A_BLOCK, UNCUT, WIDEST_STATE, most_chunks
+from pa_ops.arguments import CHUNK_KEYS, STATES_A_BLOCK, UNCUT, WIDEST_STATE, most_chunks
 from pa_ops.launch import factor_of
 
 ROWS = 16
 quotients = SimpleNamespace(**plain.run("quotients", {}))
-cuts = SimpleNamespace(**plain.run("cuts", {"quotients": vars(quotients)}))
+cuts = SimpleNamespace(**plain.run("cuts", {}))
 
 
 class Span(NamedTuple):
@@ -41,12 +41,12 @@ class Batch(NamedTuple):
     least: int
     most: int
 
-    def cut(self) -> tuple[int, int, int, int, int, int]:
-        """The rule of shares.py without pieces."""
+    def cut(self) -> tuple[int, int, int, int]:
+        """The rule of shares.py."""
         total = sum(s.tiles * s.places for s in self.sequences)
         places = sum(s.places for s in self.sequences)
         blocks = max(min(self.grid, max(places, total // 4)), 1)
-        return total, blocks, *divmod(total, blocks), 4, spread(total % blocks, blocks)
+        return total, blocks, total // blocks, spread(total % blocks, blocks)
 
     def places(self) -> Iterator[Any]:
         """All of them, in the row's order."""
@@ -145,17 +145,11 @@ def _state(part: Any, number: int) -> int:
 
 
 @given(batches())
-def test_without_chunks_a_place_is_one_and_shares_have_two_states(batch: Batch) -> None:
+def test_shares_are_all_tiles_and_without_chunks_a_place_is_one(batch: Batch) -> None:
     cut = batch.cut()
     owners = [share for share in range(batch.grid) for _ in range(*cuts.bounds(cut, share))]
     assert owners == [cuts.owner_of(cut, tile) for tile in range(cut[0])]
-    for place in batch._replace(least=UNCUT).places():
-        assert chunks_of(place) == [(0, place.tiles)]
-        first, last = owners[place.start], owners[place.start + place.tiles - 1]
-        for share in range(first, last + 1):
-            part = cuts.part_of_share(cut, share, place)
-            assert part.states == last - first + 1 and part.counter == first and part.meets
-            assert _state(part, part.mine) == 2 * share + (share == first)
+    assert all(chunks_of(place) == [(0, place.tiles)] for place in batch._replace(least=UNCUT).places())
 
 
 @given(batches())
@@ -174,14 +168,12 @@ def test_without_chunks_every_share_posts_what_it_has_of_one_row_that_another_op
     assert sorted(awaited) == sent == sorted(set(sent))
 
 
-@given(st.integers(1, 2047), st.integers(1, 16), st.data())
-def test_the_owner_of_a_tile_holds_it(blocks: int, piece: int, data: st.DataObject) -> None:
-    equal = data.draw(st.integers(blocks, 2**31 - 1))  # there are no more blocks than tiles
-    each, more = divmod(equal, blocks)
-    total = min(equal + (data.draw(st.integers(0, 5000)) if more == 0 else 0), 2**31 - 1)
-    cut = (total, blocks, each, more, piece, spread(more, blocks))
-    assert [cuts.start_of(cut, share) for share in (0, blocks)] == [0, equal]
-    tile = data.draw(st.one_of(st.integers(0, total - 1), st.integers(max(0, equal - 3), total - 1)))
+@given(st.integers(1, 2047), st.data())
+def test_the_owner_of_a_tile_holds_it(blocks: int, data: st.DataObject) -> None:
+    total = data.draw(st.integers(blocks, 2**31 - 1))  # there are no more blocks than tiles
+    cut = (total, blocks, total // blocks, spread(total % blocks, blocks))
+    assert [cuts.start_of(cut, share) for share in (0, blocks)] == [0, total]
+    tile = data.draw(st.one_of(st.integers(0, total - 1), st.integers(max(0, total - 3), total - 1)))
     begin, end = cuts.bounds(cut, cuts.owner_of(cut, tile))
     assert begin <= tile < end
 
@@ -196,7 +188,6 @@ def test_a_factor_divides_as_division_does(value: int, divisor: int) -> None:
 def test_E11_a_block_has_room_for_all_states_of_a_place(head_dim: int) -> None:
     room = STATES_A_BLOCK * WIDEST_STATE
     assert ((1 << most_chunks(head_dim)) + 1) * (head_dim + 2) <= room
-    assert 2 * (1 + PIECES_A_BLOCK) * (head_dim + 2) <= room
     assert CHUNK_KEYS % DECODE_TILES[head_dim].n == 0 and DECODE_TILES[head_dim].m == ROWS
 
 

@@ -51,13 +51,13 @@ def test_a_stream_keeps_its_own_and_waits_once(device: Device) -> None:
     device.stream = 0
     assert scratch.workspace(0) is first
     for room in (first, second):
-        assert room.numel() == COUNTERS + scratch.shares_of(NUM_SMS) + 2 and not room[COUNTERS:].any()
+        assert room.numel() == COUNTERS + scratch.blocks_of(NUM_SMS) + 2 and not room[COUNTERS:].any()
         assert (room[POSTS:COUNTERS] == -1).all(), "posts are empty"
 
 
 def test_a_counter_a_share_and_two_of_tickets_are_the_last_words(device: Device) -> None:
     size = 4 * scratch.workspace(0).numel()
-    assert scratch.tickets_at(NUM_SMS) == size - 8 == scratch.counters_at(NUM_SMS) + 4 * scratch.shares_of(NUM_SMS)
+    assert scratch.tickets_at(NUM_SMS) == size - 8 == scratch.counters_at(NUM_SMS) + 4 * scratch.blocks_of(NUM_SMS)
     assert scratch.tiles_at(NUM_SMS) == size - 4, "grids that run at the same time count by themselves"
 
 
@@ -83,7 +83,6 @@ def test_E11_the_workspace_holds_so_many_states_a_block_and_no_sequence_makes_it
     """Two of every share, or all chunks of a sequence: test_cuts.py."""
     sms, rows, widest = 132, 16, 256
     blocks = 2 * sms
-    shares = blocks + 2 * blocks  # one a block, and pieces
     assert scratch.posts_at(sms) == 17 * blocks * rows * (widest + 2) * 4
     assert scratch.counters_at(sms) == scratch.posts_at(sms) + blocks * rows * (widest + 4) * 4
-    assert scratch.tickets_at(sms) == scratch.counters_at(sms) + shares * 4
+    assert scratch.tickets_at(sms) == scratch.counters_at(sms) + blocks * 4
