@@ -14,7 +14,7 @@ from cutlass import Float32, Int32, Int64
 from pa_ops.templates.device import products, softmax
 from pa_ops.templates.device.feed import Feed
 from pa_ops.templates.device.ptx import ld_shared_32, opaque
-from pa_ops.templates.device.ptx_global import ld_global_pair
+from pa_ops.templates.device.ptx_global import ld_global_pairs
 from pa_ops.templates.device.ptx_grid import start_next_grid, wait_for_grid
 from pa_ops.templates.device.quotients import by_factor
 from pa_ops.templates.device.segments import BYTES, Segments, token_and_head
@@ -197,11 +197,11 @@ class Decode:
             token, head = token_and_head(args, rows, row)
             column = (lane & 3) * 2
             source = args.q + Int64(rows.q_start + token) * args.q_token_stride + Int64(head) * args.q_head_stride
-            source = source + Int64(column * 2)
             width = Int32(cutlass.select_(row < rows.live, args.head_dim - column, Int32(0)))
-            for step in range(self.head_dim // 16):
-                for right in range(2):
-                    frag_q[step * 4 + right * 2 + half] = ld_global_pair(source, step * 16 + right * 8, width)
+            columns = range(0, self.head_dim, 8)
+            words = ld_global_pairs(source + Int64(column * 2), columns, width, rows.live > half * 8)
+            for i, word in enumerate(words):
+                frag_q[i * 2 + half] = word
 
     def scores(self, frag_q, frag_k, acc_s):
         """acc_s = Q K^T for all rows and this warp's keys of the tile."""

@@ -177,6 +177,29 @@ def ld_global_pair(address, column, width, *, loc=None, ip=None):
 
 
 @dsl_user_op
+def ld_global_pairs(address, columns, width, where, *, loc=None, ip=None):
+    """Load two 16-bit elements as one register from each of `columns`, in elements behind `address`, that is less than
+    `width`, where `where` holds; else zeros. A branch steps over all of them. `columns` are constants."""
+    count = len(columns)
+    zeros = " ".join(f"mov.b32 ${i}, 0;" for i in range(count))
+    loads = " ".join(
+        f"setp.gt.s32 p, ${count + 1}, {column}; @p ld.global.b32 ${i}, [${count} + {column * 2}];"
+        for i, column in enumerate(columns)
+    )
+    text = f"{{ .reg .pred p; {zeros} setp.eq.b32 p, ${count + 2}, 0; @p bra over; {loads} over: }}"
+    words = _asm(
+        llvm.StructType.get_literal([T.i32()] * count),
+        [Int64(address).ir_value(loc=loc, ip=ip), *(Int32(x).ir_value(loc=loc, ip=ip) for x in (width, where))],
+        text,
+        ",".join([*["=&r"] * count, "l", "r", "r"]),
+        True,
+        loc,
+        ip,
+    )
+    return [Int32(llvm.extractvalue(T.i32(), words, [i], loc=loc, ip=ip)) for i in range(count)]
+
+
+@dsl_user_op
 def ld_global_f32(address, *, loc=None, ip=None):
     """Load one fp32 from global memory through the read-only path."""
     operand = [Int64(address).ir_value(loc=loc, ip=ip)]
