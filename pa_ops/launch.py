@@ -26,6 +26,7 @@ LOG2_E = math.log2(math.e)
 WINDOW_LIMIT = 1 << 30  # keeps pos - W inside an int32; no sequence is that long
 DTYPES = {DType.FP16: torch.float16, DType.BF16: torch.bfloat16}
 HALF = 2  # bytes of an element of fp16 or bf16
+QUERY_ROWS = 64  # of a box of queries: those of one warpgroup
 ALIGNMENT = 16  # bytes of a vector access; what `Problem.aligned` promises
 GIVEN = 4  # decode leaves one SM in so many to the launch beside it, at most: with fewer it reads no faster than alone
 
@@ -173,7 +174,7 @@ def _map_sources(spec: InstanceSpec, call: Attention) -> dict[str, Source]:
     made: dict[str, Source] = {
         "box_rows": box_rows,
         "boxes": spec.tile.n // box_rows,
-        "q_map": TensorMap(call.q.address, q_sizes, (call.q.token, call.q.head, 0), spec.tile.m, dtype),
+        "q_map": TensorMap(call.q.address, q_sizes, (call.q.token, call.q.head, 0), QUERY_ROWS, dtype),
     }
     row = 1 if keys.page_size else 0
     for letter, name in (("k", keys.k), ("v", keys.v)):

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from pa_ops.arguments import record_of
 from pa_ops.checks import Arguments, Sizes
-from pa_ops.launch import ALIGNMENT, DTYPES, HALF, Attention, Keys, Rows, axis_strides, fields_of
+from pa_ops.launch import ALIGNMENT, DTYPES, HALF, QUERY_ROWS, Attention, Keys, Rows, axis_strides, fields_of
 from pa_ops.problem import Problem
 from pa_ops.program import Address, Grid, GridRule, Launch, Size, Source, Stride, TensorMap
 from pa_ops.registry import Registry
@@ -85,7 +85,7 @@ def _launch(kernel: int, spec: InstanceSpec, call: Attention, arguments: Argumen
 def _maps(spec: InstanceSpec, call: Attention) -> dict[str, Source]:
     """Tensor maps of q, k and v: elements, tokens, heads, sequences."""
     made: dict[str, Source] = {}
-    for name, heads, rows in (("q", call.heads, spec.tile.m), *((n, call.keys.kv_heads, spec.tile.n) for n in "kv")):
+    for name, heads, rows in (("q", call.heads, QUERY_ROWS), *((n, call.keys.kv_heads, spec.tile.n) for n in "kv")):
         sizes = (call.head_dim, Size(name, 1), heads, Size(name, 0))
         strides = (Stride(name, 1, HALF), Stride(name, 2, HALF), Stride(name, 0, HALF))
         made[f"{name}_map"] = TensorMap(Address(name), sizes, strides, rows, DTYPES[spec.dtype])

@@ -56,7 +56,7 @@ class FlashSm90:
         self.halves = head_dim // COLUMN
         self.products = Products(dtype, head_dim, self.groups, keys)
         self.kv_bytes = keys * head_dim * 2
-        self.shared = Shared(rows * head_dim * 2, self.kv_bytes, stages, warps=4 * self.groups)
+        self.shared = Shared(rows * head_dim * 2, self.kv_bytes, stages, self.groups)
         # At 256 the products are three quarters of the work: waiting for turns costs 4%.
         self.turns = Turns(self.groups, taken=head_dim <= 192)
         sight = Sight(causal, window, masked, keys)
@@ -122,13 +122,13 @@ class FlashSm90:
             self.silence(slot, row_max, warp * 32 + lane)
             unseen = self.walk.unseen(args, slot, group)
             stage, parity = self.walk.give_back(smem, slot, group, unseen, stage, parity)
-            tma.wait_for(smem + self.shared.q_full, turn & 1)
+            tma.wait_for(smem + self.shared.q_full + group * BARRIER, turn & 1)
             if ld_shared_32(slot + STEPS) > unseen:
                 stage, parity = self.attend(
                     args, pointer, smem, slot, group, unseen, stage, parity, acc_o, row_max, row_sum
                 )
             else:
-                tma.release(smem + self.shared.q_empty)
+                tma.release(smem + self.shared.q_empty + group * BARRIER)
             self.store(args, slot, acc_o, row_max, row_sum, warp, lane)
             tma.release(smem + self.shared.slot_empty + turn % SLOTS * BARRIER)
             turn = turn + 1
@@ -213,7 +213,9 @@ class FlashSm90:
             softmax.exponentiate(acc_s, row_max, row_sum, args.log2_scale, self.n_tiles)
             self.products.round(acc_s, probabilities)
 
-        tma.release(smem + self.shared.q_empty)  # while the last block's values are still to be multiplied
+        tma.release(
+            smem + self.shared.q_empty + group * BARRIER
+        )  # while the last block's values are still to be multiplied
         tma.wait_for(smem + self.shared.v_full + stage * BARRIER, parity)
         if cutlass.const_expr(self.window or self.masked):
             key_first = (ld_shared_32(slot + END) - steps) * self.keys

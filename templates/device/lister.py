@@ -14,7 +14,7 @@ from pa_ops.templates.device.ptx import st_shared_32
 from pa_ops.templates.device.ptx_global import st_global_i32, take
 from pa_ops.templates.device.ptx_grid import wait_for_grid
 from pa_ops.templates.device.shared_sm90 import BARRIER, SLOT, SLOTS
-from pa_ops.templates.device.warpgroup import COLUMN
+from pa_ops.templates.device.warpgroup import COLUMN, GROUP_ROWS
 from pa_ops.templates.device.worklist import find_tile, length_at, paged_keys
 
 NEAR_BYTES = 24 << 20  # of keys and values that a section of heads may have: half of an H200's L2 cache
@@ -27,7 +27,7 @@ class Lister:
     def __init__(self, shared, sight, head_dim, paged, rows, chained):
         self.shared, self.sight, self.paged, self.rows, self.chained = shared, sight, paged, rows, chained
         self.causal, self.masked = sight.causal, sight.masked
-        self.halves, self.q_bytes = head_dim // COLUMN, rows * head_dim * 2
+        self.halves, self.q_bytes = head_dim // COLUMN, GROUP_ROWS * head_dim * 2
         self.near_keys = NEAR_BYTES // (head_dim * 4)
 
     @cute.jit
@@ -62,14 +62,16 @@ class Lister:
     @cute.jit
     def copy_queries(self, smem: Int32, q_map: Int64, turn: Int32, token: Int32, head: Int32, sequence: Int32):
         """The tile's rows; those past the sequence's last are another's, and nobody looks at what becomes of them."""
-        full = smem + self.shared.q_full
-        tma.wait_for(smem + self.shared.q_empty, (turn + 1) & 1)
-        if cute.arch.lane_idx() == 0:
-            tma.expect(full, self.q_bytes)
-            for half in range(self.halves):
-                at = smem + half * (self.rows * COLUMN * 2)
-                tma.load_box(at, q_map, full, Int32(half * COLUMN), token, head, sequence)
-        cute.arch.sync_warp()
+        for group in cutlass.range_constexpr(self.rows // GROUP_ROWS):
+            full = smem + self.shared.q_full + group * BARRIER
+            tma.wait_for(smem + self.shared.q_empty + group * BARRIER, (turn + 1) & 1)
+            if cute.arch.lane_idx() == 0:
+                tma.expect(full, self.q_bytes)
+                first = group * GROUP_ROWS
+                for half in range(self.halves):
+                    at = smem + (half * self.rows + first) * (COLUMN * 2)
+                    tma.load_box(at, q_map, full, Int32(half * COLUMN), token + first, head, sequence)
+            cute.arch.sync_warp()
 
     def fill(self, smem, turn, words):
         """Write the first words of the slot of that turn, when it has been read."""

@@ -10,6 +10,7 @@ from cutlass import Int32
 
 BARRIER = 8  # bytes
 COPYING_WARPS = 2
+GROUP_WARPS = 4  # of a warpgroup
 SLOTS = 2  # one that is computed, one that is copied
 SLOT = 56  # bytes
 THERE, SEQUENCE, TOKEN, LIVE, HEAD, POSITION, KEYS, FIRST_KEY, LOW, HIGH, STEPS, END, EDGES, INNER = range(0, SLOT, 4)
@@ -18,19 +19,20 @@ THERE, SEQUENCE, TOKEN, LIVE, HEAD, POSITION, KEYS, FIRST_KEY, LOW, HIGH, STEPS,
 class Shared:
     """Offsets in bytes of a Q tile, `stages` tiles of K and of V, their barriers, a word of holes a stage, the slots.
 
+    Each computing warpgroup has barriers of its own for its queries: who is done with a tile begins the next one.
     A slot is one tile of the work list: whether there is one; its sequence, first query row and rows, head, position of
     the first row; the sequence's keys, the first of them where they are dense, and the keys [low, high) that some row
     sees; the blocks of keys that hold those, from the last, before `end`, to the first. Every row sees all keys of
     those numbered [edges, inner).
     """
 
-    def __init__(self, q_bytes, kv_bytes, stages, warps):
-        self.stages, self.warps = stages, warps
+    def __init__(self, q_bytes, kv_bytes, stages, groups):
+        self.stages, self.groups, self.warps = stages, groups, groups * GROUP_WARPS
         self.k = q_bytes
         self.v = self.k + stages * kv_bytes
         self.q_full = self.v + stages * kv_bytes
-        self.q_empty = self.q_full + BARRIER
-        self.k_full = self.q_empty + BARRIER
+        self.q_empty = self.q_full + groups * BARRIER
+        self.k_full = self.q_empty + groups * BARRIER
         self.k_empty = self.k_full + stages * BARRIER
         self.v_full = self.k_empty + stages * BARRIER
         self.v_empty = self.v_full + stages * BARRIER
@@ -43,7 +45,10 @@ class Shared:
 
     def barriers(self):
         """(offset, arrivals a phase) of every barrier; a computing warp arrives once, at slots the copying ones too."""
-        yield from ((self.q_full, 1), (self.q_empty, self.warps), (self.asked, 1))
+        yield self.asked, 1
+        for group in range(self.groups):
+            at = group * BARRIER
+            yield from ((self.q_full + at, 1), (self.q_empty + at, GROUP_WARPS))
         for stage in range(self.stages):
             at = stage * BARRIER
             yield from ((self.k_full + at, 1), (self.k_empty + at, self.warps))

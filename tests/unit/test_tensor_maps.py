@@ -130,7 +130,7 @@ def test_X1_X9_boxes_of_keys_divide_page_and_tile(pool: str, page_size: int, til
         page, token, head, _ = (2 * stride for stride in cache.stride())
         sizes = (64, page_size, 2, 5)
         assert maps[name] == (cache.data_ptr(), sizes, (token, head, page), box_rows, MAP_DTYPES[torch.float16])
-    assert maps["q_map"] == (q.data_ptr(), (64, 9, 8, 1), (8 * 128, 128, 16), 192, MAP_DTYPES[torch.float16])
+    assert maps["q_map"] == (q.data_ptr(), (64, 9, 8, 1), (8 * 128, 128, 16), 64, MAP_DTYPES[torch.float16])
 
 
 def test_dense_keys_have_one_page_and_boxes_of_a_whole_tile() -> None:
