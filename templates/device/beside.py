@@ -16,10 +16,11 @@ from pa_ops.templates.device.ptx_grid import own_sm
 
 QUERIES = 64  # of a block of work
 SHORT = 4  # times as long is decode beside what is short
-# Of an SM's time for such a block and head, in those for a tile of keys. By count it is 0.5; with 0.3 a batch of 63 x
-# 4k and 1 x 1k took 265.7 us, with 0.45, 0.6 and 0.9 270.5, 274.7 and 280.6, and 272 where no SM was left: what
-# blocks that read faster than others have left of decode's time is the next grid's as well.
-COST = 0.25
+# Of an SM's time for such a block and head, in those for a tile of keys. By count it is 0.5; a batch of 63 x 4k and
+# 1 x 1k took 268.4 us with 0.3 and 0.35, and 272.5 with 0.2, 0.25 and 0.4; in another run 265.7 with 0.3, 270.5, 274.7
+# and 280.6 with 0.45, 0.6 and 0.9, and 272 where no SM was left. What blocks that read faster than others have left of
+# decode's time is the next grid's as well.
+COST = 0.3
 LEFT = 1 << 16  # what a block that leaves adds to the tickets
 
 

@@ -15,11 +15,11 @@ from cutlass.cute.nvgpu import warpgroup
 
 from pa_ops.templates.device import softmax, tma
 from pa_ops.templates.device.copier import Copier
+from pa_ops.templates.device.group_store import GroupStore
 from pa_ops.templates.device.hiding import WINDOW_OFF, Hiding
 from pa_ops.templates.device.lister import Lister
 from pa_ops.templates.device.mask_words import MaskWords
-from pa_ops.templates.device.ptx import ld_shared_32, opaque, pack_pair, st_shared_128
-from pa_ops.templates.device.ptx_global import st_global_128, st_global_f32
+from pa_ops.templates.device.ptx import ld_shared_32, opaque, st_shared_128
 from pa_ops.templates.device.ptx_grid import start_next_grid, wait_for_grid
 from pa_ops.templates.device.shared_sm90 import (
     BARRIER,
@@ -32,7 +32,6 @@ from pa_ops.templates.device.shared_sm90 import (
     SLOT,
     SLOTS,
     STEPS,
-    TOKEN,
     Shared,
 )
 from pa_ops.templates.device.sight import OwnRows, Sight, WholeTile
@@ -65,6 +64,7 @@ class FlashSm90:
         self.copier = Copier(self.shared, head_dim, paged, masked, keys)
         self.hiding = Hiding(causal, window, masked, keys)
         self.mask_words = MaskWords(dtype, keys)
+        self.row_store = GroupStore(dtype, self.d_tiles)
         self.smem_bytes = self.shared.bytes
 
     @cute.jit
@@ -129,7 +129,7 @@ class FlashSm90:
                 )
             else:
                 tma.release(smem + self.shared.q_empty + group * BARRIER)
-            self.store(args, slot, acc_o, row_max, row_sum, warp, lane)
+            self.row_store.store(args, slot, acc_o, row_max, row_sum, warp * 32 + lane)
             tma.release(smem + self.shared.slot_empty + turn % SLOTS * BARRIER)
             turn = turn + 1
             tma.wait_for(smem + self.shared.slot_full + turn % SLOTS * BARRIER, turn // SLOTS & 1)
@@ -268,7 +268,7 @@ class FlashSm90:
         if cutlass.const_expr(self.masked):
             for _ in cutlass.range(opaque(args.softcap_in > 0.0), unroll=1):
                 softmax.cap(acc_s, args.softcap_in)
-            self.mask_words.apply(args, acc_s, words, trade)
+            self.mask_words.apply(args, acc_s, words)
             for _ in cutlass.range(opaque(edge), unroll=1):
                 self.hiding.hide(args, acc_s, slot, i)
         else:
@@ -295,46 +295,3 @@ class FlashSm90:
         key_first = (ld_shared_32(slot + END) - 1 - i) * self.keys
         live, k_len = ld_shared_32(slot + LIVE), ld_shared_32(slot + KEYS)
         self.mask_words.load(args, words, row_of(cute.arch.thread_idx()[0]), live, base, key_first, k_len)
-
-    @cute.jit
-    def store(self, args, slot: Int32, acc_o, row_max, row_sum, warp: Int32, lane: Int32):
-        """Write this thread's rows: four lanes trade words, so that each stores 16 bytes of one row."""
-        head, token, live = ld_shared_32(slot + HEAD), ld_shared_32(slot + TOKEN), ld_shared_32(slot + LIVE)
-        sink = Float32(-Float32.inf)
-        if args.sinks != 0:
-            sink = softmax.sink_of(self.dtype, args, head) * softmax.LOG2_E
-        scale, lse = softmax.finish(row_max, row_sum, args.log2_scale, sink, 1)
-        for _ in cutlass.range(opaque((scale[0] == 0.0) | (scale[1] == 0.0)), unroll=1):
-            softmax.zero_rows(acc_o, scale, self.d_tiles)
-        mine = lane & 3
-        first_row = row_of(warp * 32 + lane)
-        lse_row = args.lse + Int64(head) * args.lse_head_stride + Int64(token) * 4
-        out_row = args.out + Int64(token) * args.out_token_stride + Int64(head) * args.out_head_stride
-        for r in cutlass.range_constexpr(2):
-            row = first_row + r * 8
-            st_global_f32(lse_row + Int64(row) * 4, lse[r] * softmax.LN_2, (mine == 0) & (row < live) & (args.lse != 0))
-            target = out_row + Int64(row) * args.out_token_stride
-            for first in cutlass.range_constexpr(0, self.d_tiles, 4):
-                words = []
-                for dt in cutlass.range_constexpr(first, first + 4):
-                    at = dt * 4 + r * 2
-                    words.append(pack_pair(self.dtype, acc_o[at] * scale[r], acc_o[at + 1] * scale[r]))
-                column = (mine + first) * 8
-                traded = trade(words, mine)
-                st_global_128(target + Int64(column) * 2, traded, (row < live) & (column < args.head_dim))
-
-
-def trade(words, mine):
-    """Transpose four words of four neighbouring lanes: lane i gets the words i of all, in the order of lanes."""
-    odd, upper = (mine & 1) != 0, (mine & 2) != 0
-    for first in (0, 2):
-        low, high = words[first], words[first + 1]
-        got = cute.arch.shuffle_sync_bfly(cutlass.select_(odd, low, high), 1)
-        words[first] = Int32(cutlass.select_(odd, got, low))
-        words[first + 1] = Int32(cutlass.select_(odd, high, got))
-    for at in (0, 1):
-        low, high = words[at], words[at + 2]
-        got = cute.arch.shuffle_sync_bfly(cutlass.select_(upper, low, high), 2)
-        words[at] = Int32(cutlass.select_(upper, got, low))
-        words[at + 2] = Int32(cutlass.select_(upper, high, got))
-    return words

@@ -13,6 +13,7 @@ from cutlass.cutlass_dsl import T, dsl_user_op
 
 from pa_ops.templates.device.mask_tile import HIDING
 from pa_ops.templates.device.ptx import _asm, fma, opaque
+from pa_ops.templates.device.quads import trade
 
 SPAN = 32  # columns that four lanes load together
 LANE_COLUMNS = 8
@@ -81,14 +82,14 @@ class MaskWords:
                     words[(r * self.spans + span) * 4 + i] = word
 
     @cute.jit
-    def apply(self, args, acc_s, words, trade: cutlass.Constexpr):
+    def apply(self, args, acc_s, words):
         """Hide, or add to, the scores."""
         mine = cute.arch.thread_idx()[0] & 3
         for size in (1, 2):
             for turn in cutlass.range(opaque(args.mask_bytes == size), unroll=1):
-                self.apply_sized(args, acc_s, words, trade, mine + turn, size)
+                self.apply_sized(args, acc_s, words, mine + turn, size)
 
-    def apply_sized(self, args, acc_s, words, trade, mine, size):
+    def apply_sized(self, args, acc_s, words, mine, size):
         """The same for elements of `size` bytes."""
         for r in range(2):
             for span in range(self.spans):

@@ -65,15 +65,6 @@ def cp_async_twice(shared, apart, sources, offset, limit, number, read_once, *, 
 
 
 @dsl_user_op
-def st_global_f32x4(address, values, where, *, loc=None, ip=None):
-    """Store four neighbouring fp32 to global memory, where `where` holds."""
-    operands = [Int64(address).ir_value(loc=loc, ip=ip), *(Float32(x).ir_value(loc=loc, ip=ip) for x in values)]
-    operands.append(Int32(where).ir_value(loc=loc, ip=ip))
-    text = "{ .reg .pred p; setp.ne.b32 p, $5, 0; @p st.global.v4.f32 [$0], {$1, $2, $3, $4}; }"
-    _asm(None, operands, text, "l,f,f,f,f,r", True, loc, ip)
-
-
-@dsl_user_op
 def ld_posted(address, offset, count, *, loc=None, ip=None):
     """Load `count` registers, two or four, that another block may be storing.
 
@@ -92,16 +83,24 @@ def ld_posted(address, offset, count, *, loc=None, ip=None):
     return [Int32(llvm.extractvalue(T.i32(), words, [i], loc=loc, ip=ip)) for i in range(count)]
 
 
-@dsl_user_op
-def st_posted(address, offset, words, where, *, loc=None, ip=None):
-    """Store registers, two or four, which another block may be loading, where `where` holds."""
-    count = len(words)
-    names = ", ".join(f"${i + 1}" for i in range(count))
-    operands = [Int64(address).ir_value(loc=loc, ip=ip)] + [Int32(w).ir_value(loc=loc, ip=ip) for w in words]
-    operands.append(Int32(where).ir_value(loc=loc, ip=ip))
-    store = f"@p st.relaxed.gpu.global.v{count}.b32 [$0 + {offset}], {{{names}}};"
-    text = f"{{ .reg .pred p; setp.ne.b32 p, ${count + 1}, 0; {store} }}"
-    _asm(None, operands, text, ",".join(["l", *["r"] * (count + 1)]), True, loc, ip)
+def _stores(instruction):
+    @dsl_user_op
+    def store(address, offset, words, where, *, loc=None, ip=None):
+        count = len(words)
+        names = ", ".join(f"${i + 1}" for i in range(count))
+        operands = [Int64(address).ir_value(loc=loc, ip=ip), *(Int32(w).ir_value(loc=loc, ip=ip) for w in words)]
+        operands.append(Int32(where).ir_value(loc=loc, ip=ip))
+        text = f"@p {instruction}.v{count}.b32 [$0 + {offset}], {{{names}}};"
+        text = f"{{ .reg .pred p; setp.ne.b32 p, ${count + 1}, 0; {text} }}"
+        _asm(None, operands, text, ",".join(["l", *["r"] * (count + 1)]), True, loc, ip)
+
+    return store
+
+
+# store(address, offset, words, where): two or four registers to neighbouring words of global memory, where `where`
+# holds. `offset`, in bytes, is a constant. Another block may be loading what is posted.
+st_global = _stores("st.global")
+st_posted = _stores("st.relaxed.gpu.global")
 
 
 @dsl_user_op
@@ -128,24 +127,6 @@ def st_global_i32(address, value, *, loc=None, ip=None):
     """Store one int32 to global memory."""
     operands = [Int64(address).ir_value(loc=loc, ip=ip), Int32(value).ir_value(loc=loc, ip=ip)]
     _asm(None, operands, "st.global.b32 [$0], $1;", "l,r", True, loc, ip)
-
-
-@dsl_user_op
-def st_global_128(address, words, where, *, loc=None, ip=None):
-    """Store 16 bytes, given as four registers, to global memory, where `where` holds."""
-    operands = [Int64(address).ir_value(loc=loc, ip=ip)] + [Int32(w).ir_value(loc=loc, ip=ip) for w in words]
-    operands.append(Int32(where).ir_value(loc=loc, ip=ip))
-    text = "{ .reg .pred p; setp.ne.b32 p, $5, 0; @p st.global.v4.b32 [$0], {$1, $2, $3, $4}; }"
-    _asm(None, operands, text, "l,r,r,r,r,r", True, loc, ip)
-
-
-@dsl_user_op
-def st_global_64(address, words, where, *, loc=None, ip=None):
-    """Store 8 bytes, given as two registers, to global memory, where `where` holds."""
-    operands = [Int64(address).ir_value(loc=loc, ip=ip)] + [Int32(w).ir_value(loc=loc, ip=ip) for w in words]
-    operands.append(Int32(where).ir_value(loc=loc, ip=ip))
-    text = "{ .reg .pred p; setp.ne.b32 p, $3, 0; @p st.global.v2.b32 [$0], {$1, $2}; }"
-    _asm(None, operands, text, "l,r,r,r", True, loc, ip)
 
 
 @dsl_user_op

@@ -5,7 +5,7 @@ from cutlass import Int64
 
 from pa_ops.templates.device import softmax
 from pa_ops.templates.device.ptx import ld_shared_128, st_shared_32
-from pa_ops.templates.device.ptx_global import st_global_128, st_global_f32
+from pa_ops.templates.device.ptx_global import st_global, st_global_f32
 
 
 class RowStore:
@@ -41,4 +41,5 @@ class RowStore:
             for j in range(self.d_tiles // lanes):
                 column = first_chunk + chunk + j * lanes
                 where = (row < count) & (column * 8 < args.head_dim)
-                st_global_128(target + Int64(column * 16), ld_shared_128(shape.address(s_q, row, column)), where)
+                words = ld_shared_128(shape.address(s_q, row, column))
+                st_global(target + Int64(column * 16), 0, words, where)

@@ -11,6 +11,7 @@ import cutlass.cute as cute
 from cutlass import Float32, Int32, Int64
 
 from pa_ops.templates.device import softmax
+from pa_ops.templates.device.answers import Answers
 from pa_ops.templates.device.posts import Posts
 from pa_ops.templates.device.ptx import (
     ex2,
@@ -18,9 +19,7 @@ from pa_ops.templates.device.ptx import (
     ld_shared_32,
     ld_shared_f32x2,
     ld_shared_f32x4,
-    lg2,
     opaque,
-    rcp,
     st_shared_32,
     st_shared_f32x2,
 )
@@ -29,12 +28,10 @@ from pa_ops.templates.device.ptx_global import (
     ld_global_f32x2,
     ld_global_f32x4,
     ld_posted,
-    st_global_64,
+    st_global,
     st_global_f32,
-    st_global_f32x4,
     st_global_i32,
 )
-from pa_ops.templates.device.segments import token_and_head
 
 WARPS = 4
 THREADS = WARPS * 32
@@ -74,6 +71,7 @@ class States:
         self.batch = 16 // len(self.runs)  # states that are on their way at a time: 16 bytes each and run
         self.post_batch = 16 // len(self.runs)
         self.posts = Posts(self, ROWS)
+        self.answers = Answers(dtype, self)
 
     def passes_of(self, live_rows, passes=1):
         """Rounds, of so many passes each, in which the block's threads come by all live rows; a loop, because every
@@ -131,7 +129,8 @@ class States:
                 column = self.column_of(run, tid)
                 mixed = self.mix_warps(outputs, row, column, weights)
                 values = [mix(before[2][run * 4 + k], keep, mixed[k], gain) for k in range(4)]
-                st_global_f32x4(target + Int64((row * self.head_dim + column) * 4), values, live)
+                words = [value.bitcast(Int32) for value in values]
+                st_global(target + Int64((row * self.head_dim + column) * 4), 0, words, live)
             stats = target + Int64((ROWS * self.head_dim + row * 2) * 4)
             first = live & (tid % self.lanes == 0)
             cute.arch.sync_warp()  # all lanes of a row have read its maximum and sum
@@ -195,7 +194,7 @@ class States:
         if (states == 0) & (posts[0] == posts[1]):
             for step in cutlass.range(self.passes_of(rows.live, self.together), unroll=1):
                 passes = [step * self.together + i for i in range(self.together)]
-                self.write([self.of_warps(smem, outputs, number, tid) for number in passes], args, rows, tid)
+                self.answers.write([self.of_warps(smem, outputs, number, tid) for number in passes], args, rows, tid)
         else:
             for step in cutlass.range(self.passes_of(rows.live), unroll=1):
                 row, values, stats = self.of_warps(smem, outputs, step, tid)
@@ -210,7 +209,7 @@ class States:
                 near = cutlass.min(row, rows.live - 1)
                 for first in cutlass.range(Int32(begin), posts[1], self.post_batch, unroll=1):
                     self.take_posts(args, first, posts[1], near, values, stats, tid)
-                self.write([(row, values, stats)], args, rows, tid)
+                self.answers.write([(row, values, stats)], args, rows, tid)
 
     def of_warps(self, smem, outputs, step, tid):
         """A thread's row of a pass: (row, outputs, (maximum, sum)), summed over the warps."""
@@ -295,38 +294,3 @@ class States:
             at = row * self.head_dim + self.column_of(run, tid)
             outputs += ld_global_f32x4(source + Int64(at * 4), wanted)
         return Float32(cutlass.select_(there, top, Float32(-Float32.inf))), total, outputs
-
-    @cute.jit
-    def write(self, found, args, rows, tid: Int32):
-        """A thread's outputs of some rows, normalised and rounded, and their LSE; several hide each other's waits."""
-        tokens, heads = zip(*(token_and_head(args, rows, row) for row, _, _ in found), strict=True)
-        sinks = cute.make_rmem_tensor((len(found),), Float32)
-        sinks.fill(-Float32.inf)
-        if args.sinks != 0:
-            for i in cutlass.range_constexpr(len(found)):
-                head = cutlass.select_(found[i][0] < rows.live, heads[i], Int32(0))
-                sinks[i] = softmax.sink_of(self.dtype, args, head) * softmax.LOG2_E
-        ready = [self.normalised(stats, values, sinks[i]) for i, (_, values, stats) in enumerate(found)]
-        for i in cutlass.range_constexpr(len(found)):
-            words, lse = ready[i]
-            live, token, head = found[i][0] < rows.live, rows.q_start + tokens[i], heads[i]
-            lse_at = args.lse + Int64(head) * args.lse_head_stride + Int64(token) * 4
-            st_global_f32(lse_at, lse, live & (tid % self.lanes == 0) & (args.lse != 0))
-            target = args.out + Int64(token) * args.out_token_stride + Int64(head) * args.out_head_stride
-            for run in cutlass.range_constexpr(len(self.runs)):
-                column = self.column_of(run, tid)
-                st_global_64(target + Int64(column) * 2, words[run * 2 : run * 2 + 2], live & (column < args.head_dim))
-
-    def normalised(self, stats, values, sink):
-        """(outputs, packed in pairs; LSE) of a row."""
-        top, total = stats[0], stats[1]
-        peak = cute.arch.fmax(top, sink)
-        base = Float32(cutlass.select_(peak == -Float32.inf, Float32(0.0), peak))
-        shrink = ex2(top - base)
-        denominator = total * shrink + ex2(sink - base)
-        # By select: a row that sees no key gives zeros, whatever its accumulator holds.
-        scale = Float32(cutlass.select_(total == 0.0, Float32(0.0), shrink * rcp(denominator)))
-        lse = (lg2(denominator) + base) * softmax.LN_2
-        lse = Float32(cutlass.select_(denominator > 0.0, lse, Float32(-Float32.inf)))
-        pairs = range(0, len(self.runs) * 4, 2)
-        return [softmax.scaled_pair(self.dtype, values[i], values[i + 1], scale) for i in pairs], lse

@@ -78,7 +78,7 @@ def test_as_many_blocks_stay_as_there_are_shares_wherever_they_run(
     ("long", "short", "sms"),
     [
         ([], [4096] * 64, 0),
-        ([(1024, 1024)], [4096] * 63, 5),
+        ([(1024, 1024)], [4096] * 63, 6),
         ([(1024, 1024)] * 8, [4096] * 56, SMS // 4),  # more than decode's time, but in short pieces
         ([(512, 4096)], [2048] * 31, 0),  # each piece takes as long as decode
         ([(2048, 8192)], [300], 0),
