@@ -116,7 +116,7 @@ static int encode(void *map, const struct pa_tensor *tensor)
 {
     enum { INTERLEAVE_NONE, SWIZZLE_128_BYTES = 3, PROMOTE_256_BYTES = 3, ZEROS_OUTSIDE = 0, COLUMNS = 64 };
     static const uint32_t steps[PA_MAP_RANK] = {1, 1, 1, 1};
-    const uint32_t box[PA_MAP_RANK] = {COLUMNS, tensor->rows, 1, 1};
+    const uint32_t box[PA_MAP_RANK] = {COLUMNS, tensor->box[0], tensor->box[1], 1};
     _Alignas(64) char made[PA_MAP_BYTES];
     if (!atomic_load(&opened)) {
         pthread_mutex_lock(&lock);
@@ -143,7 +143,7 @@ int pa_encode(void *map, const struct pa_tensor *tensor)
     } kept[KEPT];
     uint64_t hash = ((uint64_t)(uintptr_t)tensor->address >> 4) * UINT64_C(0x9E3779B97F4A7C15) >> 58;
     if (memcmp(&kept[hash].tensor, tensor, sizeof *tensor) != 0) {
-        kept[hash].tensor.rows = 0; /* no tensor's, until the map is there */
+        kept[hash].tensor.box[0] = 0; /* no tensor's, until the map is there */
         if (encode(kept[hash].map, tensor))
             return -1;
         kept[hash].tensor = *tensor;

@@ -4,7 +4,8 @@
  *   tensors, steps, device
  *   a tensor:  present, dtype, dimensions, flags; a dimension: rule, name, value
  *   a step:    kernel, record bytes, patches, grid rule and its three numbers; the record; its patches
- *   a patch:   offset, bytes, a value; of a tensor map: offset, bytes, rows of a box, element type, eight values
+ *   a patch:   offset, bytes, a value; of a tensor map: offset, bytes, two extents of a box, element type,
+ *   eight values
  *   a value:   source, tensor and axis, times, plus
  * Dimensions that may differ from call to call have a name: the first tensor that shows it fixes its size. Whatever
  * else selection looked at is compared, so a program never runs on a call that it does not fit. */
@@ -120,8 +121,8 @@ static word value_of(struct pa_call *call)
  * of the device's memory: the first tensor's, which has rows. An address that is nobody's faults all the same. */
 static int patch_map(struct pa_call *call, void *map)
 {
-    word rows = next(call), type = next(call);
-    struct pa_tensor tensor = {.type = (int)type, .rows = (uint32_t)rows};
+    word inner = next(call), outer = next(call), type = next(call);
+    struct pa_tensor tensor = {.box = {(uint16_t)inner, (uint16_t)outer}, .type = (int)type};
     word address = value_of(call);
     tensor.address = address ? (void *)(intptr_t)address : call->tensors[0]->data;
     for (int i = 0; i < PA_MAP_RANK; i++)

@@ -144,6 +144,7 @@ FLASH_SM90 = Record(
         "boxes",  # of a tile
         "page_factor",  # (2^32 - 1) // page_size, by which kernels divide
         "beside",  # 1 where the launch before this one runs at the same time, and leaves it some SMs
+        "pack_bits",  # a tile has the rows of 2^pack_bits heads of a group, token by token
     ),
     factors=ATTENTION.factors,
     maps=("q_map", "k_map", "v_map"),
@@ -290,7 +291,7 @@ def _masked(record: Record) -> Record:
             "mask_row_stride",
         ),
         counts=(
-            *record.counts,
+            *(name for name in record.counts if name != "pack_bits"),
             "causal",  # 1 where there is a window, which is off at 0
             "position",  # of a sequence's first row among its keys; negative where rows precede them
             "mask_bytes",  # of an element, 1: bool, 2: the query's type, 4: fp32

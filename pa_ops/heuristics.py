@@ -11,7 +11,7 @@ from dataclasses import replace
 
 from pa_ops.capability import Capability
 from pa_ops.manifest import Entry
-from pa_ops.plan import ceil_div
+from pa_ops.plan import ceil_div, packed_heads
 from pa_ops.problem import Problem
 from pa_ops.spec import Family, Layout, Word
 from pa_ops.timings import ShapeClass, Timing, of_card
@@ -19,9 +19,9 @@ from pa_ops.timings import ShapeClass, Timing, of_card
 # Query rows whose mathematics takes as long as bringing one K/V tile in: what a small tile saves in padding it pays
 # again in loads. An estimate; it ranks tiles of one head size.
 LOAD_ROWS = 64
-# Keys from which on a tile of more rows pays (docs/performance.md): on sequences of 512 tokens it is 20% slower, on
-# 1024 5%; on 2048 3 to 5% faster, on 8192 10%.
-SMALL_ROWS = 128
+# Keys from which on a tile of more tokens pays (docs/performance.md): on sequences of 512 tokens it is 20% slower, on
+# 1024 5%; on 2048 3 to 5% faster, on 8192 10%. With a window of 1024 it is 11% slower.
+SMALL_TOKENS = 128
 LONG_KEYS = 2048
 MANY_TOKENS = 1 << 20  # every SM has many tiles of them, of whatever height
 
@@ -34,10 +34,10 @@ FOR_FEW_ROWS = (Family.DECODE, Family.FLASH_SM90, Family.FLASH_SM80, Family.MEA_
 FOR_MANY_ROWS = (Family.FLASH_SM90, Family.FLASH_SM80, Family.MEA, Family.DECODE, Family.MEA_DECODE)
 SPLITTING = frozenset({Family.DECODE, Family.MEA_DECODE})  # blocks share the keys out; made for few query rows
 
+PACKING = frozenset({Family.FLASH_SM90})  # a tile has rows of several heads of a group
 BESIDE = frozenset({Family.FLASH_SM90})  # blocks take tiles as they come: they begin on SMs that decode leaves them
-BESIDE_ROWS = (
-    1 << 18
-)  # of a batch, heads of a group included; decode counts their blocks times tiles of keys in 32 bits
+# Of a batch, heads of a group included: decode counts their blocks times tiles of keys in 32 bits.
+BESIDE_ROWS = 1 << 18
 
 TIE = 0.1  # of recorded times: two runs of one kernel differ by up to 5%, on two machines by more
 
@@ -180,20 +180,23 @@ def cost(problem: Problem, capability: Capability) -> Callable[[Entry], Cost]:
     chosen there. The name decides what is left, so that the order of the rows carries no meaning.
     """
     order = ranks(problem)
-    rows, tallest = query_rows(problem), SMALL_ROWS if likely_keys(problem) < LONG_KEYS else math.inf
+    short = problem.window or likely_keys(problem) < LONG_KEYS
+    rows, tallest = query_rows(problem), SMALL_TOKENS if short else math.inf
     heads, places = problem.batch * problem.num_heads, capability.places
 
     def of(entry: Entry) -> Cost:
         spec = entry.spec
         tile_m = max(spec.tile.m, 1)
-        slots = ceil_div(heads * ceil_div(rows, tile_m), capability.num_sms) * (tile_m + LOAD_ROWS)
+        packed = packed_heads(problem.group) if spec.family in PACKING else 1
+        tiles = heads // packed * ceil_div(rows * packed, tile_m)
+        slots = ceil_div(tiles, capability.num_sms) * (tile_m + LOAD_ROWS)
         native = min(places.get(target, len(places)) for target in entry.code_targets)
         padded = spec.head_dim + spec.head_dim_v
         return (
             order.get(spec.family, 0),
             padded,
             native,
-            spec.tile.m > tallest,
+            spec.tile.m > tallest * packed,
             slots,
             entry.smem_bytes,
             entry.name,

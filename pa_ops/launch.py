@@ -17,7 +17,7 @@ from torch import Tensor
 from pa_ops.arguments import CHUNK_KEYS, FLASH_SM90, UNCUT, Record, record_of
 from pa_ops.capability import Capability
 from pa_ops.errors import InvalidArgument
-from pa_ops.plan import resident_blocks
+from pa_ops.plan import QUERY_ROWS, packed_heads, resident_blocks
 from pa_ops.program import Address, Grid, GridRule, Launch, Size, Source, Stride, TensorMap, Value
 from pa_ops.scratch import blocks_of, counters_at, posts_at, tickets_at, tiles_at
 from pa_ops.spec import DType, InstanceSpec
@@ -26,7 +26,6 @@ LOG2_E = math.log2(math.e)
 WINDOW_LIMIT = 1 << 30  # keeps pos - W inside an int32; no sequence is that long
 DTYPES = {DType.FP16: torch.float16, DType.BF16: torch.bfloat16}
 HALF = 2  # bytes of an element of fp16 or bf16
-QUERY_ROWS = 64  # of a box of queries: those of one warpgroup
 ALIGNMENT = 16  # bytes of a vector access; what `Problem.aligned` promises
 GIVEN = 4  # decode leaves one SM in so many to the launch beside it, at most: with fewer it reads no faster than alone
 
@@ -170,18 +169,21 @@ def _map_sources(spec: InstanceSpec, call: Attention) -> dict[str, Source]:
     """Tensor maps of q, k and v, and how many keys a box has: as many as divide both a page and the tile."""
     keys, dtype = call.keys, DTYPES[spec.dtype]
     box_rows = math.gcd(keys.page_size, spec.tile.n)
-    q_sizes = (call.head_dim, _tokens(call.q), call.heads, 1)
+    packed = packed_heads(call.heads // keys.kv_heads)
+    q_sizes = (call.head_dim, call.heads, _tokens(call.q), 1)
+    q_box = (packed, QUERY_ROWS // packed)
     made: dict[str, Source] = {
         "box_rows": box_rows,
         "boxes": spec.tile.n // box_rows,
-        "q_map": TensorMap(call.q.address, q_sizes, (call.q.token, call.q.head, 0), QUERY_ROWS, dtype),
+        "pack_bits": packed.bit_length() - 1,
+        "q_map": TensorMap(call.q.address, q_sizes, (call.q.head, call.q.token, 0), q_box, dtype),
     }
     row = 1 if keys.page_size else 0
     for letter, name in (("k", keys.k), ("v", keys.v)):
         pages, page_stride = (Size(name, 0), Stride(name, 0, HALF)) if keys.page_size else (1, 0)
         sizes = (call.head_dim, Size(name, row), keys.kv_heads, pages)
         strides = (Stride(name, row, HALF), Stride(name, row + 1, HALF), page_stride)
-        made[f"{letter}_map"] = TensorMap(Address(name), sizes, strides, box_rows, dtype)
+        made[f"{letter}_map"] = TensorMap(Address(name), sizes, strides, (box_rows, 1), dtype)
     return made
 
 

@@ -9,7 +9,8 @@ from torch import Tensor
 
 from pa_ops.arguments import record_of
 from pa_ops.checks import Arguments, Sizes
-from pa_ops.launch import ALIGNMENT, DTYPES, HALF, QUERY_ROWS, Attention, Keys, Rows, axis_strides, fields_of
+from pa_ops.launch import ALIGNMENT, DTYPES, HALF, Attention, Keys, Rows, axis_strides, fields_of
+from pa_ops.plan import QUERY_ROWS
 from pa_ops.problem import Problem
 from pa_ops.program import Address, Grid, GridRule, Launch, Size, Source, Stride, TensorMap
 from pa_ops.registry import Registry
@@ -83,12 +84,16 @@ def _launch(kernel: int, spec: InstanceSpec, call: Attention, arguments: Argumen
 
 
 def _maps(spec: InstanceSpec, call: Attention) -> dict[str, Source]:
-    """Tensor maps of q, k and v: elements, tokens, heads, sequences."""
-    made: dict[str, Source] = {}
-    for name, heads, rows in (("q", call.heads, QUERY_ROWS), *((n, call.keys.kv_heads, spec.tile.n) for n in "kv")):
-        sizes = (call.head_dim, Size(name, 1), heads, Size(name, 0))
-        strides = (Stride(name, 1, HALF), Stride(name, 2, HALF), Stride(name, 0, HALF))
-        made[f"{name}_map"] = TensorMap(Address(name), sizes, strides, rows, DTYPES[spec.dtype])
+    """Tensor maps of q, k and v: elements, heads, tokens, sequences, keys before heads."""
+    dtype = DTYPES[spec.dtype]
+    token, head, sequence = (Stride("q", axis, HALF) for axis in (1, 2, 0))
+    q_sizes = (call.head_dim, call.heads, Size("q", 1), Size("q", 0))
+    q_map = TensorMap(Address("q"), q_sizes, (head, token, sequence), (1, QUERY_ROWS), dtype)
+    made: dict[str, Source] = {"q_map": q_map}
+    for name in "kv":
+        token, head, sequence = (Stride(name, axis, HALF) for axis in (1, 2, 0))
+        sizes = (call.head_dim, Size(name, 1), call.keys.kv_heads, Size(name, 0))
+        made[f"{name}_map"] = TensorMap(Address(name), sizes, (token, head, sequence), (spec.tile.n, 1), dtype)
     return made
 
 

@@ -6,6 +6,7 @@ for readers. An extent may exceed the work (a block that finds none leaves at on
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
@@ -19,6 +20,7 @@ class Work(NamedTuple):
     rows: int
 
 
+QUERY_ROWS = 64  # of a box of queries: those of one warpgroup
 RESERVED_BYTES = 1024  # of shared memory: the system's in each block, and so much more than a block may have in an SM
 
 
@@ -33,6 +35,15 @@ def resident_blocks(smem_bytes: int, smem_optin_bytes: int) -> int:
 def ceil_div(a: int, b: int) -> int:
     """The least integer >= a / b, for b > 0."""
     return -(-a // b)
+
+
+def packed_heads(group: int) -> int:
+    """Heads of a group whose rows a tile has side by side, token by token, where queries are copied in boxes.
+
+    Rows of fewer tokens see fewer keys that only some of them see, and few tokens leave less of a tile empty. As many
+    as there are, to a power of two, so that a row's token and head are bits of its number.
+    """
+    return math.gcd(group, QUERY_ROWS)
 
 
 def attention_tiles(tokens: int, sequences: int, rows: int, max_seqlen_q: int | None = None) -> int:

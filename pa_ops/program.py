@@ -67,14 +67,15 @@ Value = Address | Stride | Size | int
 class TensorMap(NamedTuple):
     """What the copy engine is told of four-dimensional half-precision rows, innermost first.
 
-    sizes: elements of a row, rows, heads, pages; strides: bytes between rows, heads, pages. One copy brings a box of
-    64 elements, swizzled over their 128 bytes, of `box_rows` rows.
+    sizes: elements of a row, then three extents, of rows, heads and pages of keys, of heads, tokens and sequences of
+    queries; strides: bytes from one to the next in each of these. One copy brings `box` of the first two, of 64
+    elements each, swizzled over their 128 bytes.
     """
 
     address: Value
     sizes: tuple[Value, Value, Value, Value]
     strides: tuple[Value, Value, Value]
-    box_rows: int
+    box: tuple[int, int]
     dtype: torch.dtype
 
 
@@ -181,7 +182,7 @@ def _launch_words(launch: Launch, places: Mapping[str, int]) -> Iterator[int]:
 
 
 def _map_words(source: TensorMap, places: Mapping[str, int]) -> Iterator[int]:
-    yield from (source.box_rows, MAP_DTYPES[source.dtype])
+    yield from (*source.box, MAP_DTYPES[source.dtype])
     for value in (source.address, *source.sizes, *source.strides):
         yield from _value_words(value, places)
 

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from itertools import product
-from typing import Any
+from typing import Any, NamedTuple
 
 from pa_ops.capability import MODELS, Capability
 from pa_ops.errors import NoInstance
@@ -25,15 +25,25 @@ from pa_ops.unsupported import UNSUPPORTED, Unsupported, covering
 HEAD_DIMS = (8, 40, 64, 72, 96, 104, 128, 136, 192, 200, 256, 264, 512)
 DTYPES = (DType.FP16, DType.BF16, DType.FP32)
 CACHE_DTYPES = (None, DType.E4M3FN, DType.INT8)  # None: the query's
-Sizes = tuple[tuple[int, int | None], ...]
-# Tokens of the sequence and of a page: few query rows, which have a family of their own, many, very many, which have a
-# tile of their own, and a page that not every family takes. Sizes rank and never refuse, so that page need not be met
+
+
+class Size(NamedTuple):
+    """Tokens of the sequence and of a page, query heads of the one KV head."""
+
+    tokens: int
+    page_size: int | None = None
+    group: int = 1
+
+
+Sizes = tuple[Size, ...]
+# Few query rows, which have a family of their own, many, very many, which have a tile of their own, with a window where
+# heads are grouped, and a page that not every family takes. Sizes rank and never refuse, so that page need not be met
 # with each.
 SIZES: dict[Op, Sizes] = {
-    Op.PAGED_ATTENTION: ((1, 16), (512, 16), (512, 1), (MANY_TOKENS, 16)),
-    Op.VARLEN_ATTENTION: ((1, None), (MANY_TOKENS, None)),
+    Op.PAGED_ATTENTION: (Size(1, 16), Size(512, 16), Size(512, 1), Size(MANY_TOKENS, 16), Size(MANY_TOKENS, 16, 4)),
+    Op.VARLEN_ATTENTION: (Size(1), Size(MANY_TOKENS), Size(MANY_TOKENS, None, 4)),
 }
-ANY_SIZE: Sizes = ((1, None),)
+ANY_SIZE: Sizes = (Size(1),)
 # The options by which keys are hidden, of each operator.
 _PLAIN_OPTIONS: tuple[Mapping[str, Any], ...] = ({"causal": False}, {"causal": True}, {"window": True})
 _TENSOR_OPTIONS: tuple[Mapping[str, Any], ...] = (
@@ -85,8 +95,12 @@ def questions(head_dims: Iterable[int]) -> Iterator[tuple[dict[str, Any], Sizes]
 def domain(head_dims: Iterable[int] = HEAD_DIMS) -> Iterator[Problem]:
     """The declared problem domain: every operator, type, mask and option, at the sizes where rows change."""
     for asked, sizes in questions(head_dims):
-        for tokens, page_size in sizes:
-            yield Problem(**asked, page_size=page_size, tokens=tokens)
+        for size in sizes:
+            yield _of_size(Problem(**asked, page_size=size.page_size), size)
+
+
+def _of_size(problem: Problem, size: Size) -> Problem:
+    return replace(problem, tokens=size.tokens, num_heads=size.group, num_kv_heads=1)
 
 
 def survey(entries: Iterable[Entry], sms: Iterable[int] = tuple(MODELS)) -> tuple[dict[Key, Reach], tuple[Hole, ...]]:
@@ -141,12 +155,11 @@ def _asked(head_dims: tuple[int, ...]) -> tuple[_Asked, ...]:
     nowhere = {item for item in UNSUPPORTED if all(item.devices(Capability.of_sm(sm)) for sm in MODELS)}
     found = []
     for asked, sizes in questions(head_dims):
-        for page_size in dict.fromkeys(page_size for _, page_size in sizes):
-            tokens, *more = (tokens for tokens, there in sizes if there == page_size)
-            first = Problem(**asked, page_size=page_size, tokens=tokens)
+        for page_size in dict.fromkeys(size.page_size for size in sizes):
+            first = Problem(**asked, page_size=page_size)
             covered = covering(first)
             if nowhere.isdisjoint(covered):
-                problems = (first, *(replace(first, tokens=tokens) for tokens in more))
+                problems = tuple(_of_size(first, size) for size in sizes if size.page_size == page_size)
                 families = tuple(each for each in families_of(first.kernel_op) if problem_passes(each, first))
                 shape = (first.mask, first.head_dim, first.head_dim_v)
                 found.append(_Asked(problems, _kind(first), shape, families, covered))

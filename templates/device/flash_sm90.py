@@ -64,7 +64,7 @@ class FlashSm90:
         self.copier = Copier(self.shared, head_dim, paged, masked, keys)
         self.hiding = Hiding(causal, window, masked, keys)
         self.mask_words = MaskWords(dtype, keys)
-        self.row_store = GroupStore(dtype, self.d_tiles)
+        self.row_store = GroupStore(dtype, self.d_tiles, masked)
         self.smem_bytes = self.shared.bytes
 
     @cute.jit

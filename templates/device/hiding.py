@@ -9,6 +9,7 @@ import cutlass
 import cutlass.cute as cute
 from cutlass import Float32, Int32, Uint32
 
+from pa_ops.templates.device.packing import token_of
 from pa_ops.templates.device.ptx import ld_shared_32
 from pa_ops.templates.device.ptx_masks import low_bits
 from pa_ops.templates.device.shared_sm90 import END, KEYS, POSITION
@@ -33,11 +34,11 @@ class Hiding:
     def hide(self, args, acc_s, slot, i):
         """-inf for keys past the last, after the row's own position, before its window, in block `i` of the tile."""
         thread, _, _ = cute.arch.thread_idx()
-        first = ld_shared_32(slot + POSITION) + row_of(thread)
+        first = ld_shared_32(slot + POSITION)
         keys = ld_shared_32(slot + KEYS)
         column = (ld_shared_32(slot + END) - 1 - i) * self.keys + (thread & 3) * 2
         for r in range(2):
-            here = first + r * 8
+            here = first + token_of(args, self.masked, row_of(thread) + r * 8)
             stop = (cutlass.min(keys, here + 1) if self.causal or self.window else keys) - column
             begin = here - args.window + 1 - column
             if self.masked:

@@ -10,6 +10,7 @@ from cutlass import Int32, Int64
 
 from pa_ops.templates.device import tma
 from pa_ops.templates.device.mask_tile import keys_of as padded_keys
+from pa_ops.templates.device.packing import pack_bits, token_of
 from pa_ops.templates.device.ptx import st_shared_32
 from pa_ops.templates.device.ptx_global import st_global_i32, take
 from pa_ops.templates.device.ptx_grid import wait_for_grid
@@ -35,7 +36,7 @@ class Lister:
         """Fill slots until the work ends, then one that says so."""
         if cute.arch.lane_idx() == 0:
             tma.prefetch_map(q_map)
-        turn = Int32(0)
+        turn, bits = Int32(0), pack_bits(args, self.masked)
         rank, _, _ = cute.arch.block_idx()
         if args.beside != 0:  # some blocks start when the grid beside this one ends
             rank = self.take_ticket(args)
@@ -43,15 +44,16 @@ class Lister:
         while sequence >= 0:
             q_start, q_len = length_at(args.cu_seqlens_q, sequence, args.tokens)
             first_key, k_len = self.keys_of(args, sequence, q_len)
-            live = cutlass.min(q_len - row_first, self.rows)
-            position = row_first + (args.position if self.masked else k_len - q_len)
-            low, high, steps, end, edges, inner = self.sight.blocks(args, position, live, k_len)
-            tile = (sequence, q_start + row_first, live, head, position, k_len, first_key, low, high)
+            live = cutlass.min((q_len << bits) - row_first, self.rows)
+            first = row_first >> bits
+            position = first + (args.position if self.masked else k_len - q_len)
+            low, high, steps, end, edges, inner = self.sight.blocks(args, position, live >> bits, k_len)
+            tile = (sequence, q_start + first, live, head, position, k_len, first_key, low, high)
             self.fill(smem, turn, (Int32(1), *tile, steps, end, edges, inner))
             if cutlass.const_expr(self.masked):
-                self.copy_queries(smem, q_map, turn, row_first, head, sequence)
+                self.copy_queries(args, smem, q_map, turn, head, first, sequence)
             else:
-                self.copy_queries(smem, q_map, turn, q_start + row_first, head, Int32(0))
+                self.copy_queries(args, smem, q_map, turn, head, q_start + first, Int32(0))
             tma.wait_for(smem + self.shared.asked, turn & 1)
             turn = turn + 1
             sequence, row_first, head = self.tile_at(args, self.take_ticket(args))
@@ -60,7 +62,7 @@ class Lister:
             wait_for_grid(self.chained)
 
     @cute.jit
-    def copy_queries(self, smem: Int32, q_map: Int64, turn: Int32, token: Int32, head: Int32, sequence: Int32):
+    def copy_queries(self, args, smem: Int32, q_map: Int64, turn: Int32, head: Int32, token: Int32, sequence: Int32):
         """The tile's rows; those past the sequence's last are another's, and nobody looks at what becomes of them."""
         for group in cutlass.range_constexpr(self.rows // GROUP_ROWS):
             full = smem + self.shared.q_full + group * BARRIER
@@ -70,7 +72,8 @@ class Lister:
                 first = group * GROUP_ROWS
                 for half in range(self.halves):
                     at = smem + (half * self.rows + first) * (COLUMN * 2)
-                    tma.load_box(at, q_map, full, Int32(half * COLUMN), token + first, head, sequence)
+                    here = token + token_of(args, self.masked, first)
+                    tma.load_box(at, q_map, full, Int32(half * COLUMN), head, here, sequence)
             cute.arch.sync_warp()
 
     def fill(self, smem, turn, words):
@@ -99,39 +102,42 @@ class Lister:
 
     @cute.jit
     def tile_at(self, args, rank: Int32):
-        """(sequence, first row in it, head) of the tile of that rank; sequence -1 beyond the last one.
+        """(sequence, first row in it, first head) of the tile of that rank; sequence -1 beyond the last one.
 
         The heads of a sequence go by sections whose keys and values stay in the L2 cache; in a section the last row
         blocks come first, because in a causal sequence they see most keys. The first ones follow after all sections:
         few keys, in the cache for all heads, and short tiles fill the end evenly.
         """
-        place = rank // args.heads
-        sequence, block = find_tile(args, self.rows, place)
-        row_first, head = Int32(0), rank - place * args.heads
+        bits = pack_bits(args, self.masked)
+        heads = args.heads >> bits  # those that have tiles of their own
+        place = rank // heads
+        sequence, block = find_tile(args, self.rows, place, bits)
+        row_first, head = Int32(0), rank - place * heads
         if sequence >= 0:
             _, q_len = length_at(args.cu_seqlens_q, sequence, args.tokens)
             _, k_len = self.keys_of(args, sequence, q_len)
-            tiles = (q_len + (self.rows - 1)) // self.rows
+            tiles = ((q_len << bits) + (self.rows - 1)) // self.rows
             late = Int32(0)
             if cutlass.const_expr(self.causal):
                 late = tiles // LATE
-            within = block * args.heads + head
-            section = cutlass.min(args.group * cutlass.max(self.near_keys // cutlass.max(k_len, 1), 1), args.heads)
+            within = block * heads + head
+            near = cutlass.max(self.near_keys // cutlass.max(k_len, 1), 1)
+            section = cutlass.min((args.group >> bits) * near, heads)
             first, stop = Int32(0), late
-            rest = within - (tiles - late) * args.heads
+            rest = within - (tiles - late) * heads
             if rest < 0:
                 first = within // (section * (tiles - late)) * section
                 stop = tiles
                 rest = within - first * (tiles - late)
-                section = cutlass.min(section, args.heads - first)
+                section = cutlass.min(section, heads - first)
             else:
-                section = args.heads
+                section = heads
             row_first = (stop - 1 - rest // section) * self.rows
             head = first + rest % section
-        elif block * args.heads + head == cute.arch.grid_dim()[0] - 1:
+        elif block * heads + head == cute.arch.grid_dim()[0] - 1:
             # Blocks stop at the first rank beyond the last tile, each at one of its own: this is the last block.
             st_global_i32(args.tickets, Int32(0))
-        return sequence, row_first, head
+        return sequence, row_first, head << bits
 
     @cute.jit
     def keys_of(self, args, sequence: Int32, queries: Int32):

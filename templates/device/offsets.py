@@ -83,4 +83,4 @@ def exponentiate(acc_s, row_offset, row_sum, log2_scale, n_tiles):
 def ended(row_offset, row_sum, sink, m_tiles):
     """(output factors, base-2 log-sum-exps) of each row, `sink` (base 2, -inf = none) joining the denominator."""
     tops = [-row_offset[row] for row in range(m_tiles * 2)]
-    return finish(tops, row_sum, Float32(1.0), sink, m_tiles)
+    return finish(tops, row_sum, Float32(1.0), [sink] * len(tops), m_tiles)

@@ -9,6 +9,7 @@ import cutlass.cute as cute
 from cutlass import Int32
 
 from pa_ops.templates.device import tma
+from pa_ops.templates.device.packing import token_of
 from pa_ops.templates.device.ptx import ld_shared_32
 from pa_ops.templates.device.shared_sm90 import BARRIER, EDGES, END, INNER, KEYS, LIVE, POSITION
 from pa_ops.templates.device.warpgroup import GROUP_ROWS
@@ -22,7 +23,7 @@ class Sight:
 
     @cute.jit
     def blocks(self, args, position: Int32, live: Int32, k_len: Int32):
-        """(low, high, steps, end, edges, inner) of `live` rows, the first at `position`, of a sequence of `k_len` keys.
+        """(low, high, steps, end, edges, inner) of `live` tokens, the first at `position`, of a sequence of keys.
 
         Some row sees keys [low, high): `steps` blocks, the last before `end`. Numbered from that one, every row sees
         all keys of blocks [edges, inner).
@@ -80,8 +81,8 @@ class OwnRows:
     def own(self, args, slot, group):
         """What the group's own rows see (`Sight.blocks`), and how many rows it has: 0 and less is none."""
         live = cutlass.min(ld_shared_32(slot + LIVE) - group * GROUP_ROWS, GROUP_ROWS)
-        position = ld_shared_32(slot + POSITION) + group * GROUP_ROWS
-        return self.sight.blocks(args, position, live, ld_shared_32(slot + KEYS)), live
+        position = ld_shared_32(slot + POSITION) + token_of(args, False, group * GROUP_ROWS)
+        return self.sight.blocks(args, position, token_of(args, False, live), ld_shared_32(slot + KEYS)), live
 
     def unseen(self, args, slot, group):
         """Blocks of the tile, from the last on, that none of the group's rows sees."""

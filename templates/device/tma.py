@@ -43,7 +43,7 @@ def prefetch_map(address, *, loc=None, ip=None):
 
 
 @dsl_user_op
-def load_box(shared, address, barrier, column, row, head, page, *, loc=None, ip=None):
+def load_box(shared, address, barrier, column, first, second, third, *, loc=None, ip=None):
     """Start copying one box of a four-dimensional tensor to shared memory; its bytes count on the barrier.
 
     What of the box lies outside the tensor becomes zeros, and counts all the same.
@@ -52,7 +52,7 @@ def load_box(shared, address, barrier, column, row, head, page, *, loc=None, ip=
         Int32(shared).ir_value(loc=loc, ip=ip),
         Int64(address).ir_value(loc=loc, ip=ip),
         Int32(barrier).ir_value(loc=loc, ip=ip),
-        *(Int32(x).ir_value(loc=loc, ip=ip) for x in (column, row, head, page)),
+        *(Int32(x).ir_value(loc=loc, ip=ip) for x in (column, first, second, third)),
     ]
     text = (
         "cp.async.bulk.tensor.4d.shared::cluster.global.tile.mbarrier::complete_tx::bytes "

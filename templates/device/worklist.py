@@ -40,8 +40,9 @@ def scan_warp(value: Int32):
 
 
 @cute.jit
-def find_tile(args, rows: cutlass.Constexpr, rank: Int32):
-    """(sequence, row block) of the `rank`-th tile of `rows` query rows; beyond the last, -1 and how far beyond.
+def find_tile(args, rows: cutlass.Constexpr, rank: Int32, pack_bits=0):
+    """(sequence, row block) of the `rank`-th tile of `rows` rows, 2^`pack_bits` of them a token's; beyond the last, -1
+    and how far beyond.
 
     Sequences of `skip_up_to` tokens or fewer have no tiles here: another kernel's launch has them. One warp reads 32
     lengths a step and scans them: 64 sequences cost two steps, a single one costs one.
@@ -57,7 +58,7 @@ def find_tile(args, rows: cutlass.Constexpr, rank: Int32):
         if index < args.sequences:
             _, length = length_at(args.cu_seqlens_q, index, args.tokens)
             if length > args.skip_up_to:
-                tiles = (length + (rows - 1)) // rows
+                tiles = ((length << pack_bits) + (rows - 1)) // rows
         scan = scan_warp(tiles)
         total = cute.arch.shuffle_sync(scan, 31)
         owner = 32 - cute.arch.popc(cute.arch.vote_ballot_sync(scan > remaining))

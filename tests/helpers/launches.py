@@ -63,7 +63,7 @@ class Made:
     def queries(self) -> tuple[int, int]:
         """Where an attention launch finds its queries: the address, the bytes from token to token."""
         if "q_map" in self.maps:
-            return self.maps["q_map"].address, self.maps["q_map"].strides[0]
+            return self.maps["q_map"].address, self.maps["q_map"].strides[1]
         return self.fields["q"], self.fields["q_token_stride"]
 
     def serves(self, new: int) -> bool:

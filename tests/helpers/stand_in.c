@@ -49,7 +49,8 @@ int cuTensorMapEncodeTiled(void *map, int type, uint32_t rank, void *address, co
     memcpy(words + 1, sizes, 4 * sizeof *words);
     memcpy(words + 5, strides, 3 * sizeof *words);
     words[10] = box[1];
-    words[11] = (uint64_t)type;
+    words[11] = box[2];
+    words[12] = (uint64_t)type;
     memcpy(map, words, sizeof words);
     return code("cuTensorMapEncodeTiled");
 }

@@ -16,7 +16,7 @@ from pa_ops.generator import matrix
 from pa_ops.heuristics import MANY_TOKENS
 from pa_ops.manifest import Entry, Manifest
 from pa_ops.spec import Family, InstanceSpec, Layout, Mask, Op, Tile
-from pa_ops.survey import HEAD_DIMS, Reach, _asked, domain, questions, survey
+from pa_ops.survey import HEAD_DIMS, Reach, Size, _asked, domain, questions, survey
 
 SMALL = [row for row in declared_rows() if row.target == "sm_90a"][:4]
 PAIRS = [(row.spec, row.target) for row in SMALL]
@@ -110,21 +110,22 @@ def test_G4_the_domain_holds_every_option() -> None:
 
 
 @pytest.mark.parametrize(
-    ("tokens", "page_size", "family"),
+    ("size", "family", "tall"),
     [
-        (1, 16, Family.DECODE),
-        (512, 16, Family.FLASH_SM90),
-        (MANY_TOKENS, 16, Family.FLASH_SM90),
-        (512, 1, Family.FLASH_SM80),
+        (Size(1, 16), Family.DECODE, set()),
+        (Size(512, 16), Family.FLASH_SM90, set()),
+        (Size(MANY_TOKENS, 16), Family.FLASH_SM90, {Mask.FULL, Mask.CAUSAL}),
+        (Size(MANY_TOKENS, 16, 4), Family.FLASH_SM90, {Mask.FULL, Mask.CAUSAL, Mask.WINDOW}),
+        (Size(512, 1), Family.FLASH_SM80, set()),
     ],
 )
 def test_G4_each_size_of_the_domain_has_kernels_of_its_own(
-    tokens: int, page_size: int, family: Family, monkeypatch: pytest.MonkeyPatch
+    size: Size, family: Family, tall: set[Mask], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     families = (Family.DECODE, Family.FLASH_SM90, Family.FLASH_SM80)
     rows = [row for row in declared_rows() if row.target == "sm_90a" and row.spec.layout is Layout.GATHER]
     rows = [row for row in rows if row.spec.family in families]
-    monkeypatch.setattr("pa_ops.survey.SIZES", {Op.PAGED_ATTENTION: ((tokens, page_size),)})
+    monkeypatch.setattr("pa_ops.survey.SIZES", {Op.PAGED_ATTENTION: (size,)})
     others = [each for each in questions(HEAD_DIMS) if each[0]["op"] is not Op.ATTENTION]
     monkeypatch.setattr("pa_ops.survey.questions", lambda head_dims: others)
     monkeypatch.setattr("pa_ops.survey._asked", _asked.__wrapped__)  # it keeps what it was asked of the whole domain
@@ -134,10 +135,10 @@ def test_G4_each_size_of_the_domain_has_kernels_of_its_own(
     for row in rows:
         if row.spec.family is family:
             tiles[replace(row.spec, tile=Tile(0, 0, 0, 0))].append(row.spec.tile)
-    fitting = max if tokens == MANY_TOKENS else min
-    assert best == {
-        replace(spec, tile=fitting(several, key=lambda tile: tile.m)).name for spec, several in tiles.items()
+    fitting = {
+        spec: (max if spec.mask in tall else min)(several, key=lambda tile: tile.m) for spec, several in tiles.items()
     }
+    assert best == {replace(spec, tile=tile).name for spec, tile in fitting.items()}
 
 
 def test_G4_a_kernel_that_only_an_override_reaches_is_told_apart() -> None:

@@ -172,6 +172,16 @@ def test_the_taller_tile_is_for_long_sequences(sizes: dict[str, int], rows: int)
     assert steady.entry.spec.tile.m == 128
 
 
+@pytest.mark.parametrize(
+    ("tokens", "group", "rows"), [(512, 1, 128), (512, 2, 192), (512, 4, 192), (512, 3, 128), (10, 4, 128)]
+)
+@pytest.mark.parametrize("window", [False, True])
+def test_the_taller_tile_is_for_heads_side_by_side(tokens: int, group: int, rows: int, window: bool) -> None:
+    heads: dict[str, Any] = {"num_heads": 24, "num_kv_heads": 24 // group, "window": window}
+    problem = Problem(op="varlen_attention", dtype="bf16", head_dim=128, tokens=32 * tokens, batch=32, **heads)
+    assert select_entry(declared_rows(), problem, Capability.of_sm(90)).entry.spec.tile.m == rows
+
+
 def test_the_keys_of_a_cache_are_likely_more_than_new_tokens() -> None:
     sizes = {"tokens": 8192, "batch": 8}
     found = {

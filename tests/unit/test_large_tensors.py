@@ -69,9 +69,11 @@ def test_B18_sixteen_billion_elements_of_ragged_attention(family: str, rows: Ten
         launch = persistent_launch(3, spec, call, skip_up_to=0, num_sms=NUM_SMS, beside=False)
         given["workspace"] = torch.zeros(workspace_words(NUM_SMS), dtype=torch.int32)
         made = launched("varlen_attention.out", launch, given)
-        for found in programs.maps_of(FLASH_SM90, made.record).values():
-            assert found.sizes == (DIM, TOKENS, HEADS, 1) and found.strides[:2] == (ROW_BYTES, 2 * DIM)
-            assert found.strides[0] * (found.sizes[1] - 1) == LAST_ROW > 2**34
+        for name, found in programs.maps_of(FLASH_SM90, made.record).items():
+            token, head = (1, 0) if name == "q_map" else (0, 1)
+            assert (found.sizes[1 + token], found.sizes[1 + head]) == (TOKENS, HEADS)
+            assert (found.strides[token], found.strides[head]) == (ROW_BYTES, 2 * DIM)
+            assert found.strides[token] * (TOKENS - 1) == LAST_ROW > 2**34
         assert (made.x, made.y) == (NUM_SMS, 1)
         return
     made = launched(

@@ -69,12 +69,15 @@ def test_C8_the_maps_have_a_sequence_as_their_outermost_extent(launches: Launche
     call, _ = run(Padded(3, 48, batch=3, kv_heads=2, group=2, mask="bool", layout=layout))
     [made] = launches
     assert made.family is Family.FLASH_SM90 and (made.x, made.y) == (Capability.of_sm(90).num_sms, 1)
-    axes = {"bnsh": (2, 1, 0), "bsnh": (1, 2, 0)}
-    for name, axis, sizes in (("q", order.q, (64, 3, 4, 3)), ("k", order.kv, (64, 48, 2, 3))):
+    token, head = {"bnsh": (2, 1), "bsnh": (1, 2)}[order.q]
+    axes = {"q": (head, token, 0)}
+    token, head = {"bnsh": (2, 1), "bsnh": (1, 2)}[order.kv]
+    axes["k"] = (token, head, 0)
+    for name, sizes, box in (("q", (64, 4, 3, 3), (1, 64)), ("k", (64, 48, 2, 3), (128, 1))):
         told = made.maps[f"{name}_map"]
-        assert (told.address, told.sizes) == (call[name].data_ptr(), sizes)
-        assert told.strides == tuple(2 * call[name].stride(at) for at in axes[axis])
-    assert made.maps["v_map"].box_rows == made.maps["k_map"].box_rows == made.fields["box_rows"] == 128
+        assert (told.address, told.sizes, told.box) == (call[name].data_ptr(), sizes, box)
+        assert told.strides == tuple(2 * call[name].stride(at) for at in axes[name])
+    assert made.maps["v_map"].box == (made.fields["box_rows"], 1)
 
 
 @pytest.mark.parametrize(("mask", "size"), [("bool", 1), ("additive", 2), ("fp32", 4)])

@@ -46,10 +46,10 @@ def words_of(program: Program) -> Iterator[int]:
 
 def test_a_tensor_map_is_one_patch_of_128_bytes() -> None:
     record = Record(addresses=("x",), maps=("first", "second"))
-    made = TensorMap(Address("x", 32), (64, Size("x", 0), 2, 1), (Stride("x", 0, 2), 256, 0), 16, torch.bfloat16)
+    made = TensorMap(Address("x", 32), (64, Size("x", 0), 2, 1), (Stride("x", 0, 2), 256, 0), (16, 4), torch.bfloat16)
     x = torch.zeros(5, 64).bfloat16()
     guard = Guard(Rule("x", "T D", (torch.bfloat16,)), x, aligned=True)
-    sources: dict[str, Source] = {"x": 0, "first": made, "second": made._replace(box_rows=8)}
+    sources: dict[str, Source] = {"x": 0, "first": made, "second": made._replace(box=(8, 1))}
     words = words_of(Program(0, [guard], [Launch(7, record, sources, Grid(GridRule.FIXED, 3, 1))]))
     head = [next(words) for _ in range(3 + 4 + 2 * 3)]
     assert head[:3] == [1, 1, 0], "one tensor, one step, device 0"
@@ -57,10 +57,10 @@ def test_a_tensor_map_is_one_patch_of_128_bytes() -> None:
     assert not any(next(words) for _ in range(record.size // 8)), "the record comes without its maps"
     values = [(0, 0, 1, 32), (3, 0, 0, 64), (2, 0, 1, 0), (3, 0, 0, 2), (3, 0, 0, 1)]
     values += [(1, 0, 2, 0), (3, 0, 0, 256), (3, 0, 0, 0)]
-    for name, rows in (("first", 16), ("second", 8)):
-        patch = [next(words) for _ in range(2 + 2 + 8 * 4)]
-        assert patch[:4] == [record.offsets[name], MAP_BYTES, rows, MAP_DTYPES[torch.bfloat16]]
-        assert patch[4:] == [word for value in values for word in value]
+    for name, box in (("first", (16, 4)), ("second", (8, 1))):
+        patch = [next(words) for _ in range(2 + 3 + 8 * 4)]
+        assert patch[:5] == [record.offsets[name], MAP_BYTES, *box, MAP_DTYPES[torch.bfloat16]]
+        assert patch[5:] == [word for value in values for word in value]
 
 
 @pytest.mark.parametrize("counts", range(1, 40))
@@ -125,22 +125,23 @@ def test_X1_X9_boxes_of_keys_divide_page_and_tile(pool: str, page_size: int, til
     k, v = empty_pool(Shape(64, kv_heads=2, page_size=page_size, pool=pool), 5, CPU)
     q = torch.zeros(9, 8, 64).half()
     maps, found = maps_of("gather", q, k, v, tile_n)
-    assert found == maps["k_map"].box_rows == maps["v_map"].box_rows == box_rows
+    assert found == box_rows
     for name, cache in (("k_map", k), ("v_map", v)):
         page, token, head, _ = (2 * stride for stride in cache.stride())
         sizes = (64, page_size, 2, 5)
-        assert maps[name] == (cache.data_ptr(), sizes, (token, head, page), box_rows, MAP_DTYPES[torch.float16])
-    assert maps["q_map"] == (q.data_ptr(), (64, 9, 8, 1), (8 * 128, 128, 16), 64, MAP_DTYPES[torch.float16])
+        assert maps[name] == (cache.data_ptr(), sizes, (token, head, page), (box_rows, 1), MAP_DTYPES[torch.float16])
+    assert maps["q_map"] == (q.data_ptr(), (64, 8, 9, 1), (128, 8 * 128, 16), (4, 16), MAP_DTYPES[torch.float16])
 
 
 def test_dense_keys_have_one_page_and_boxes_of_a_whole_tile() -> None:
     packed = torch.zeros(20, 8 + 2 + 2, 64).half()
     maps, box_rows = maps_of(Layout.DENSE, packed[:, :8], packed[:, 8:10], packed[:, 10:])
     assert box_rows == 112
-    for name, first, heads in (("q_map", 0, 8), ("k_map", 8, 2), ("v_map", 10, 2)):
+    for name, first, *extents in (("q_map", 0, 8, 20), ("k_map", 8, 20, 2), ("v_map", 10, 20, 2)):
         found = maps[name]
-        assert (found.address, found.sizes) == (packed.data_ptr() + first * 128, (64, 20, heads, 1))
-        assert found.strides == (12 * 128, 128, 16), "nothing steps over one page, and a stride of 0 is none"
+        assert (found.address, found.sizes) == (packed.data_ptr() + first * 128, (64, *extents, 1))
+        steps = sorted(found.strides)
+        assert steps == [16, 128, 12 * 128], "nothing steps over one page, and a stride of 0 is none"
 
 
 def test_what_has_an_extent_of_one_or_none_has_a_map_all_the_same() -> None:
