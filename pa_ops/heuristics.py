@@ -34,7 +34,6 @@ FOR_FEW_ROWS = (Family.DECODE, Family.FLASH_SM90, Family.FLASH_SM80, Family.MEA_
 FOR_MANY_ROWS = (Family.FLASH_SM90, Family.FLASH_SM80, Family.MEA, Family.DECODE, Family.MEA_DECODE)
 SPLITTING = frozenset({Family.DECODE, Family.MEA_DECODE})  # blocks share the keys out; made for few query rows
 
-PACKING = frozenset({Family.FLASH_SM90})  # a tile has rows of several heads of a group
 BESIDE = frozenset({Family.FLASH_SM90})  # blocks take tiles as they come: they begin on SMs that decode leaves them
 # Of a batch, heads of a group included: decode counts their blocks times tiles of keys in 32 bits.
 BESIDE_ROWS = 1 << 18
@@ -187,7 +186,7 @@ def cost(problem: Problem, capability: Capability) -> Callable[[Entry], Cost]:
     def of(entry: Entry) -> Cost:
         spec = entry.spec
         tile_m = max(spec.tile.m, 1)
-        packed = packed_heads(problem.group) if spec.family in PACKING else 1
+        packed = packed_heads(spec, problem.group)
         tiles = heads // packed * ceil_div(rows * packed, tile_m)
         slots = ceil_div(tiles, capability.num_sms) * (tile_m + LOAD_ROWS)
         native = min(places.get(target, len(places)) for target in entry.code_targets)

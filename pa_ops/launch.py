@@ -169,7 +169,7 @@ def _map_sources(spec: InstanceSpec, call: Attention) -> dict[str, Source]:
     """Tensor maps of q, k and v, and how many keys a box has: as many as divide both a page and the tile."""
     keys, dtype = call.keys, DTYPES[spec.dtype]
     box_rows = math.gcd(keys.page_size, spec.tile.n)
-    packed = packed_heads(call.heads // keys.kv_heads)
+    packed = packed_heads(spec, call.heads // keys.kv_heads)
     q_sizes = (call.head_dim, call.heads, _tokens(call.q), 1)
     q_box = (packed, QUERY_ROWS // packed)
     made: dict[str, Source] = {

@@ -10,6 +10,8 @@ import math
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
+from pa_ops.spec import Family, InstanceSpec, Mask
+
 
 class Work(NamedTuple):
     """One block's rows: rows [first, first + rows) of `sequence`, its tile number being `block`."""
@@ -37,12 +39,14 @@ def ceil_div(a: int, b: int) -> int:
     return -(-a // b)
 
 
-def packed_heads(group: int) -> int:
+def packed_heads(spec: InstanceSpec, group: int) -> int:
     """Heads of a group whose rows a tile has side by side, token by token, where queries are copied in boxes.
 
     Rows of fewer tokens see fewer keys that only some of them see, and few tokens leave less of a tile empty. As many
     as there are, to a power of two, so that a row's token and head are bits of its number.
     """
+    if spec.family is not Family.FLASH_SM90 or spec.mask is Mask.TENSOR:
+        return 1
     return math.gcd(group, QUERY_ROWS)
 
 

@@ -13,6 +13,7 @@ from helpers.chosen import problem_of
 from helpers.hopper import FAMILY, HEAD_DIMS, MASKS, MIXED, OPERATORS, instances_of, on_sm90, tickets
 from helpers.parity import Evidence, error_of, expected
 from helpers.problems import Call, Shape, paged, prefix_sums, sinks, varlen
+from pa_ops.plan import packed_heads
 from pa_ops.registry import current_capability
 from pa_ops.spec import Tile
 
@@ -100,6 +101,23 @@ def test_D6_lengths_around_the_edges_of_tiles(
             extra = {**options, "softcap": softcap, "sinks": sinks(shape, device) if softcap else None}
             call = OPERATORS[operator]([*product(rows, keys), (1, 0), (0, 9)], shape, device, **extra)
             on_sm90(call, evidence, f"{mask}, softcap {softcap}, tile {tile}")
+
+
+@pytest.mark.parametrize("group", [1, 2, 3, 4, 6, 8, 16, 64, 128])
+@pytest.mark.parametrize("operator", OPERATORS)
+def test_D6_X8_rows_of_heads_side_by_side_around_the_edges_of_tiles(
+    operator: str, group: int, device: torch.device, evidence: Evidence
+) -> None:
+    """Sinks tell heads apart, positions tokens."""
+    for head_dim, (mask, options) in product(HEAD_DIMS, MASKS.items()):
+        shape = Shape(head_dim, kv_heads=2, group=group, dtype=torch.bfloat16)
+        for entry in instances_of(OPERATORS[operator]([(1, 1)], shape, device, **options)):
+            tile = entry.spec.tile
+            packed = packed_heads(entry.spec, group)
+            rows = {max(size // packed + more, 1) for size in (64, tile.m) for more in (-1, 0, 1)}
+            pairs = [(new, new + more) for new in sorted(rows) for more in (-1, 0, tile.n + 1)]
+            call = OPERATORS[operator]([*pairs, (0, 9)], shape, device, sinks=sinks(shape, device), **options)
+            on_sm90(call, evidence, f"groups of {group}, {mask}, tile {tile}")
 
 
 def test_B10_B12_batches_of_0_1_and_300_sequences(device: torch.device, evidence: Evidence) -> None:
