@@ -70,10 +70,12 @@ def test_B18_sixteen_billion_elements_of_ragged_attention(family: str, rows: Ten
         given["workspace"] = torch.zeros(workspace_words(NUM_SMS), dtype=torch.int32)
         made = launched("varlen_attention.out", launch, given)
         for name, found in programs.maps_of(FLASH_SM90, made.record).items():
-            token, head = (1, 0) if name == "q_map" else (0, 1)
-            assert (found.sizes[1 + token], found.sizes[1 + head]) == (TOKENS, HEADS)
-            assert (found.strides[token], found.strides[head]) == (ROW_BYTES, 2 * DIM)
-            assert found.strides[token] * (TOKENS - 1) == LAST_ROW > 2**34
+            of_token, of_head = (TOKENS, ROW_BYTES), (HEADS, 2 * DIM)
+            order = (of_head, of_token) if name == "q_map" else (of_token, of_head)
+            sizes, strides = zip(*order, strict=True)
+            assert found.sizes == (DIM, *sizes, 1) and found.strides[:2] == strides
+            at = sizes.index(TOKENS)
+            assert found.strides[at] * (found.sizes[1 + at] - 1) == LAST_ROW > 2**34
         assert (made.x, made.y) == (NUM_SMS, 1)
         return
     made = launched(

@@ -69,15 +69,14 @@ def test_C8_the_maps_have_a_sequence_as_their_outermost_extent(launches: Launche
     call, _ = run(Padded(3, 48, batch=3, kv_heads=2, group=2, mask="bool", layout=layout))
     [made] = launches
     assert made.family is Family.FLASH_SM90 and (made.x, made.y) == (Capability.of_sm(90).num_sms, 1)
-    token, head = {"bnsh": (2, 1), "bsnh": (1, 2)}[order.q]
-    axes = {"q": (head, token, 0)}
-    token, head = {"bnsh": (2, 1), "bsnh": (1, 2)}[order.kv]
-    axes["k"] = (token, head, 0)
-    for name, sizes, box in (("q", (64, 4, 3, 3), (1, 64)), ("k", (64, 48, 2, 3), (128, 1))):
+    token_and_head = {"bnsh": (2, 1), "bsnh": (1, 2)}
+    q_axes, k_axes = (*reversed(token_and_head[order.q]), 0), (*token_and_head[order.kv], 0)
+    for name, axes, sizes in (("q", q_axes, (64, 4, 3, 3)), ("k", k_axes, (64, 48, 2, 3))):
         told = made.maps[f"{name}_map"]
-        assert (told.address, told.sizes, told.box) == (call[name].data_ptr(), sizes, box)
-        assert told.strides == tuple(2 * call[name].stride(at) for at in axes[name])
-    assert made.maps["v_map"].box == (made.fields["box_rows"], 1)
+        assert (told.address, told.sizes) == (call[name].data_ptr(), sizes)
+        assert told.strides == tuple(2 * call[name].stride(at) for at in axes)
+    assert made.maps["q_map"].box == (1, 64), "a row of the mask is one token's of one head"
+    assert made.maps["v_map"].box == made.maps["k_map"].box == (made.fields["box_rows"], 1) == (128, 1)
 
 
 @pytest.mark.parametrize(("mask", "size"), [("bool", 1), ("additive", 2), ("fp32", 4)])

@@ -137,11 +137,15 @@ def test_dense_keys_have_one_page_and_boxes_of_a_whole_tile() -> None:
     packed = torch.zeros(20, 8 + 2 + 2, 64).half()
     maps, box_rows = maps_of(Layout.DENSE, packed[:, :8], packed[:, 8:10], packed[:, 10:])
     assert box_rows == 112
-    for name, first, *extents in (("q_map", 0, 8, 20), ("k_map", 8, 20, 2), ("v_map", 10, 20, 2)):
+    keys = (20, 2), (12 * 128, 128)
+    for name, first, extents, steps in (
+        ("q_map", 0, (8, 20), (128, 12 * 128)),
+        ("k_map", 8, *keys),
+        ("v_map", 10, *keys),
+    ):
         found = maps[name]
         assert (found.address, found.sizes) == (packed.data_ptr() + first * 128, (64, *extents, 1))
-        steps = sorted(found.strides)
-        assert steps == [16, 128, 12 * 128], "nothing steps over one page, and a stride of 0 is none"
+        assert found.strides == (*steps, 16), "nothing steps over one page, and a stride of 0 is none"
 
 
 def test_what_has_an_extent_of_one_or_none_has_a_map_all_the_same() -> None:
