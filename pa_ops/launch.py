@@ -128,36 +128,35 @@ class Attention:
         }
 
 
-def attention_launch(
-    kernel: int, spec: InstanceSpec, call: Attention, *, skip_up_to: int, num_sms: int, beside: bool
-) -> Launch:
-    """Attend by tiles of query rows; sequences of `skip_up_to` tokens or fewer are left to `decode_launch`.
+class Setting(NamedTuple):
+    """Where a launch for many query rows stands: sequences of `skip_up_to` tokens or fewer are left to `decode_launch`,
+    which comes just before, and runs at the same time where this one is `beside` it."""
 
-    The bound of lengths holds for every call to come.
-    """
+    num_sms: int
+    skip_up_to: int = 0
+    beside: bool = False
+
+
+def attention_launch(kernel: int, spec: InstanceSpec, call: Attention, setting: Setting) -> Launch:
+    """Attend by tiles of query rows. The bound of lengths holds for every call to come."""
     bound = -1 if call.scores.max_seqlen_q is None else call.scores.max_seqlen_q
     grid = Grid(GridRule.TILES, spec.tile.m, bound, call.heads)
     record = record_of(spec)
-    sources = {**call.sources(), "skip_up_to": skip_up_to, "head_dim_v": call.head_dim_v}
+    sources = {**call.sources(), "skip_up_to": setting.skip_up_to, "head_dim_v": call.head_dim_v}
     return Launch(kernel, record, fields_of(record, sources), grid)
 
 
-def persistent_launch(
-    kernel: int, spec: InstanceSpec, call: Attention, *, skip_up_to: int, num_sms: int, beside: bool
-) -> Launch:
-    """Attend by one block an SM that lists its tiles itself; shorter sequences are left as in `attention_launch`.
-
-    beside: that launch comes just before, and runs at the same time.
-    """
+def persistent_launch(kernel: int, spec: InstanceSpec, call: Attention, setting: Setting) -> Launch:
+    """Attend by one block an SM that lists its tiles itself."""
     sources: dict[str, Source] = {
         **call.sources(),
         **_map_sources(spec, call),
-        "tickets": Address("workspace", tiles_at(num_sms)),
-        "skip_up_to": skip_up_to,
+        "tickets": Address("workspace", tiles_at(setting.num_sms)),
+        "skip_up_to": setting.skip_up_to,
         "page_factor": factor_of(max(call.keys.page_size, 1)),
-        "beside": int(beside),
+        "beside": int(setting.beside),
     }
-    return Launch(kernel, FLASH_SM90, fields_of(FLASH_SM90, sources), Grid(GridRule.FIXED, num_sms, 1))
+    return Launch(kernel, FLASH_SM90, fields_of(FLASH_SM90, sources), Grid(GridRule.FIXED, setting.num_sms, 1))
 
 
 def fields_of(record: Record, sources: dict[str, Source]) -> dict[str, Source]:

@@ -20,6 +20,7 @@ from pa_ops.launch import (
     Keys,
     Rows,
     Scores,
+    Setting,
     attention_launch,
     decode_launch,
     persistent_launch,
@@ -119,7 +120,7 @@ def _attend(
         yield Step(launch, _decision(op, few), aligned)
     if many is not None:
         kernel, spec = registry.kernel(many.entry), many.entry.spec
-        launch = LAUNCHES[spec.family](kernel, spec, call, skip_up_to=limit, num_sms=sms, beside=beside)
+        launch = LAUNCHES[spec.family](kernel, spec, call, Setting(sms, limit, beside))
         yield Step(launch, _decision(op, many), aligned)
 
 

@@ -14,7 +14,7 @@ from helpers import programs
 from helpers.problems import Shape, empty_pool
 from pa_ops.arguments import CONSTANT_BASE, FLASH_SM90, MAP_ALIGNMENT, MAP_BYTES, Record
 from pa_ops.checks import RULES, Rule
-from pa_ops.launch import Attention, Keys, Rows, Scores, persistent_launch
+from pa_ops.launch import Attention, Keys, Rows, Scores, Setting, persistent_launch
 from pa_ops.program import (
     MAP_DTYPES,
     Address,
@@ -88,7 +88,7 @@ def maps_of(layout: str, q: Tensor, k: Tensor, v: Tensor, tile_n: int = 112) -> 
     keys = Keys(k_name, v_name, lengths, k.shape[-2], k.shape[1] if layout == "gather" else 0)
     rows = Rows.of("q"), Rows.of("out")
     call = Attention(*rows, keys, q.shape[1], q.shape[2], v.shape[-1], Scores(0.1, 0, 0.0, None), None, None)
-    launch = persistent_launch(3, spec, call, skip_up_to=0, num_sms=NUM_SMS, beside=False)
+    launch = persistent_launch(3, spec, call, Setting(NUM_SMS))
     ends, room = torch.zeros(3, dtype=torch.int32), torch.zeros(workspace_words(NUM_SMS), dtype=torch.int32)
     given: dict[str, Any] = {"q": q, k_name: k, v_name: v, "cu_seqlens_q": ends, "out": torch.empty_like(q)}
     given |= {lengths: ends[:2] if layout == "gather" else ends, "workspace": room}
