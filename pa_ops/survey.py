@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import lru_cache
 from itertools import product
 from typing import Any, NamedTuple
@@ -33,6 +33,10 @@ class Size(NamedTuple):
     tokens: int
     page_size: int | None = None
     group: int = 1
+
+    def problem(self, asked: Mapping[str, Any]) -> Problem:
+        """The problem of this size that asks for so much else."""
+        return Problem(**asked, page_size=self.page_size, tokens=self.tokens, num_heads=self.group, num_kv_heads=1)
 
 
 Sizes = tuple[Size, ...]
@@ -95,12 +99,7 @@ def questions(head_dims: Iterable[int]) -> Iterator[tuple[dict[str, Any], Sizes]
 def domain(head_dims: Iterable[int] = HEAD_DIMS) -> Iterator[Problem]:
     """The declared problem domain: every operator, type, mask and option, at the sizes where rows change."""
     for asked, sizes in questions(head_dims):
-        for size in sizes:
-            yield _of_size(Problem(**asked, page_size=size.page_size), size)
-
-
-def _of_size(problem: Problem, size: Size) -> Problem:
-    return replace(problem, tokens=size.tokens, num_heads=size.group, num_kv_heads=1)
+        yield from (size.problem(asked) for size in sizes)
 
 
 def survey(entries: Iterable[Entry], sms: Iterable[int] = tuple(MODELS)) -> tuple[dict[Key, Reach], tuple[Hole, ...]]:
@@ -156,10 +155,11 @@ def _asked(head_dims: tuple[int, ...]) -> tuple[_Asked, ...]:
     found = []
     for asked, sizes in questions(head_dims):
         for page_size in dict.fromkeys(size.page_size for size in sizes):
-            first = Problem(**asked, page_size=page_size)
+            size, *more = (size for size in sizes if size.page_size == page_size)
+            first = size.problem(asked)
             covered = covering(first)
             if nowhere.isdisjoint(covered):
-                problems = tuple(_of_size(first, size) for size in sizes if size.page_size == page_size)
+                problems = (first, *(size.problem(asked) for size in more))
                 families = tuple(each for each in families_of(first.kernel_op) if problem_passes(each, first))
                 shape = (first.mask, first.head_dim, first.head_dim_v)
                 found.append(_Asked(problems, _kind(first), shape, families, covered))
