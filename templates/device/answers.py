@@ -5,7 +5,6 @@ import cutlass.cute as cute
 from cutlass import Float32, Int32, Int64
 
 from pa_ops.templates.device import softmax
-from pa_ops.templates.device.ptx import ex2, lg2, rcp
 from pa_ops.templates.device.ptx_global import st_global, st_global_f32
 from pa_ops.templates.device.segments import token_and_head
 
@@ -40,14 +39,7 @@ class Answers:
 
     def normalised(self, stats, values, sink):
         """(outputs, packed in pairs; LSE) of a row."""
-        top, total = stats[0], stats[1]
-        peak = cute.arch.fmax(top, sink)
-        base = Float32(cutlass.select_(peak == -Float32.inf, Float32(0.0), peak))
-        shrink = ex2(top - base)
-        denominator = total * shrink + ex2(sink - base)
-        # By select: a row that sees no key gives zeros, whatever its accumulator holds.
-        scale = Float32(cutlass.select_(total == 0.0, Float32(0.0), shrink * rcp(denominator)))
-        lse = (lg2(denominator) + base) * softmax.LN_2
-        lse = Float32(cutlass.select_(denominator > 0.0, lse, Float32(-Float32.inf)))
+        factor, lse = softmax.concluded(stats[0], stats[1], sink)
         pairs = range(0, len(self.layout.runs) * 4, 2)
-        return [softmax.scaled_pair(self.dtype, values[i], values[i + 1], scale) for i in pairs], lse
+        words = [softmax.scaled_pair(self.dtype, values[i], values[i + 1], factor) for i in pairs]
+        return words, lse * softmax.LN_2

@@ -104,10 +104,10 @@ st_posted = _stores("st.relaxed.gpu.global")
 
 
 @dsl_user_op
-def add_to(address, count, *, loc=None, ip=None):
-    """Add a constant to an int32 in global memory; the value before."""
+def add_to(address, count, order="relaxed", *, loc=None, ip=None):
+    """Add a constant to an int32 in global memory; the value before. `order` is PTX's, of other memory around it."""
     operand = [Int64(address).ir_value(loc=loc, ip=ip)]
-    return Int32(_asm(T.i32(), operand, f"atom.relaxed.gpu.global.add.u32 $0, [$1], {count};", "=r,l", True, loc, ip))
+    return Int32(_asm(T.i32(), operand, f"atom.{order}.gpu.global.add.u32 $0, [$1], {count};", "=r,l", True, loc, ip))
 
 
 def take(address):
@@ -115,11 +115,10 @@ def take(address):
     return add_to(address, 1)
 
 
-@dsl_user_op
-def arrive(address, *, loc=None, ip=None):
-    """Add one to an int32 in global memory, what this thread wrote before becoming visible; the value before."""
-    operand = [Int64(address).ir_value(loc=loc, ip=ip)]
-    return Int32(_asm(T.i32(), operand, "atom.acq_rel.gpu.global.add.u32 $0, [$1], 1;", "=r,l", True, loc, ip))
+def arrive(address):
+    """Count one more at a counter in global memory; the count before. What this thread wrote is seen by who arrives
+    later, what those wrote who arrived before by this thread."""
+    return add_to(address, 1, order="acq_rel")
 
 
 @dsl_user_op
@@ -145,16 +144,6 @@ def ld_global_i32_where(address, where, otherwise, *, loc=None, ip=None):
         *(Int32(x).ir_value(loc=loc, ip=ip) for x in (where, otherwise)),
     ]
     return Int32(_asm(T.i32(), operands, text, "=&r,l,r,r", True, loc, ip))
-
-
-@dsl_user_op
-def ld_global_pair(address, column, width, *, loc=None, ip=None):
-    """Load two 16-bit elements as one register, `column` elements behind `address`, where that is less than `width`;
-    else zeros. `column` is a constant."""
-    load = f"@p ld.global.b32 $0, [$1 + {column * 2}];"
-    text = f"{{ .reg .pred p; setp.gt.s32 p, $2, {column}; mov.b32 $0, 0; {load} }}"
-    operands = [Int64(address).ir_value(loc=loc, ip=ip), Int32(width).ir_value(loc=loc, ip=ip)]
-    return Int32(_asm(T.i32(), operands, text, "=&r,l,r", True, loc, ip))
 
 
 @dsl_user_op

@@ -167,20 +167,23 @@ def sink_of(dtype: cutlass.Constexpr, args, head: Int32):
     return value
 
 
+def concluded(top, total, sink):
+    """(factor of the outputs, log-sum-exp) of a row with that maximum and sum, whose sink (-inf = none) joins the
+    denominator; all in base 2."""
+    peak = cute.arch.fmax(top, sink)
+    base = Float32(cutlass.select_(peak == -Float32.inf, Float32(0.0), peak))
+    shrink = ex2(top - base)
+    denominator = total * shrink + ex2(sink - base)
+    # By select, not by multiplication: a row that sees no key gives zeros whatever its accumulator holds.
+    factor = Float32(cutlass.select_(total == 0.0, Float32(0.0), shrink * rcp(denominator)))
+    return factor, lg2(denominator) + base
+
+
 def finish(row_max, row_sum, log2_scale, sinks, m_tiles):
     """(output factors, base-2 log-sum-exps) of each row, its sink (base 2, -inf = none) joining the denominator."""
-    scale, lse = [], []
-    for row in range(m_tiles * 2):
-        total = quad_sum(row_sum[row])
-        top = row_max[row] * log2_scale
-        peak = cute.arch.fmax(top, sinks[row])
-        base = cutlass.select_(peak == -Float32.inf, Float32(0.0), peak)
-        shrink = ex2(top - base)
-        denominator = total * shrink + ex2(sinks[row] - base)
-        # By select, not by multiplication: a row that sees no key gives zeros whatever its accumulator holds.
-        scale.append(cutlass.select_(total > 0.0, shrink * rcp(denominator), Float32(0.0)))
-        lse.append(cutlass.select_(denominator > 0.0, lg2(denominator) + base, Float32(-Float32.inf)))
-    return scale, lse
+    rows = range(m_tiles * 2)
+    ended = [concluded(row_max[row] * log2_scale, quad_sum(row_sum[row]), sinks[row]) for row in rows]
+    return [factor for factor, _ in ended], [lse for _, lse in ended]
 
 
 def scaled_pair(dtype, low, high, scale):
