@@ -215,9 +215,9 @@ def _query_stages_and_scores(spec: InstanceSpec) -> int:
 
 
 def _stages_and_stats(spec: InstanceSpec) -> int:
-    """Every stage of K and V with a word a warp's stage, (maximum, sum) of each warp's rows, 832 B about shares."""
+    """Every stage of K and V with a word a warp's stage, (maximum, sum) of each warp's rows, 848 B about shares."""
     tile = spec.tile
-    return _stages(spec) + 4 * tile.warps * tile.stages + 8 * tile.warps * tile.m + 832
+    return _stages(spec) + 4 * tile.warps * tile.stages + 8 * tile.warps * tile.m + 848
 
 
 def _query_stages_and_barriers(spec: InstanceSpec) -> int:

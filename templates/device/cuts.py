@@ -12,7 +12,11 @@ import cutlass
 import cutlass.cute as cute
 from cutlass import Float32, Int32, Uint32
 
+from pa_ops.templates.device.quotients import divided
+
 SPREAD_BITS = 22  # of a fraction of a tile: exact for fewer than 2048 shares
+IDLE = 32  # one block of so many may be left without a share, so that shares end where places do
+LONG = 256  # tiles of a share, from which on a block without one costs more than places that are cut do
 
 
 def start_of(cut, share):
@@ -23,6 +27,22 @@ def start_of(cut, share):
     """
     _, _, each, spread = cut
     return share * each + Int32(Uint32(share * spread) >> SPREAD_BITS)
+
+
+def even(total, places, blocks):
+    """Shares of `total` tiles in `places` of as many each, for `blocks` blocks: the most that end where places do, or
+    divide each place alike; `blocks` where too many blocks would have none.
+
+    A place that is cut is computed by two, and what one of them has found waits for the other: 63 x 4k by 252 shares of
+    two places took 268.4 us, by 250 and 254 272.5, prefill beside them.
+    """
+    a_share = cutlass.max(divided(places + (blocks - 1), blocks), 1)
+    a_place = divided(blocks, places)
+    shares = divided(places, a_share)
+    fits = shares * a_share == places
+    shares = Int32(cutlass.select_(a_place > 0, a_place * places, shares))
+    fits = (fits | (a_place > 0)) & (shares * IDLE >= blocks * (IDLE - 1)) & (total < blocks * LONG)
+    return Int32(cutlass.select_(fits, shares, blocks))
 
 
 def bounds(cut, share):

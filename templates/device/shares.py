@@ -24,6 +24,7 @@ from pa_ops.templates.device.cuts import (
     chunk_begin,
     chunk_bits,
     chunk_left,
+    even,
     owner_of,
     part_of_chunk,
 )
@@ -43,7 +44,8 @@ SHARE = 16  # the block's own
 STARTS = 17  # the first tile of each thread's sequences, and the end of the last one's
 WORK = STARTS + THREADS + 1  # blocks and work of each warp's sequences, for the next grid
 TICKET = WORK + 2 * (THREADS // 32)  # of a block that shares the device with the next grid
-WORDS = TICKET + 2  # an even number
+LONGEST = TICKET + 1  # tiles that one of each warp's sequences has at most
+WORDS = LONGEST + THREADS // 32 + 1  # an even number
 
 
 class Shares:
@@ -85,20 +87,23 @@ class Shares:
         early = Int32(-1)
         if (args.most_given > 0) & (tid == 0):
             early = beside.draw_early(args)
-        own, own_places, own_blocks, own_work = Int32(0), Int32(0), Int32(0), Int32(0)
+        own, own_places, own_blocks, own_work, longest = Int32(0), Int32(0), Int32(0), Int32(0), Int32(0)
         for i in cutlass.range(run, unroll=1):
             sequence = tid * run + i
             if sequence < args.sequences:
                 _, q_len, _, _, tiles, row_blocks = self.span(args, sequence)
                 own = own + tiles * row_blocks
                 own_places = own_places + row_blocks
+                longest = cutlass.max(longest, Int32(cutlass.select_(row_blocks > 0, tiles, Int32(0))))
                 if q_len > args.skip_above:
                     blocks, work = beside.work_of(args, q_len, tiles, self.keys)
                     own_blocks, own_work = own_blocks + blocks, own_work + work
         inclusive, places_here = scan_warp(own), scan_warp(own_places)
+        longest = cute.arch.warp_redux_sync(longest, "max")
         if lane == 31:
             self.put(smem, SUMS + warp * 2, inclusive)
             self.put(smem, SUMS + 1 + warp * 2, places_here)
+            self.put(smem, LONGEST + warp, longest)
         if args.most_given > 0:
             blocks_here, work_here = scan_warp(own_blocks), scan_warp(own_work)
             if lane == 31:
@@ -111,8 +116,9 @@ class Shares:
             before = before + Int32(cutlass.select_(Int32(w) < warp, sums, Int32(0)))
             total = total + sums
             places = places + self.get(smem, SUMS + 1 + w * 2)
+            longest = cutlass.max(longest, self.get(smem, LONGEST + w))
         ticket, grid = self.ticket(args, smem, total, early)
-        cut = self.cut(args, total * args.kv_heads, places * args.kv_heads, grid)
+        cut = self.cut(total * args.kv_heads, places * args.kv_heads, longest, grid)
         # The other way round: who opens a row waits for the shares after its own, whose blocks start no later.
         share = Int32(cutlass.select_((ticket >= 0) & (ticket < cut[1]), cut[1] - 1 - ticket, cut[1]))
         begin, end = bounds(cut, share)
@@ -151,13 +157,16 @@ class Shares:
         return ticket, grid
 
     @cute.jit
-    def cut(self, args, total: Int32, places: Int32, grid: Int32):
+    def cut(self, total: Int32, places: Int32, longest: Int32, grid: Int32):
         """How `total` tiles, in so many heads and row blocks of sequences, become shares of `grid` blocks: a cut.
 
         No more than there are blocks and tiles, and else one a place, or as many as give each LEAST tiles: a merge
-        costs as much as some tiles do, so what is cut is long, and what is short is not put together.
+        costs as much as some tiles do, so what is cut is long, and what is short is not put together. Where all places
+        are as long as the `longest`, shares end where they do if they nearly would.
         """
         blocks = cutlass.max(cutlass.min(grid, cutlass.max(places, total // LEAST)), 1)
+        if total == places * longest:
+            blocks = even(total, cutlass.max(places, 1), blocks)
         each = divided(total, blocks)
         spread = divided((total - each * blocks << SPREAD_BITS) + (blocks - 1), blocks)
         return total, blocks, each, spread

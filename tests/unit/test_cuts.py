@@ -17,7 +17,7 @@ from pa_ops.launch import factor_of
 
 ROWS = 16
 quotients = SimpleNamespace(**plain.run("quotients", {}))
-cuts = SimpleNamespace(**plain.run("cuts", {}))
+cuts = SimpleNamespace(**plain.run("cuts", {"quotients": vars(quotients)}))
 
 
 class Span(NamedTuple):
@@ -46,6 +46,8 @@ class Batch(NamedTuple):
         total = sum(s.tiles * s.places for s in self.sequences)
         places = sum(s.places for s in self.sequences)
         blocks = max(min(self.grid, max(places, total // 4)), 1)
+        if len({s.tiles for s in self.sequences if s.places}) == 1:
+            blocks = cuts.even(total, places, blocks)
         return total, blocks, total // blocks, spread(total % blocks, blocks)
 
     def places(self) -> Iterator[Any]:
@@ -166,6 +168,37 @@ def test_without_chunks_every_share_posts_what_it_has_of_one_row_that_another_op
             elif unit < stop and stop - unit < place.tiles:
                 sent.append(share)
     assert sorted(awaited) == sent == sorted(set(sent))
+
+
+@given(st.integers(1, 3000), st.integers(1, 3000), st.integers(1, 300))
+def test_shares_of_places_of_one_length_end_where_places_do(places: int, tiles: int, blocks: int) -> None:
+    """Or else all blocks have one: no more than one of 32 is left without, and none where shares are long."""
+    total = places * tiles
+    shares = cuts.even(total, places, blocks)
+    assert 31 * blocks <= 32 * shares <= 32 * blocks
+    assert shares == blocks or total < 256 * blocks
+    if shares != blocks:
+        cut = total, shares, total // shares, spread(total % shares, shares)
+        begins = {cuts.start_of(cut, share) for share in range(shares)}
+        ends = {place * tiles for place in range(places)}
+        assert begins <= ends or ends <= begins
+
+
+@pytest.mark.parametrize(
+    ("places", "tiles", "blocks", "shares"),
+    [
+        (64 * 8, 16, 264, 256),  # two whole places a share
+        (63 * 8, 64, 254, 252),
+        (16 * 8, 128, 264, 256),  # half a place
+        (8, 2048, 264, 264),  # 33 shares a place as it is
+        (128 * 8, 128, 264, 264),  # too long
+        (67 * 8, 16, 264, 264),  # too many would be without
+        (1, 1, 1, 1),
+        (0, 0, 1, 1),
+    ],
+)
+def test_shares_of_places_of_one_length(places: int, tiles: int, blocks: int, shares: int) -> None:
+    assert cuts.even(places * tiles, max(places, 1), blocks) == shares
 
 
 @given(st.integers(1, 2047), st.data())
