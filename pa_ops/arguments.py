@@ -136,7 +136,17 @@ ATTENTION = Record(
 )
 
 FLASH_SM90 = Record(
-    addresses=("out", "lse", "cu_seqlens_q", "kv_lengths", "block_table", "sinks", "tickets"),
+    addresses=(
+        "out",
+        "lse",
+        "cu_seqlens_q",
+        "kv_lengths",
+        "block_table",
+        "sinks",
+        "tickets",
+        "partials",
+        "part_counters",
+    ),
     strides=("out_token_stride", "out_head_stride", "lse_head_stride", "table_stride"),
     counts=(
         *ATTENTION.counts,
@@ -145,6 +155,7 @@ FLASH_SM90 = Record(
         "page_factor",  # (2^32 - 1) // page_size, by which kernels divide
         "beside",  # 1 where the launch before this one runs at the same time, and leaves it some SMs
         "pack_bits",  # a tile has the rows of 2^pack_bits heads of a group, token by token
+        "cut_rounds",  # of tiles, one a block: where there are no more, the keys of the last round's are shared out
     ),
     factors=ATTENTION.factors,
     maps=("q_map", "k_map", "v_map"),
@@ -274,6 +285,10 @@ MERGE = Record(
 )
 
 
+WHOLE_TILES = ("pack_bits", "partials", "part_counters", "cut_rounds")
+"""Fields that a kernel with the mask `tensor` does without: its tiles are one head's, and see all of their keys."""
+
+
 def _masked(record: Record) -> Record:
     """The record of the same kernel with the mask `tensor`: dense rows, `keys` of them for every sequence.
 
@@ -282,7 +297,10 @@ def _masked(record: Record) -> Record:
     j * mask_row_stride + i * mask_bytes. Outputs and lse are found by cu_seqlens_q, as ever.
     """
     return Record(
-        addresses=(*record.addresses, "mask"),  # 0: only causal and window hide keys; kv_lengths 0: all keys are there
+        addresses=(
+            *(name for name in record.addresses if name not in WHOLE_TILES),
+            "mask",  # 0: only causal and window hide keys; kv_lengths 0: all keys are there
+        ),
         strides=(
             *record.strides,
             "q_sequence_stride",
@@ -291,7 +309,7 @@ def _masked(record: Record) -> Record:
             "mask_row_stride",
         ),
         counts=(
-            *(name for name in record.counts if name != "pack_bits"),
+            *(name for name in record.counts if name not in WHOLE_TILES),
             "causal",  # 1 where there is a window, which is off at 0
             "position",  # of a sequence's first row among its keys; negative where rows precede them
             "mask_bytes",  # of an element, 1: bool, 2: the query's type, 4: fp32

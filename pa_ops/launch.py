@@ -19,7 +19,7 @@ from pa_ops.capability import Capability
 from pa_ops.errors import InvalidArgument
 from pa_ops.plan import QUERY_ROWS, packed_heads, resident_blocks
 from pa_ops.program import Address, Grid, GridRule, Launch, Size, Source, Stride, TensorMap, Value
-from pa_ops.scratch import blocks_of, counters_at, posts_at, tickets_at, tiles_at
+from pa_ops.scratch import blocks_of, counters_at, parts_at, posts_at, tickets_at, tiles_at
 from pa_ops.spec import DType, InstanceSpec
 
 LOG2_E = math.log2(math.e)
@@ -27,6 +27,8 @@ WINDOW_LIMIT = 1 << 30  # keeps pos - W inside an int32; no sequence is that lon
 DTYPES = {DType.FP16: torch.float16, DType.BF16: torch.bfloat16}
 HALF = 2  # bytes of an element of fp16 or bf16
 ALIGNMENT = 16  # bytes of a vector access; what `Problem.aligned` promises
+CUT_ROUNDS = 16  # of flash_sm90's tiles: after more, the last round is too small a part of the time to cut it
+CUT_BESIDE = 1  # where blocks begin as decode ends: to count the tiles of 64 sequences costs them 3 us of 268
 GIVEN = 4  # decode leaves one SM in so many to the launch beside it, at most: with fewer it reads no faster than alone
 
 
@@ -130,11 +132,13 @@ class Attention:
 
 class Setting(NamedTuple):
     """Where a launch for many query rows stands: sequences of `skip_up_to` tokens or fewer are left to `decode_launch`,
-    which comes just before, and runs at the same time where this one is `beside` it."""
+    which comes just before, and runs at the same time where this one is `beside` it. invariant: a sequence's bits must
+    not depend on others."""
 
     num_sms: int
     skip_up_to: int = 0
     beside: bool = False
+    invariant: bool = False
 
 
 def attention_launch(kernel: int, spec: InstanceSpec, call: Attention, setting: Setting) -> Launch:
@@ -147,11 +151,14 @@ def attention_launch(kernel: int, spec: InstanceSpec, call: Attention, setting: 
 
 
 def persistent_launch(kernel: int, spec: InstanceSpec, call: Attention, setting: Setting) -> Launch:
-    """Attend by one block an SM that lists its tiles itself."""
+    """Attend by one block an SM that lists its tiles itself, and shares out the keys of the last ones."""
     sources: dict[str, Source] = {
         **call.sources(),
         **_map_sources(spec, call),
         "tickets": Address("workspace", tiles_at(setting.num_sms)),
+        "partials": Address("workspace"),
+        "part_counters": Address("workspace", parts_at(setting.num_sms)),
+        "cut_rounds": 0 if setting.invariant else CUT_BESIDE if setting.beside else CUT_ROUNDS,
         "skip_up_to": setting.skip_up_to,
         "page_factor": factor_of(max(call.keys.page_size, 1)),
         "beside": int(setting.beside),

@@ -17,6 +17,8 @@ from pa_ops.program import stream_of
 BLOCKS_AN_SM = 2
 MAX_STATE_WORDS = 16 * WIDEST_STATE  # as many rows as a tile has
 MAX_POST_WORDS = 16 * WIDEST_POST
+MOST_WARPS = 12  # of a block of flash_sm90 that compute
+PARTS_AN_SM = 4  # of tiles, that is: STATES of templates/device/parts.py
 EMPTY = -1  # a word that has not been posted: templates/device/posts.py
 
 held: dict[tuple[int, int], Tensor] = {}
@@ -49,9 +51,14 @@ def tiles_at(num_sms: int) -> int:
     return tickets_at(num_sms) + 4
 
 
+def parts_at(num_sms: int) -> int:
+    """Where the counters begin at which warps with parts of a tile's keys arrive, in bytes."""
+    return tiles_at(num_sms) + 4
+
+
 def workspace_words(num_sms: int) -> int:
-    """Words of the workspace: that counter is its last."""
-    return tiles_at(num_sms) // 4 + 1
+    """Words of the workspace: a counter for each warp of each SM's part of a tile is its end."""
+    return parts_at(num_sms) // 4 + num_sms * PARTS_AN_SM * MOST_WARPS
 
 
 def workspace(device: int) -> Tensor:

@@ -120,7 +120,7 @@ def _attend(
         yield Step(launch, _decision(op, few), aligned)
     if many is not None:
         kernel, spec = registry.kernel(many.entry), many.entry.spec
-        launch = LAUNCHES[spec.family](kernel, spec, call, Setting(sms, limit, beside))
+        launch = LAUNCHES[spec.family](kernel, spec, call, Setting(sms, limit, beside, invariant))
         yield Step(launch, _decision(op, many), aligned)
 
 

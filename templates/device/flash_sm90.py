@@ -19,6 +19,7 @@ from pa_ops.templates.device.group_store import GroupStore
 from pa_ops.templates.device.hiding import WINDOW_OFF, Hiding
 from pa_ops.templates.device.lister import Lister
 from pa_ops.templates.device.mask_words import MaskWords
+from pa_ops.templates.device.part_states import PartStates
 from pa_ops.templates.device.ptx import ld_shared_32, opaque, st_shared_128
 from pa_ops.templates.device.ptx_grid import start_next_grid, wait_for_grid
 from pa_ops.templates.device.shared_sm90 import (
@@ -64,6 +65,7 @@ class FlashSm90:
         self.copier = Copier(self.shared, head_dim, paged, masked, keys)
         self.hiding = Hiding(causal, window, masked, keys)
         self.mask_words = MaskWords(dtype, keys)
+        self.part_states = PartStates(self.d_tiles, self.shared.warps, taken=not masked)
         self.row_store = GroupStore(dtype, self.d_tiles, masked)
         self.smem_bytes = self.shared.bytes
 
@@ -129,7 +131,9 @@ class FlashSm90:
                 )
             else:
                 tma.release(smem + self.shared.q_empty + group * BARRIER)
-            self.row_store.store(args, slot, acc_o, row_max, row_sum, warp * 32 + lane)
+            thread, _, _ = cute.arch.thread_idx()  # not `warp` and `lane`, of which 256 columns leave room for one
+            if self.part_states.join(args, slot, acc_o, row_max, row_sum, thread) != 0:
+                self.row_store.store(args, slot, acc_o, row_max, row_sum, thread)
             tma.release(smem + self.shared.slot_empty + turn % SLOTS * BARRIER)
             turn = turn + 1
             tma.wait_for(smem + self.shared.slot_full + turn % SLOTS * BARRIER, turn // SLOTS & 1)

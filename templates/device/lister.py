@@ -11,19 +11,21 @@ from cutlass import Int32, Int64
 from pa_ops.templates.device import tma
 from pa_ops.templates.device.mask_tile import keys_of as padded_keys
 from pa_ops.templates.device.packing import pack_bits, token_of
+from pa_ops.templates.device.parts import Cut, cut_of, part_of, tile_of
 from pa_ops.templates.device.ptx import st_shared_32
 from pa_ops.templates.device.ptx_global import st_global_i32, take
 from pa_ops.templates.device.ptx_grid import wait_for_grid
+from pa_ops.templates.device.quotients import divided
 from pa_ops.templates.device.shared_sm90 import BARRIER, SLOT, SLOTS
 from pa_ops.templates.device.warpgroup import COLUMN, GROUP_ROWS
-from pa_ops.templates.device.worklist import find_tile, length_at, paged_keys
+from pa_ops.templates.device.worklist import find_tile, length_at, paged_keys, tiles_of
 
 NEAR_BYTES = 24 << 20  # of keys and values that a section of heads may have: half of an H200's L2 cache
 LATE = 2  # of a causal sequence's row blocks, one in so many comes after all others: the first, which see fewest keys
 
 
 class Lister:
-    """Lists tiles of `rows` query rows, and the blocks of keys that `sight` finds for them."""
+    """Lists tiles of `rows` query rows, and the blocks of keys that `sight` finds for them, in parts."""
 
     def __init__(self, shared, sight, head_dim, paged, rows, chained):
         self.shared, self.sight, self.paged, self.rows, self.chained = shared, sight, paged, rows, chained
@@ -40,23 +42,31 @@ class Lister:
         rank, _, _ = cute.arch.block_idx()
         if args.beside != 0:  # some blocks start when the grid beside this one ends
             rank = self.take_ticket(args)
-        sequence, row_first, head = self.tile_at(args, rank)
+        cut = Cut(Int32(0), Int32(1))
+        if cutlass.const_expr(not self.masked):
+            cut = cut_of(args, Int32(self.rows) >> bits, args.heads >> bits, cute.arch.grid_dim()[0])
+        tile, number = tile_of(cut, rank)
+        sequence, first, head = self.tile_at(args, tile, number, cut.parts)
         while sequence >= 0:
             q_start, q_len = length_at(args.cu_seqlens_q, sequence, args.tokens)
             first_key, k_len = self.keys_of(args, sequence, q_len)
-            live = cutlass.min((q_len << bits) - row_first, self.rows)
-            first = row_first >> bits
+            tokens = cutlass.min(q_len - first, Int32(self.rows) >> bits)
             position = first + (args.position if self.masked else k_len - q_len)
-            low, high, steps, end, edges, inner = self.sight.blocks(args, position, live >> bits, k_len)
-            tile = (sequence, q_start + first, live, head, position, k_len, first_key, low, high)
-            self.fill(smem, turn, (Int32(1), *tile, steps, end, edges, inner))
-            if cutlass.const_expr(self.masked):
-                self.copy_queries(args, smem, q_map, turn, head, first, sequence)
-            else:
-                self.copy_queries(args, smem, q_map, turn, head, q_start + first, Int32(0))
-            tma.wait_for(smem + self.shared.asked, turn & 1)
-            turn = turn + 1
-            sequence, row_first, head = self.tile_at(args, self.take_ticket(args))
+            low, high, steps, end, edges, inner = self.sight.blocks(args, position, tokens, k_len)
+            part = part_of(cut, rank, number, steps)
+            if (part.begin < part.stop) | (part.number == 0):
+                rows = (sequence, q_start + first, tokens << bits, head, position, k_len, first_key, low, high)
+                blocks = (part.stop - part.begin, *(number - part.begin for number in (end, edges, inner)))
+                self.fill(smem, turn, (Int32(1), *rows, *blocks, part.number, part.of, part.state))
+                if cutlass.const_expr(self.masked):
+                    self.copy_queries(args, smem, q_map, turn, head, first, sequence)
+                else:
+                    self.copy_queries(args, smem, q_map, turn, head, q_start + first, Int32(0))
+                tma.wait_for(smem + self.shared.asked, turn & 1)
+                turn = turn + 1
+            rank = self.take_ticket(args)
+            tile, number = tile_of(cut, rank)
+            sequence, first, head = self.tile_at(args, tile, number, cut.parts)
         self.fill(smem, turn, (Int32(0),))
         if args.beside != 0:  # who waits for this grid waits for that one too
             wait_for_grid(self.chained)
@@ -101,43 +111,46 @@ class Lister:
         return cute.arch.shuffle_sync(ticket, 0)
 
     @cute.jit
-    def tile_at(self, args, rank: Int32):
-        """(sequence, first row in it, first head) of the tile of that rank; sequence -1 beyond the last one.
+    def tile_at(self, args, tile: Int32, number: Int32, parts: Int32):
+        """(sequence, first token in it, first head) of a tile; sequence -1 beyond the last one, where tiles have so
+        many parts, of which this is the one with that number.
 
         The heads of a sequence go by sections whose keys and values stay in the L2 cache; in a section the last row
         blocks come first, because in a causal sequence they see most keys. The first ones follow after all sections:
         few keys, in the cache for all heads, and short tiles fill the end evenly.
         """
         bits = pack_bits(args, self.masked)
+        tokens = Int32(self.rows) >> bits
         heads = args.heads >> bits  # those that have tiles of their own
-        place = rank // heads
-        sequence, block = find_tile(args, self.rows, place, bits)
-        row_first, head = Int32(0), rank - place * heads
+        place = divided(tile, heads)
+        sequence, block = find_tile(args, tokens, place)
+        first_token, head = Int32(0), tile - place * heads
         if sequence >= 0:
             _, q_len = length_at(args.cu_seqlens_q, sequence, args.tokens)
             _, k_len = self.keys_of(args, sequence, q_len)
-            tiles = ((q_len << bits) + (self.rows - 1)) // self.rows
+            tiles = tiles_of(q_len, tokens)
             late = Int32(0)
             if cutlass.const_expr(self.causal):
                 late = tiles // LATE
             within = block * heads + head
-            near = cutlass.max(self.near_keys // cutlass.max(k_len, 1), 1)
+            near = cutlass.max(divided(self.near_keys, cutlass.max(k_len, 1)), 1)
             section = cutlass.min((args.group >> bits) * near, heads)
             first, stop = Int32(0), late
             rest = within - (tiles - late) * heads
             if rest < 0:
-                first = within // (section * (tiles - late)) * section
+                first = divided(within, section * (tiles - late)) * section
                 stop = tiles
                 rest = within - first * (tiles - late)
                 section = cutlass.min(section, heads - first)
             else:
                 section = heads
-            row_first = (stop - 1 - rest // section) * self.rows
-            head = first + rest % section
-        elif block * heads + head == cute.arch.grid_dim()[0] - 1:
+            back = divided(rest, section)
+            first_token = (stop - 1 - back) * tokens
+            head = first + rest - back * section
+        elif (block * heads + head) * parts + number == cute.arch.grid_dim()[0] - 1:
             # Blocks stop at the first rank beyond the last tile, each at one of its own: this is the last block.
             st_global_i32(args.tickets, Int32(0))
-        return sequence, row_first, head << bits
+        return sequence, first_token, head << bits
 
     @cute.jit
     def keys_of(self, args, sequence: Int32, queries: Int32):

@@ -12,8 +12,9 @@ BARRIER = 8  # bytes
 COPYING_WARPS = 2
 GROUP_WARPS = 4  # of a warpgroup
 SLOTS = 2  # one that is computed, one that is copied
-SLOT = 56  # bytes
-THERE, SEQUENCE, TOKEN, LIVE, HEAD, POSITION, KEYS, FIRST_KEY, LOW, HIGH, STEPS, END, EDGES, INNER = range(0, SLOT, 4)
+SLOT = 68  # bytes
+THERE, SEQUENCE, TOKEN, LIVE, HEAD, POSITION, KEYS, FIRST_KEY, LOW, HIGH = range(0, 40, 4)
+STEPS, END, EDGES, INNER, PART, PARTS, STATE = range(40, SLOT, 4)
 
 
 class Shared:
@@ -22,8 +23,9 @@ class Shared:
     Each computing warpgroup has barriers of its own for its queries: who is done with a tile begins the next one.
     A slot is one tile of the work list: whether there is one; its sequence, first query row and rows, head, position of
     the first row; the sequence's keys, the first of them where they are dense, and the keys [low, high) that some row
-    sees; the blocks of keys that hold those, from the last, before `end`, to the first. Every row sees all keys of
-    those numbered [edges, inner).
+    sees; the blocks of keys to compute, of those that hold these, from the last, before `end`, to the first. Every row
+    sees all keys of those numbered [edges, inner). Then which part of the tile's keys that is, of how many, and the
+    number of its state (parts.py).
     """
 
     def __init__(self, q_bytes, kv_bytes, stages, groups):

@@ -11,7 +11,7 @@ from cutlass import Int32
 from pa_ops.templates.device import tma
 from pa_ops.templates.device.packing import token_of
 from pa_ops.templates.device.ptx import ld_shared_32
-from pa_ops.templates.device.shared_sm90 import BARRIER, EDGES, END, INNER, KEYS, LIVE, POSITION
+from pa_ops.templates.device.shared_sm90 import BARRIER, EDGES, END, INNER, KEYS, LIVE, POSITION, STEPS
 from pa_ops.templates.device.warpgroup import GROUP_ROWS
 
 
@@ -87,8 +87,9 @@ class OwnRows:
     def unseen(self, args, slot, group):
         """Blocks of the tile, from the last on, that none of the group's rows sees."""
         (_, _, _, own_end, _, _), live = self.own(args, slot, group)
-        end = ld_shared_32(slot + END)  # as many as the tile's blocks, which begin at key 0
-        return Int32(cutlass.select_(live > 0, end - own_end, end))
+        steps = ld_shared_32(slot + STEPS)
+        later = cutlass.max(cutlass.min(ld_shared_32(slot + END) - own_end, steps), 0)
+        return Int32(cutlass.select_(live > 0, later, steps))
 
     def edges(self, args, slot, group):
         """(edges, inner): every row of the group sees all keys of the tile's blocks [edges, inner), from the last."""
@@ -103,7 +104,7 @@ class OwnRows:
         When they have come: before that an arrival could count for what the stage held last, and whoever has not seen
         one phase of "full" end takes it for the next one's end.
         """
-        end = ld_shared_32(slot + END)
+        steps = ld_shared_32(slot + STEPS)
         for i in cutlass.range(unseen, unroll=1):
             at = stage * BARRIER
             tma.wait_for(smem + self.shared.k_full + at, parity)
@@ -111,7 +112,7 @@ class OwnRows:
             tma.wait_for(smem + self.shared.v_full + at, parity)
             tma.release(smem + self.shared.v_empty + at)
             # The turn of the block that follows, if one does. By an `if` the loop over blocks gets 7 instructions more.
-            for _ in cutlass.range(cutlass.min(end - 1 - i, 1), unroll=1):
+            for _ in cutlass.range(cutlass.min(steps - 1 - i, 1), unroll=1):
                 self.turns.take(group)
                 self.turns.give(group)
             stage, parity = self.shared.after(stage, parity)

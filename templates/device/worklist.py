@@ -8,6 +8,7 @@ import cutlass.cute as cute
 from cutlass import Int32, Int64
 
 from pa_ops.templates.device.ptx_global import ld_global_i32
+from pa_ops.templates.device.quotients import divided
 
 
 @cute.jit
@@ -39,10 +40,14 @@ def scan_warp(value: Int32):
     return value
 
 
+def tiles_of(length, tokens):
+    """Tiles of `tokens` tokens in a sequence of that length."""
+    return divided(length + (tokens - 1), tokens)
+
+
 @cute.jit
-def find_tile(args, rows: cutlass.Constexpr, rank: Int32, pack_bits=0):
-    """(sequence, row block) of the `rank`-th tile of `rows` rows, 2^`pack_bits` of them a token's; beyond the last, -1
-    and how far beyond.
+def find_tile(args, tokens, rank: Int32):
+    """(sequence, row block) of the `rank`-th tile of `tokens` tokens; beyond the last, -1 and how far beyond.
 
     Sequences of `skip_up_to` tokens or fewer have no tiles here: another kernel's launch has them. One warp reads 32
     lengths a step and scans them: 64 sequences cost two steps, a single one costs one.
@@ -58,7 +63,7 @@ def find_tile(args, rows: cutlass.Constexpr, rank: Int32, pack_bits=0):
         if index < args.sequences:
             _, length = length_at(args.cu_seqlens_q, index, args.tokens)
             if length > args.skip_up_to:
-                tiles = ((length << pack_bits) + (rows - 1)) // rows
+                tiles = tiles_of(length, tokens)
         scan = scan_warp(tiles)
         total = cute.arch.shuffle_sync(scan, 31)
         owner = 32 - cute.arch.popc(cute.arch.vote_ballot_sync(scan > remaining))

@@ -26,9 +26,9 @@ OPERATORS = {"paged": paged, "dense": varlen}
 
 
 def tickets() -> list[int]:
-    """The count of tiles that were taken in every stream's workspace."""
+    """Tiles that were taken, and warps that have arrived with a part of one, in every stream's workspace."""
     place = scratch.tiles_at(current_capability().num_sms) // 4
-    return [int(room[place]) for room in scratch.held.values()]
+    return [int(word) for room in scratch.held.values() for word in room[place:].tolist()]
 
 
 def instances_of(call: Call) -> list[Entry]:

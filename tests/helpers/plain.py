@@ -30,9 +30,10 @@ CUTLASS: dict[str, Any] = {
 }
 
 
-def run(name: str, imported: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
-    """The names of templates/device/`name`.py; `imported`: the names of each device module that it imports."""
-    cute = _module("cutlass.cute", CUTE)
+def run(name: str, imported: Mapping[str, Mapping[str, Any]], **arch: Any) -> dict[str, Any]:
+    """The names of templates/device/`name`.py; `imported`: the names of each device module that it imports; `arch`:
+    more of `cute.arch`."""
+    cute = _module("cutlass.cute", {**CUTE, "arch": SimpleNamespace(**vars(CUTE["arch"]), **arch)})
     modules = [cute, _module("cutlass", {**CUTLASS, "cute": cute})]
     modules += [_module(f"pa_ops.templates.device.{each}", names) for each, names in imported.items()]
     with pytest.MonkeyPatch.context() as patch:

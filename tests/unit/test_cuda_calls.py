@@ -285,7 +285,7 @@ def test_a_mixed_batch_is_append_and_two_launches_that_share_it(
     maps = launches[2].maps
     differ = {"tickets"} if maps else set()  # they run at the same time
     assert {name for name in shared if many[name] != few[name]} == differ, "all else is one call's"
-    own = {"box_rows", "boxes", "beside", "pack_bits"} if maps else set()
+    own = {"box_rows", "boxes", "beside", "pack_bits", "part_counters", "cut_rounds"} if maps else set()
     assert many.keys() - shared == {"heads", "skip_up_to"} | own
     assert few["most_given"] == (SM90.num_sms // 4 if maps else 0) and many.get("beside", 0) == bool(maps)
     for letter, found in zip("qkv", maps.values(), strict=False):

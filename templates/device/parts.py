@@ -1,0 +1,84 @@
+"""Tiles whose keys several blocks share: turns the last tiles of a batch into work for every SM.
+
+Blocks take tiles in turn, round after round; the tiles of the last round, all of them where there are few, are fewer
+than there are blocks. Their blocks of keys are cut into parts, so that the round ends sooner and for all at a time.
+What is cut follows from the lengths of the whole batch, and so do a sequence's bits.
+"""
+
+from typing import NamedTuple
+
+import cutlass
+import cutlass.cute as cute
+from cutlass import Int32
+
+from pa_ops.templates.device.quotients import divided
+from pa_ops.templates.device.worklist import find_tile
+
+LEAST = 8  # blocks of keys of a part, 10 us by 192 x 80
+MOST = 16  # parts of a tile: a warp adds up their states in turn, 1 us each
+STATES = 4  # a block that the workspace has room for
+ONE = 1 << 16  # the time of a tile
+COST = ONE // 64  # of a part more: to add up its state takes 1 us, of 130 for a tile of 8k keys
+
+
+class Cut(NamedTuple):
+    """Ranks below `whole` are tiles; from there on each tile has `parts` ranks."""
+
+    whole: Int32
+    parts: Int32
+
+
+class Part(NamedTuple):
+    """Blocks [begin, stop) of a tile's; the number of this part, how many there are, the number of its state."""
+
+    begin: Int32
+    stop: Int32
+    number: Int32
+    of: Int32
+    state: Int32
+
+
+@cute.jit
+def cut_of(args, tokens: Int32, heads: Int32, blocks: Int32):
+    """The Cut of a batch, whose tiles of so many tokens are there for so many heads each, for `blocks` blocks."""
+    whole, parts = Int32(0), Int32(1)
+    limit = divided(blocks * args.cut_rounds, heads)
+    # As many rows as there may be make too many tiles whatever the lengths are, which then need not be read.
+    if (args.cut_rounds > 0) & (args.tokens - args.sequences * args.skip_up_to <= limit * tokens):
+        sequence, beyond = find_tile(args, tokens, limit)
+        if sequence < 0:
+            tiles = (limit - beyond) * heads
+            whole = divided(tiles, blocks) * blocks
+            parts = best(tiles - whole, blocks)
+    return Cut(whole, parts)
+
+
+def best(tiles, blocks):
+    """The parts by which fewer than `blocks` tiles are soonest done: a number a lane."""
+    number = cute.arch.lane_idx() + 1
+    rounds = divided(tiles * number + (blocks - 1), blocks)
+    cost = divided(rounds * ONE, number) + number * COST
+    there = (number <= MOST) & (tiles * number <= blocks * STATES)
+    return cute.arch.warp_redux_sync(Int32(cutlass.select_(there, cost, Int32(ONE * 2))) * 32 + number, "min") % 32
+
+
+@cute.jit
+def tile_of(cut: Cut, rank: Int32):
+    """(the tile of that rank, the number of its part)."""
+    tile, number = rank, Int32(0)
+    if (cut.parts > 1) & (rank >= cut.whole):
+        beyond = divided(rank - cut.whole, cut.parts)
+        tile, number = cut.whole + beyond, rank - cut.whole - beyond * cut.parts
+    return tile, number
+
+
+@cute.jit
+def part_of(cut: Cut, rank: Int32, number: Int32, steps: Int32):
+    """The part of that rank and number, where the tile has `steps` blocks of keys: short ones have fewer parts, and
+    those beyond begin after the last block."""
+    begin, stop, of = Int32(0), steps, Int32(1)
+    if (cut.parts > 1) & (rank >= cut.whole):
+        of = cutlass.max(cutlass.min(divided(steps, LEAST), cut.parts), 1)
+        begin = cutlass.min(divided(steps * number, of), steps)
+        stop = cutlass.min(divided(steps * (number + 1), of), steps)
+    return Part(begin, stop, number, of, rank - cut.whole)
