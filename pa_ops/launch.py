@@ -28,7 +28,7 @@ DTYPES = {DType.FP16: torch.float16, DType.BF16: torch.bfloat16}
 HALF = 2  # bytes of an element of fp16 or bf16
 ALIGNMENT = 16  # bytes of a vector access; what `Problem.aligned` promises
 CUT_ROUNDS = 16  # of flash_sm90's tiles: after more, the last round is too small a part of the time to cut it
-CUT_BESIDE = 1  # where blocks begin as decode ends: to count the tiles of 64 sequences costs them 3 us of 268
+CUT_BESIDE = 1  # where blocks begin as decode ends: to count the tiles of 64 sequences costs them 1 us of 270
 GIVEN = 4  # decode leaves one SM in so many to the launch beside it, at most: with fewer it reads no faster than alone
 
 
