@@ -79,7 +79,7 @@ class Attention:
     """One attention, whichever kernel computes it: q [T, Hq, D], out [T, Hq, Dv]; k, v paged [pages, page_size, Hkv, D
     or Dv] or ragged [total_k, Hkv, D or Dv]; lse [Hq, T] by name, None where nobody reads it.
 
-    `out` may be the memory of `q`: a block writes only the rows and the head that it alone has read.
+    `out` may be the memory of `q`: rows of a head are written when all blocks that read them have done so.
     """
 
     q: Rows
@@ -156,6 +156,7 @@ def persistent_launch(kernel: int, spec: InstanceSpec, call: Attention, setting:
         **call.sources(),
         **_map_sources(spec, call),
         "tickets": Address("workspace", tiles_at(setting.num_sms)),
+        # Decode's place for chunks of a sequence, of which it has none where it runs at the same time.
         "partials": Address("workspace"),
         "part_counters": Address("workspace", parts_at(setting.num_sms)),
         "cut_rounds": 0 if setting.invariant else CUT_BESIDE if setting.beside else CUT_ROUNDS,

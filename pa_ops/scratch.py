@@ -57,7 +57,7 @@ def parts_at(num_sms: int) -> int:
 
 
 def workspace_words(num_sms: int) -> int:
-    """Words of the workspace: a counter for each warp of each SM's part of a tile is its end."""
+    """Words of the workspace: counters for the warps of as many parts of tiles as SMs may have are its end."""
     return parts_at(num_sms) // 4 + num_sms * PARTS_AN_SM * MOST_WARPS
 
 

@@ -7,6 +7,7 @@ from itertools import product
 import pytest
 import torch
 
+import pa_ops
 from helpers.hopper import FAMILY, HEAD_DIMS, MASKS, OPERATORS, on_sm90, tickets
 from helpers.parity import Evidence, check, error_of, expected
 from helpers.problems import Call, Shape, paged, prefix_sums, sinks
@@ -53,7 +54,9 @@ def test_D6_groups_and_numbers_of_parts(group: int, device: torch.device, eviden
     """From two parts a tile to as many as there may be, of tiles with and without blocks for all of them."""
     shape = Shape(128, kv_heads=1, group=group, dtype=torch.bfloat16)
     for new, keys in product((1, 48, 200, 900), (640, 1281, 12_000)):
+        states = poison(device)
         on_sm90(paged([(min(new, keys), keys), (1, 900)], shape, device), evidence, f"{new} over {keys}")
+        assert keys < 12_000 or not states.isnan().all(), f"{new} over {keys}: no part has left a state"
 
 
 def test_X2_missing_pages_in_every_part(device: torch.device, evidence: Evidence) -> None:
@@ -61,7 +64,26 @@ def test_X2_missing_pages_in_every_part(device: torch.device, evidence: Evidence
         call = paged([(300, 9000), (5, 4000)], Shape(128, page_size=page_size), device)
         call.tensors["block_table"][:, ::3] = -1
         call.tensors["block_table"][1, :100] = -1
+        states = poison(device)
         on_sm90(call, evidence, f"pages of {page_size}")
+        assert not states.isnan().all(), "no part has left a state"
+
+
+@pytest.mark.parametrize("mask", WIDE)
+def test_X12_under_batch_invariance_nothing_is_cut(mask: str, dtype: torch.dtype, device: torch.device) -> None:
+    """A long sequence alone has the bits it has before others, beside which it would have other parts, or none."""
+    pairs = [(300, 9000), *[(200, 1500)] * 40]
+    for head_dim in HEAD_DIMS:
+        batch = paged(pairs, Shape(head_dim, dtype=dtype), device, backend=FAMILY, **WIDE[mask])
+        tensors = {**batch.tensors, "q": batch.tensors["q"][:300], "cu_seqlens_q": prefix_sums([300], device)}
+        tensors |= {name: tensors[name][:1] for name in ("seqlens_k", "block_table")}
+        alone = Call(batch.op, tensors, 300, batch.options)
+        in_parts(alone, device)
+        states = poison(device)
+        with pa_ops.batch_invariant():
+            (out, lse), (mine, my_lse) = batch.run(), alone.run()
+        assert states.isnan().all(), f"{head_dim}: a part has left a state"
+        assert torch.equal(mine, out[:300]) and torch.equal(my_lse, lse[:, :300]), head_dim
 
 
 @pytest.mark.parametrize("mask", WIDE)

@@ -52,5 +52,5 @@ def checked(
     with pa_ops.trace.recording() as calls:
         found = check(call.with_options(backend=instance), evidence, what, want)
     assert [made.instance for made in calls] == [instance]
-    assert not any(tickets()), f"{what}: tickets must end as they began"
+    assert not any(tickets()), f"{what}: tickets and arrivals must end as they began"
     return found

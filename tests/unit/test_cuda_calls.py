@@ -18,7 +18,7 @@ from pa_ops import Capability, InvalidArgument, NoInstance, cuda, heuristics, re
 from pa_ops.arguments import CHUNK_KEYS, CONSTANT_BASE, MAP_ALIGNMENT, MAP_BYTES, RECORDS, STATES_A_BLOCK, UNCUT
 from pa_ops.checks import INT32_MAX
 from pa_ops.generator import tiles
-from pa_ops.launch import factor_of
+from pa_ops.launch import CUT_BESIDE, CUT_ROUNDS, factor_of
 from pa_ops.launch_rows import FILLING_BLOCKS
 from pa_ops.scratch import MAX_POST_WORDS, MAX_STATE_WORDS, blocks_of, tickets_at
 from pa_ops.spec import Family, InstanceSpec
@@ -288,10 +288,25 @@ def test_a_mixed_batch_is_append_and_two_launches_that_share_it(
     own = {"box_rows", "boxes", "beside", "pack_bits", "part_counters", "cut_rounds"} if maps else set()
     assert many.keys() - shared == {"heads", "skip_up_to"} | own
     assert few["most_given"] == (SM90.num_sms // 4 if maps else 0) and many.get("beside", 0) == bool(maps)
+    assert few["chunk_bits"] == UNCUT, "decode leaves no state where parts of tiles may"
     for letter, found in zip("qkv", maps.values(), strict=False):
         steps = ("head", "token", "page") if letter == "q" else ("token", "head", "page")
         strides = [few.get(f"{letter}_{step}_stride", 16) for step in steps]
         assert found.address == few[letter] and [*found.strides] == strides, "and so are rows in memory"
+
+
+def test_X12_the_last_tiles_are_cut_but_under_batch_invariance(
+    launches: Launches, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Beside decode only where there are few, and nothing of a sequence where its bits must be its own."""
+    monkeypatch.setenv("PA_OPS_DISABLE", "flash_sm80")
+    call("paged_attention", *batch(40), backend="flash_sm90")
+    call("paged_attention", *batch(1, 1, 40, 1))
+    with pa_ops.batch_invariant():
+        call("paged_attention", *batch(40), backend="flash_sm90")
+        call("paged_attention", *batch(1, 1, 40, 1))
+    found = [made.fields["cut_rounds"] for made in launches if made.maps]
+    assert found == [CUT_ROUNDS, CUT_BESIDE, 0, 0] and CUT_ROUNDS > CUT_BESIDE > 0
 
 
 @pytest.mark.parametrize("news", [(1, 1, 1, 1), (1, 1, 40, 1), (40,), (3,)])
