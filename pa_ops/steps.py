@@ -185,7 +185,7 @@ def _merge_steps(op: str, arguments: Arguments, sizes: Sizes, registry: Registry
 
 
 def _serving_steps(op: str, arguments: Arguments, sizes: Sizes, registry: Registry) -> Iterator[Step]:
-    """Store and rotate, then attend. Rotated queries wait in the output: who writes a row comes after all who read it."""
+    """Store and rotate, then attend. Rotated queries wait in the output: a row is read before it is written."""
     heads, kv_heads, head_dim = sizes["Hq"], sizes["Hkv"], sizes["D"]
     packed, rotated = arguments["key"] is None, arguments["cos"] is not None
     where = (("query", heads), ("query", heads + kv_heads)) if packed else (("key", 0), ("value", 0))

@@ -57,8 +57,8 @@ def test_C22_two_runs_are_bit_equal(operator: str, mask: str, dtype: torch.dtype
 def test_X12_a_sequence_alone_has_the_bits_it_has_in_a_batch(
     operator: str, mask: str, scale: float | None, dtype: torch.dtype, device: torch.device
 ) -> None:
-    """Here none has keys enough for parts (test_parts.py has those); a scale of 1 makes maxima grow from block to block, also those of the next sequence's rows
-    in a tile."""
+    """None has keys enough for parts: test_parts.py has those. A scale of 1 makes maxima grow from block to block, also
+    those of the next sequence's rows in a tile."""
     pairs = MIXED * 4
     options = {**MASKS[mask], "softmax_scale": scale, "backend": FAMILY}
     for head_dim in HEAD_DIMS:
