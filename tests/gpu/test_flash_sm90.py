@@ -10,8 +10,19 @@ import torch
 
 import pa_ops
 from helpers.chosen import problem_of
-from helpers.hopper import FAMILY, HEAD_DIMS, MASKS, MIXED, OPERATORS, instances_of, on_sm90, tickets
-from helpers.parity import Evidence, error_of, expected
+from helpers.hopper import (
+    FAMILY,
+    HEAD_DIMS,
+    MASKS,
+    MIXED,
+    OPERATORS,
+    instances_of,
+    on_sm90,
+    replays,
+    same_on_streams,
+    tickets,
+)
+from helpers.parity import Evidence
 from helpers.problems import Call, Shape, paged, prefix_sums, sinks, varlen
 from pa_ops.plan import packed_heads
 from pa_ops.registry import current_capability
@@ -63,15 +74,14 @@ def test_X12_a_sequence_alone_has_the_bits_it_has_in_a_batch(
     options = {**MASKS[mask], "softmax_scale": scale, "backend": FAMILY}
     for head_dim in HEAD_DIMS:
         call = OPERATORS[operator](pairs, Shape(head_dim, dtype=dtype), device, **options)
-        with pa_ops.batch_invariant():
-            out, lse = call.run()
-            first = 0
-            for row, (new, _) in enumerate(pairs):
-                if new:
-                    mine, my_lse = alone(call, pairs, row).run()
-                    assert torch.equal(mine, out[first : first + new]), (head_dim, row)
-                    assert torch.equal(my_lse, lse[:, first : first + new]), (head_dim, row)
-                first += new
+        out, lse = call.run()
+        first = 0
+        for row, (new, _) in enumerate(pairs):
+            if new:
+                mine, my_lse = alone(call, pairs, row).run()
+                assert torch.equal(mine, out[first : first + new]), (head_dim, row)
+                assert torch.equal(my_lse, lse[:, first : first + new]), (head_dim, row)
+            first += new
 
 
 @pytest.mark.parametrize("head_dim", HEAD_DIMS)
@@ -145,51 +155,18 @@ def test_tickets_run_out_around_the_number_of_blocks(device: torch.device, evide
 
 def test_X6_graph_replay_with_lengths_that_change_on_the_device(dtype: torch.dtype, device: torch.device) -> None:
     call = paged([(250, 600)] * 4, Shape(128, dtype=dtype), device, backend=FAMILY)
-    q, ends, lengths = (call.tensors[name] for name in ("q", "cu_seqlens_q", "seqlens_k"))
-    q.nan_to_num_()
-    buffers = call.poisoned_results()
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        call.run_into(*buffers)
-    torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        call.run_into(*buffers)
-    for news, kvs in (
-        ((250, 250, 250, 250), (600, 600, 600, 600)),
-        ((1, 0, 600, 3), (1, 600, 600, 0)),
-        ((0, 0, 0, 0), (5, 5, 5, 5)),
-        ((1000, 0, 0, 0), (600, 0, 0, 0)),
-        ((64, 129, 1, 65), (64, 300, 600, 113)),
-    ):
-        ends.copy_(prefix_sums(news, device))
-        lengths.copy_(torch.tensor(kvs, dtype=torch.int32))
-        rows = sum(news)
-        for buffer in buffers:
-            buffer.fill_(torch.nan)
-        for _ in range(3):
-            graph.replay()
-        assert not any(tickets()), f"{news}: tickets must end as they began"
-        eager, want = call.run(), expected(call)
-        for axis, got in enumerate(buffers):
-            mine, theirs, there = (x.narrow(axis, 0, rows) for x in (got, eager[axis], want[axis]))
-            assert torch.equal(mine, theirs), f"{news}: a replay and a call differ"
-            error_of(mine, there, dtype, f"replay of {news}")
-            assert got.narrow(axis, rows, got.shape[axis] - rows).isnan().all(), f"{news}: wrote past the last row"
+    replays(
+        call,
+        (
+            ((250, 250, 250, 250), (600, 600, 600, 600)),
+            ((1, 0, 600, 3), (1, 600, 600, 0)),
+            ((0, 0, 0, 0), (5, 5, 5, 5)),
+            ((1000, 0, 0, 0), (600, 0, 0, 0)),
+            ((64, 129, 1, 65), (64, 300, 600, 113)),
+        ),
+    )
 
 
 def test_streams_have_tickets_of_their_own(device: torch.device) -> None:
     calls = [paged(MIXED * 4, Shape(128), device, seed=seed, backend=FAMILY) for seed in range(3)]
-    wanted = [call.run()[0] for call in calls]
-    streams = [torch.cuda.Stream() for _ in calls]
-    for _ in range(20):
-        results = []
-        for stream, call in zip(streams, calls, strict=True):
-            stream.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(stream):
-                results.append(call.run()[0])
-        torch.cuda.synchronize()
-        for call, got, want in zip(calls, results, wanted, strict=True):
-            assert torch.equal(got[: call.rows], want[: call.rows])
-    assert not any(tickets())
+    same_on_streams(calls)

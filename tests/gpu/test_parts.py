@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from itertools import product
 
 import pytest
 import torch
 
 import pa_ops
-from helpers.hopper import FAMILY, HEAD_DIMS, MASKS, OPERATORS, on_sm90, tickets
-from helpers.parity import Evidence, check, error_of, expected
+from helpers.hopper import FAMILY, HEAD_DIMS, MASKS, OPERATORS, on_sm90, replays, same_on_streams
+from helpers.parity import Evidence, check
 from helpers.problems import Call, Shape, paged, prefix_sums, sinks
 from helpers.rooms import poison
 from helpers.served import check as check_served
@@ -26,12 +28,18 @@ FEW = (
 WIDE = {**MASKS, "window": {"sliding_window": 2500}}
 
 
+@contextmanager
+def parts_left(device: torch.device, what: object = "", wanted: bool = True) -> Iterator[None]:
+    """A block in which some part must leave a state, if that is `wanted`; all of the room for states is NaN before."""
+    states = poison(device)
+    yield
+    assert not wanted or not states.isnan().all(), f"{what}: no part has left a state"
+
+
 def in_parts(call: Call, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
     """Runs a call of which states are left."""
-    states = poison(device)
-    found = call.run()
-    assert not states.isnan().all(), "no part has left a state"
-    return found
+    with parts_left(device):
+        return call.run()
 
 
 @pytest.mark.parametrize("head_dim", HEAD_DIMS)
@@ -44,9 +52,8 @@ def test_D6_few_tiles_over_many_keys(
     for pairs, softcap in product(FEW, (0.0, 20.0)):
         extra = {**WIDE[mask], "softcap": softcap, "sinks": sinks(shape, device) if softcap else None}
         call = OPERATORS[operator](pairs, shape, device, **extra)
-        states = poison(device)
-        on_sm90(call, evidence, f"{pairs}, {mask}, softcap {softcap}")
-        assert not states.isnan().all(), f"{pairs}: no part has left a state"
+        with parts_left(device, pairs):
+            on_sm90(call, evidence, f"{pairs}, {mask}, softcap {softcap}")
 
 
 @pytest.mark.parametrize("group", [1, 3, 8, 64])
@@ -54,9 +61,9 @@ def test_D6_groups_and_numbers_of_parts(group: int, device: torch.device, eviden
     """From two parts a tile to as many as there may be, of tiles with and without blocks for all of them."""
     shape = Shape(128, kv_heads=1, group=group, dtype=torch.bfloat16)
     for new, keys in product((1, 48, 200, 900), (640, 1281, 12_000)):
-        states = poison(device)
-        on_sm90(paged([(min(new, keys), keys), (1, 900)], shape, device), evidence, f"{new} over {keys}")
-        assert keys < 12_000 or not states.isnan().all(), f"{new} over {keys}: no part has left a state"
+        what = f"{new} over {keys}"
+        with parts_left(device, what, wanted=keys >= 12_000):
+            on_sm90(paged([(min(new, keys), keys), (1, 900)], shape, device), evidence, what)
 
 
 def test_X2_missing_pages_in_every_part(device: torch.device, evidence: Evidence) -> None:
@@ -64,9 +71,8 @@ def test_X2_missing_pages_in_every_part(device: torch.device, evidence: Evidence
         call = paged([(300, 9000), (5, 4000)], Shape(128, page_size=page_size), device)
         call.tensors["block_table"][:, ::3] = -1
         call.tensors["block_table"][1, :100] = -1
-        states = poison(device)
-        on_sm90(call, evidence, f"pages of {page_size}")
-        assert not states.isnan().all(), "no part has left a state"
+        with parts_left(device, page_size):
+            on_sm90(call, evidence, f"pages of {page_size}")
 
 
 @pytest.mark.parametrize("mask", WIDE)
@@ -99,45 +105,20 @@ def test_C22_two_runs_of_few_tiles_are_bit_equal(mask: str, dtype: torch.dtype, 
 
 def test_X6_a_captured_graph_cuts_other_lengths(dtype: torch.dtype, device: torch.device) -> None:
     call = paged([(250, 9000)] * 4, Shape(128, dtype=dtype), device, backend=FAMILY)
-    call.tensors["q"].nan_to_num_()
-    buffers = call.poisoned_results()
-    call.run_into(*buffers)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        call.run_into(*buffers)
-    for news, keys in (
-        ((250, 250, 250, 250), (9000, 9000, 9000, 9000)),
-        ((1, 0, 60, 3), (1, 600, 9000, 0)),
-        ((0, 0, 0, 1), (5, 5, 5, 9000)),
-        ((1000, 0, 0, 0), (8000, 0, 0, 0)),
-    ):
-        call.tensors["cu_seqlens_q"].copy_(prefix_sums(news, device))
-        call.tensors["seqlens_k"].copy_(torch.tensor(keys, dtype=torch.int32))
-        poison(device)
-        for _ in range(3):
-            graph.replay()
-        assert not any(tickets()), f"{news}: tickets and counters must end as they began"
-        want, eager, rows = expected(call), call.run(), sum(news)
-        for axis, got in enumerate(buffers):
-            mine, there, theirs = (x.narrow(axis, 0, rows) for x in (got, want[axis], eager[axis]))
-            error_of(mine, there, dtype, f"replay of {news}")
-            assert torch.equal(mine, theirs), f"{news}: a replay and a call differ"
+    replays(
+        call,
+        (
+            ((250, 250, 250, 250), (9000, 9000, 9000, 9000)),
+            ((1, 0, 60, 3), (1, 600, 9000, 0)),
+            ((0, 0, 0, 1), (5, 5, 5, 9000)),
+            ((1000, 0, 0, 0), (8000, 0, 0, 0)),
+        ),
+    )
 
 
 def test_streams_have_states_of_their_own(device: torch.device) -> None:
     calls = [paged(FEW[seed], Shape(128), device, seed=seed, backend=FAMILY) for seed in range(3)]
-    wanted = [call.run()[0] for call in calls]
-    streams = [torch.cuda.Stream() for _ in calls]
-    for _ in range(20):
-        results = []
-        for stream, call in zip(streams, calls, strict=True):
-            stream.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(stream):
-                results.append(call.run()[0])
-        torch.cuda.synchronize()
-        for call, got, want in zip(calls, results, wanted, strict=True):
-            assert torch.equal(got[: call.rows], want[: call.rows])
-    assert not any(tickets())
+    same_on_streams(calls)
 
 
 @pytest.mark.parametrize("new", [40, 300])
@@ -146,10 +127,9 @@ def test_A5_rotated_queries_wait_where_the_outputs_of_all_parts_go(
 ) -> None:
     shape = Shape(64, kv_heads=2, group=4, page_size=256)
     for others in ((), (0, 0), (0, 17)):
-        states = poison(device)
         lengths = [new, *others]
-        check_served(serving(lengths, [6000] * len(lengths), shape, device, rotary_dim=64), evidence, lengths)
-        assert not states.isnan().all(), "no part has left a state"
+        with parts_left(device, lengths):
+            check_served(serving(lengths, [6000] * len(lengths), shape, device, rotary_dim=64), evidence, lengths)
 
 
 def test_sanitizer_sample_of_parts(device: torch.device, evidence: Evidence) -> None:

@@ -15,6 +15,7 @@ import pa_ops
 from helpers.problems import Shape, paged, varlen
 from helpers.served import serve
 from helpers.serving import serving, twin
+from helpers.streams import side_by_side
 from pa_ops import cuda, native
 
 pytestmark = pytest.mark.gpu
@@ -120,14 +121,7 @@ def test_A12_X6_graphs_capture_steady_calls(device: torch.device, monkeypatch: p
 def test_streams_do_not_meet(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
     calls = [paged(DECODE * 4, Shape(128), device, seed=seed) for seed in range(3)]
     wanted = [call.run() for call in calls]
-    streams = [torch.cuda.Stream() for _ in calls]
-    for number in range(20):
-        results = []
-        for stream, call in zip(streams, calls, strict=True):
-            stream.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(stream):
-                results.append(call.run())
-        torch.cuda.synchronize()
+    for number, results in enumerate(side_by_side(calls)):
         for call, got, want in zip(calls, results, wanted, strict=True):
             same(got, want, call.rows, number)
 

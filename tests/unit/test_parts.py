@@ -13,7 +13,7 @@ from generator.tiles import FLASH_SM90_TALL_TILES, FLASH_SM90_TILES
 from helpers import plain
 from pa_ops import scratch
 from pa_ops.launch import CUT_ROUNDS
-from pa_ops.plan import ceil_div
+from pa_ops.plan import ceil_div, work_list
 
 BLOCKS = 132
 NEVER = 1 << 30
@@ -49,7 +49,7 @@ def find_tile(args: Any, tokens: int, rank: int) -> tuple[int, int]:
 
 def tiles_of(args: Any, tokens: int) -> int:
     """Tiles of one head."""
-    return sum(ceil_div(length, tokens) for length in args.lengths if length > args.skip_up_to)
+    return sum(1 for _ in work_list([length for length in args.lengths if length > args.skip_up_to], tokens))
 
 
 warp = Warp()
@@ -74,7 +74,7 @@ def cut_of(args: Any, tokens: int, heads: int) -> Any:
     return warp.run(parts.cut_of, args, tokens, heads, BLOCKS)
 
 
-@given(st.integers(0, 20_000), st.integers(1, 16), st.integers(0, 3), st.integers(0, 20))
+@given(st.integers(0, 20_000), st.integers(1, parts.MOST), st.integers(0, 3), st.integers(0, 20))
 def test_parts_of_tiles_are_all_blocks_each_once(steps: int, most: int, rounds: int, later: int) -> None:
     cut = parts.Cut(rounds * BLOCKS, most)
     ranks = range(cut.whole + later * most)
@@ -131,9 +131,7 @@ def test_X12_nothing_is_cut_where_the_host_says_so() -> None:
     assert cut_of(batch(1, cut_rounds=0), 48, 8) == (0, 1) and not asked
 
 
-@pytest.mark.parametrize(
-    ("head_dim", "tile"), [*FLASH_SM90_TILES.items(), *FLASH_SM90_TALL_TILES.items()], ids=lambda value: str(value)
-)
+@pytest.mark.parametrize(("head_dim", "tile"), [*FLASH_SM90_TILES.items(), *FLASH_SM90_TALL_TILES.items()], ids=str)
 def test_the_workspace_has_room_for_all_states(head_dim: int, tile: Any) -> None:
     warps = tile.m // 16
     states = BLOCKS * parts.STATES * warps * 32 * (head_dim // 2 + 4) * 4
