@@ -17,6 +17,7 @@ from .targets import DECLARED_TARGETS
 from .tiles import (
     DECODE_TILES,
     FLASH_SM80_TILES,
+    FLASH_SM90_SPLIT_TILES,
     FLASH_SM90_TENSOR_TILES,
     FLASH_SM90_TILES,
     MEA_DECODE_TILES,
@@ -51,6 +52,11 @@ def _grid(head_dims: Iterable[int], layouts: Iterable[Layout], masks: Iterable[M
     return tuple(Cell(*point) for point in product(head_dims, layouts, masks))
 
 
+def _split(head_dims: Iterable[tuple[int, int]]) -> tuple[Cell, ...]:
+    """Every layout and plain mask of pairs of head sizes, V's the second."""
+    return tuple(Cell(k, layout, mask, v) for (k, v), layout, mask in product(head_dims, Layout, PLAIN_MASKS))
+
+
 _PAGED = (Layout.GATHER,)
 _DENSE = (Layout.DENSE,)
 _TENSOR = (Mask.TENSOR,)
@@ -73,6 +79,7 @@ _SERVING: dict[Family, tuple[Cell, ...]] = {
     ),
     Family.FLASH_SM90: (
         *_grid(FLASH_SM90_TILES, Layout, PLAIN_MASKS),
+        *_split(FLASH_SM90_SPLIT_TILES),
         *_grid(FLASH_SM90_TENSOR_TILES, _DENSE, _TENSOR),
     ),
     Family.DECODE: _grid(DECODE_TILES, _PAGED, DECODE_MASKS),
@@ -161,7 +168,7 @@ def _attention(family: Family, cells: Sequence[Cell]) -> Iterator[InstanceSpec]:
             dtype=dtype,
             kv_dtype=kv_dtype,
             head_dim=cell.head_dim,
-            head_dim_v=cell.head_dim,
+            head_dim_v=cell.head_dim_v or cell.head_dim,
             layout=cell.layout,
             mask=cell.mask,
             tile=tile,

@@ -15,11 +15,12 @@ from .targets import DECLARED_TARGETS
 
 @dataclass(frozen=True)
 class Cell:
-    """What a preset asks of an attention family: head size, layout of K and V, mask."""
+    """What a preset asks of an attention family: head size, layout of K and V, mask; V's head size where it differs."""
 
     head_dim: int
     layout: Layout
     mask: Mask
+    head_dim_v: int = 0
 
 
 # Tile of each head size, by how keys are found: the fastest on an H200 of those that neither spill for sm_80 and sm_90a
@@ -50,6 +51,9 @@ FLASH_SM90_TILES: dict[int, Tile] = {
 # A second one for long sequences and for heads of a group packed side by side: 12% faster on 16k tokens; on 512, 20%
 # slower by one head, 7% faster by four.
 FLASH_SM90_TALL_TILES: dict[int, Tile] = {128: Tile(192, 80, 4, 16)}
+# Tile where V's head size is smaller, by both sizes: DeepSeek's latent attention, unfolded for prefill. Other pairs are
+# served by the kernel of the larger one.
+FLASH_SM90_SPLIT_TILES: dict[tuple[int, int], Tile] = {(192, 128): Tile(128, 128, 2, 12)}
 # Those whose groups of 64 rows, without a window, leave out blocks of keys that only the other groups see: 6% faster
 # with grouped heads and with pages; other tiles lose 5% or gain nothing (docs/performance.md).
 FLASH_SM90_SKIPPING_TILES: frozenset[Tile] = frozenset(FLASH_SM90_TALL_TILES.values())
@@ -118,6 +122,8 @@ def tiles_of(family: Family, cell: Cell) -> tuple[Tile, ...]:
         return tuple(dict.fromkeys(_flash_sm80_tile(cell, target) for target in DECLARED_TARGETS))
     if family is Family.FLASH_SM90 and cell.mask is Mask.TENSOR:
         return (FLASH_SM90_TENSOR_TILES[cell.head_dim],)
+    if family is Family.FLASH_SM90 and cell.head_dim_v:
+        return (FLASH_SM90_SPLIT_TILES[cell.head_dim, cell.head_dim_v],)
     if family is Family.FLASH_SM90 and cell.head_dim in FLASH_SM90_TALL_TILES:
         return (FLASH_SM90_TILES[cell.head_dim], FLASH_SM90_TALL_TILES[cell.head_dim])
     if family is Family.MEA:

@@ -83,6 +83,7 @@ GATES: dict[Family, Gates] = {
         _both(Feature.TMA, Feature.WGMMA),
         _ANY_LAYOUT,
         _OWN_MASK,
+        split_heads=True,
         page_multiple=8,
         mask_aligned=True,
         tensor_masks=frozenset({TensorMask.NONE, TensorMask.BOOL, TensorMask.ADDITIVE}),

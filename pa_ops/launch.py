@@ -121,6 +121,7 @@ class Attention:
             "heads": self.heads,
             "group": self.heads // keys.kv_heads,
             "head_dim": self.head_dim,
+            "head_dim_v": self.head_dim_v,
             "window": min(self.scores.sliding_window, WINDOW_LIMIT),
             "sinks_fp32": int(sinks is not None and sinks.dtype is torch.float32),
             "past_lengths": int(keys.past),
@@ -146,7 +147,7 @@ def attention_launch(kernel: int, spec: InstanceSpec, call: Attention, setting: 
     bound = -1 if call.scores.max_seqlen_q is None else call.scores.max_seqlen_q
     grid = Grid(GridRule.TILES, spec.tile.m, bound, call.heads)
     record = record_of(spec)
-    sources = {**call.sources(), "skip_up_to": setting.skip_up_to, "head_dim_v": call.head_dim_v}
+    sources = {**call.sources(), "skip_up_to": setting.skip_up_to}
     return Launch(kernel, record, fields_of(record, sources), grid)
 
 
@@ -186,9 +187,9 @@ def _map_sources(spec: InstanceSpec, call: Attention) -> dict[str, Source]:
         "q_map": TensorMap(call.q.address, q_sizes, (call.q.head, call.q.token, 0), q_box, dtype),
     }
     row = 1 if keys.page_size else 0
-    for letter, name in (("k", keys.k), ("v", keys.v)):
+    for letter, name, head_dim in (("k", keys.k, call.head_dim), ("v", keys.v, call.head_dim_v)):
         pages, page_stride = (Size(name, 0), Stride(name, 0, HALF)) if keys.page_size else (1, 0)
-        sizes = (call.head_dim, Size(name, row), keys.kv_heads, pages)
+        sizes = (head_dim, Size(name, row), keys.kv_heads, pages)
         strides = (Stride(name, row, HALF), Stride(name, row + 1, HALF), page_stride)
         made[f"{letter}_map"] = TensorMap(Address(name), sizes, strides, (box_rows, 1), dtype)
     return made

@@ -64,7 +64,6 @@ def _launch(kernel: int, spec: InstanceSpec, call: Attention, arguments: Argumen
         **_places(arguments["kv_lengths"] is not None),
         **_mask_sources(arguments["mask"]),
         "skip_up_to": 0,
-        "head_dim_v": call.head_dim_v,
         "causal": int(arguments["causal"] or arguments["sliding_window"] > 0),
         "position": arguments["position"],
         "mask_factor": 1.0 / (call.scores.softcap or call.scores.softmax_scale),
@@ -90,9 +89,9 @@ def _maps(spec: InstanceSpec, call: Attention) -> dict[str, Source]:
     q_sizes = (call.head_dim, call.heads, Size("q", 1), Size("q", 0))
     q_map = TensorMap(Address("q"), q_sizes, (head, token, sequence), (1, QUERY_ROWS), dtype)
     made: dict[str, Source] = {"q_map": q_map}
-    for name in "kv":
+    for name, head_dim in (("k", call.head_dim), ("v", call.head_dim_v)):
         token, head, sequence = (Stride(name, axis, HALF) for axis in (1, 2, 0))
-        sizes = (call.head_dim, Size(name, 1), call.keys.kv_heads, Size(name, 0))
+        sizes = (head_dim, Size(name, 1), call.keys.kv_heads, Size(name, 0))
         made[f"{name}_map"] = TensorMap(Address(name), sizes, (token, head, sequence), (spec.tile.n, 1), dtype)
     return made
 

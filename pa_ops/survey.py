@@ -83,17 +83,22 @@ class Hole:
     reason: str
 
 
-def questions(head_dims: Iterable[int]) -> Iterator[tuple[dict[str, Any], Sizes]]:
-    """What problems of the domain ask but for their sizes, and those."""
-    for op, dtype, kv_dtype, head_dim in product(Op, DTYPES, CACHE_DTYPES, head_dims):
+def questions(
+    head_dims: Iterable[int], pairs: Iterable[tuple[int, int]] = ()
+) -> Iterator[tuple[dict[str, Any], Sizes]]:
+    """What problems of the domain ask but for their sizes, and those; attention by `pairs` of head sizes, too."""
+    same = [(head_dim, head_dim) for head_dim in head_dims]
+    split = [*((head_dim, head_dim + 8) for head_dim, _ in same), *pairs]
+    for op, dtype, kv_dtype in product(Op, DTYPES, CACHE_DTYPES):
         if op is Op.MERGE_STATES and kv_dtype is not None:
             continue
-        flags = (False, True) if op in HIDING_OPTIONS else (False,)
+        attends = op in HIDING_OPTIONS
+        flags = (False, True) if attends else (False,)
         hiding = HIDING_OPTIONS.get(op, ({"causal": False},))
-        for hidden, extras, split in product(hiding, flags, flags):
+        for heads, hidden, extras in product([*same, *split] if attends else same, hiding, flags):
             asked: dict[str, Any] = {"op": op, "dtype": dtype, "kv_dtype": kv_dtype or dtype, **hidden}
-            heads = {"head_dim": head_dim, "head_dim_v": head_dim + 8 if split else head_dim}
-            yield {**asked, **heads, "softcap": extras, "sinks": extras}, SIZES.get(op, ANY_SIZE)
+            asked |= {"head_dim": heads[0], "head_dim_v": heads[1], "softcap": extras, "sinks": extras}
+            yield asked, SIZES.get(op, ANY_SIZE)
 
 
 def domain(head_dims: Iterable[int] = HEAD_DIMS) -> Iterator[Problem]:
@@ -110,7 +115,8 @@ def survey(entries: Iterable[Entry], sms: Iterable[int] = tuple(MODELS)) -> tupl
     """
     rows = tuple(entries)
     sides = {side for row in rows for side in (row.spec.head_dim, row.spec.head_dim + 8) if row.spec.head_dim}
-    asked = _asked(tuple(sorted({*HEAD_DIMS, *sides})))
+    pairs = {(row.spec.head_dim, row.spec.head_dim_v) for row in rows if row.spec.head_dim != row.spec.head_dim_v}
+    asked = _asked(tuple(sorted({*HEAD_DIMS, *sides})), tuple(sorted(pairs)))
     serving = _Serving(rows)
     reached: dict[Key, Reach] = {}
     holes: dict[tuple[object, ...], Hole] = {}
@@ -149,11 +155,11 @@ class _Asked:
 
 
 @lru_cache(maxsize=4)
-def _asked(head_dims: tuple[int, ...]) -> tuple[_Asked, ...]:
+def _asked(head_dims: tuple[int, ...], pairs: tuple[tuple[int, int], ...] = ()) -> tuple[_Asked, ...]:
     """The domain with these head sizes, by facts, without what no kernel serves on any device (0.2 s)."""
     nowhere = {item for item in UNSUPPORTED if all(item.devices(Capability.of_sm(sm)) for sm in MODELS)}
     found = []
-    for asked, sizes in questions(head_dims):
+    for asked, sizes in questions(head_dims, pairs):
         for page_size in dict.fromkeys(size.page_size for size in sizes):
             size, *more = (size for size in sizes if size.page_size == page_size)
             first = size.problem(asked)

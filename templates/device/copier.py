@@ -33,9 +33,8 @@ class Copier:
     copies, which one warp alone started so slowly that they cost 12% more than pages of 64 (docs/performance.md).
     """
 
-    def __init__(self, shared, head_dim, paged, masked, keys):
+    def __init__(self, shared, paged, masked, keys):
         self.shared, self.paged, self.masked, self.keys = shared, paged, masked, keys
-        self.halves, self.kv_bytes = head_dim // COLUMN, keys * head_dim * 2
 
     @cute.jit
     def run(self, args, smem: Int32, ring: cutlass.Constexpr, tensor_map: Int64):
@@ -54,13 +53,13 @@ class Copier:
 
     @property
     def k_ring(self):
-        """Where the stages of K, their full and their empty barriers begin."""
-        return self.shared.k, self.shared.k_full, self.shared.k_empty
+        """Where the stages of K, their full and their empty barriers begin; bytes of a stage."""
+        return self.shared.k, self.shared.k_full, self.shared.k_empty, self.shared.k_bytes
 
     @property
     def v_ring(self):
         """The same of V."""
-        return self.shared.v, self.shared.v_full, self.shared.v_empty
+        return self.shared.v, self.shared.v_full, self.shared.v_empty, self.shared.v_bytes
 
     def slot_of(self, smem, turn):
         """The slot of that turn, when it has been written."""
@@ -91,8 +90,8 @@ class Copier:
         stage: Int32,
         parity: Int32,
     ):
-        """K or V of each block of the tile's keys, from the last to the first; the stage that follows."""
-        tiles_at, full_at, empty_at = ring
+        """K or V of each block of keys in the slot, from the last to the first; the stage that follows."""
+        _, _, empty_at, _ = ring
         kv_head = ld_shared_32(slot + HEAD) // args.group
         steps = ld_shared_32(slot + STEPS)
         row, page = ld_shared_32(slot + FIRST_KEY) + ld_shared_32(slot + END) * self.keys, Int32(0)
@@ -115,7 +114,7 @@ class Copier:
                 missing = cute.arch.vote_ballot_sync((page < 0) & (lane < args.boxes))
                 if lane == 0:  # whose arrival tells of the stage
                     st_shared_32(smem + self.shared.holes + stage * 4, Int32(missing))
-            self.copy_tile(args, smem, tiles_at, full_at, tensor_map, stage, row, page, kv_head)
+            self.copy_tile(args, smem, ring, tensor_map, stage, row, page, kv_head)
             stage, parity = self.shared.after(stage, parity)
         return stage, parity
 
@@ -144,8 +143,7 @@ class Copier:
         self,
         args,
         smem: Int32,
-        tiles_at: cutlass.Constexpr,
-        full_at: cutlass.Constexpr,
+        ring: cutlass.Constexpr,
         tensor_map: Int64,
         stage: Int32,
         row: Int32,
@@ -153,12 +151,13 @@ class Copier:
         kv_head: Int32,
     ):
         """Start copying a tile of K or V into its stage, a box a lane; boxes without a page become zeros, unread."""
+        tiles_at, full_at, _, stage_bytes = ring
         lane = cute.arch.lane_idx()
         barrier = smem + full_at + stage * BARRIER
         if lane == 0:
-            tma.expect(barrier, self.kv_bytes)
+            tma.expect(barrier, stage_bytes)
         cute.arch.sync_warp()
-        target = smem + tiles_at + stage * self.kv_bytes
+        target = smem + tiles_at + stage * stage_bytes
         boxes = Int32(1)
         if cutlass.const_expr(self.paged):
             boxes = args.boxes
@@ -166,6 +165,6 @@ class Copier:
             # Beyond the last page of the map, which has one even where the pool has none.
             page = Int32(cutlass.select_(page < 0, cutlass.max(args.num_pages, 1), page))
         if lane < boxes:
-            for half in range(self.halves):
+            for half in range(stage_bytes // (self.keys * COLUMN * 2)):
                 at = target + half * (self.keys * COLUMN * 2)
                 tma.load_box(at, tensor_map, barrier, Int32(half * COLUMN), row, kv_head, page)

@@ -46,23 +46,29 @@ REGISTERS = {2: (232, 40), 3: (160, 32)}  # of a computing and of a copying thre
 class FlashSm90:
     """One instance: the compile-time choices and the code that they specialise."""
 
-    def __init__(self, dtype, head_dim, paged, causal, window, masked, rows, keys, stages, skipping, chained):
-        self.dtype, self.head_dim, self.paged, self.chained = dtype, head_dim, paged, chained
+    def __init__(
+        self, dtype, head_dim, head_dim_v, paged, causal, window, masked, rows, keys, stages, skipping, chained
+    ):
+        self.dtype, self.head_dim, self.head_dim_v, self.paged, self.chained = (
+            dtype,
+            head_dim,
+            head_dim_v,
+            paged,
+            chained,
+        )
         self.causal, self.window, self.masked = causal, window, masked
         self.rows, self.keys, self.stages = rows, keys, stages
         self.groups = rows // GROUP_ROWS
         self.threads = (self.groups + 1) * GROUP_THREADS
-        self.n_tiles, self.d_tiles = keys // 8, head_dim // 8
-        self.halves = head_dim // COLUMN
-        self.products = Products(dtype, head_dim, self.groups, keys)
-        self.kv_bytes = keys * head_dim * 2
-        self.shared = Shared(rows * head_dim * 2, self.kv_bytes, stages, self.groups)
+        self.n_tiles, self.d_tiles = keys // 8, head_dim_v // 8
+        self.products = Products(dtype, head_dim, head_dim_v, self.groups, keys)
+        self.shared = Shared(rows * head_dim * 2, keys * head_dim * 2, keys * head_dim_v * 2, stages, self.groups)
         # At 256 the products are three quarters of the work: waiting for turns costs 4%.
         self.turns = Turns(self.groups, taken=head_dim <= 192)
         sight = Sight(causal, window, masked, keys)
         self.walk = OwnRows(self.shared, sight, self.turns) if skipping else WholeTile()
-        self.lister = Lister(self.shared, sight, head_dim, paged, rows, chained)
-        self.copier = Copier(self.shared, head_dim, paged, masked, keys)
+        self.lister = Lister(self.shared, sight, head_dim, head_dim_v, paged, rows, chained)
+        self.copier = Copier(self.shared, paged, masked, keys)
         self.hiding = Hiding(causal, window, masked, keys)
         self.mask_words = MaskWords(dtype, keys)
         self.part_states = PartStates(self.d_tiles, self.shared.warps, taken=not masked)
@@ -162,11 +168,11 @@ class FlashSm90:
         row_max,
         row_sum,
     ):
-        """Outputs, maxima and sums of the group's rows over the keys of the tile in `slot`, but for the blocks that it
-        leaves out; the stage that follows."""
+        """Outputs, maxima and sums of the group's rows over the blocks of keys in `slot`, a tile's or a part's, but for
+        those that it leaves out; the stage that follows."""
         s_q = self.products.tile(pointer, self.rows, self.head_dim)
         s_k = self.products.tile(pointer + self.shared.k, self.keys, self.head_dim, self.stages)
-        s_v = self.products.tile(pointer + self.shared.v, self.keys, self.head_dim, self.stages)
+        s_v = self.products.tile(pointer + self.shared.v, self.keys, self.head_dim_v, self.stages)
         acc_s = cute.make_rmem_tensor((self.n_tiles * 4,), Float32)
         factors = cute.make_rmem_tensor((2,), Float32)
         limits = cute.make_rmem_tensor((2,), Int32)
@@ -232,9 +238,16 @@ class FlashSm90:
         tma.release(smem + self.shared.v_empty + stage * BARRIER)
         return self.shared.after(stage, parity)
 
-    def take_holes(self, smem, stage):
-        """A bit for each box of the stage's keys that has no page."""
-        return ld_shared_32(smem + self.shared.holes + stage * 4) if self.paged else Int32(0)
+    @cute.jit
+    def take_holes(self, smem: Int32, stage: Int32):
+        """A bit for each box of the stage's keys that has no page: read by the lane that will give the stage back, so
+        that who writes the next word can be seen to come after (racecheck asks for that)."""
+        hole = Int32(0)
+        if cutlass.const_expr(self.paged):
+            if cute.arch.lane_idx() == 0:
+                hole = ld_shared_32(smem + self.shared.holes + stage * 4)
+            hole = cute.arch.shuffle_sync(hole, 0)
+        return hole
 
     @cute.jit
     def clear_tail(self, smem: Int32, slot: Int32, i: Int32, stage: Int32, parity: Int32, group: Int32):
@@ -253,8 +266,8 @@ class FlashSm90:
         """
         thread = cute.arch.thread_idx()[0] % GROUP_THREADS
         if begin < stop:
-            base = smem + self.shared.v + stage * self.kv_bytes
-            for half in cutlass.range_constexpr(self.halves):
+            base = smem + self.shared.v + stage * self.shared.v_bytes
+            for half in cutlass.range_constexpr(self.head_dim_v // COLUMN):
                 for chunk in cutlass.range(begin * 8 + thread, stop * 8, GROUP_THREADS, unroll=1):
                     st_shared_128(base + half * (self.keys * COLUMN * 2) + chunk * 16, [Int32(0)] * 4)
             tma.fence_async()

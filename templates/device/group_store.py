@@ -43,7 +43,7 @@ class GroupStore:
             st_global_f32(lse_at, lse[r] * softmax.LN_2, (mine == 0) & (rows[r] < live) & (args.lse != 0))
             target = args.out + Int64(tokens[r]) * args.out_token_stride + Int64(heads[r]) * args.out_head_stride
             target = target + Int64(mine * 16)
-            width = Int32(cutlass.select_(rows[r] < live, args.head_dim - mine * 8, Int32(0)))
+            width = Int32(cutlass.select_(rows[r] < live, args.head_dim_v - mine * 8, Int32(0)))
             for first in cutlass.range_constexpr(0, self.d_tiles, 4):
                 words = []
                 for dt in cutlass.range_constexpr(first, first + 4):

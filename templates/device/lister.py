@@ -27,11 +27,11 @@ LATE = 2  # of a causal sequence's row blocks, one in so many comes after all ot
 class Lister:
     """Lists tiles of `rows` query rows, and the blocks of keys that `sight` finds for them, in parts."""
 
-    def __init__(self, shared, sight, head_dim, paged, rows, chained):
+    def __init__(self, shared, sight, head_dim, head_dim_v, paged, rows, chained):
         self.shared, self.sight, self.paged, self.rows, self.chained = shared, sight, paged, rows, chained
         self.causal, self.masked = sight.causal, sight.masked
         self.halves, self.q_bytes = head_dim // COLUMN, GROUP_ROWS * head_dim * 2
-        self.near_keys = NEAR_BYTES // (head_dim * 4)
+        self.near_keys = NEAR_BYTES // ((head_dim + head_dim_v) * 2)
 
     @cute.jit
     def run(self, args, smem: Int32, q_map: Int64):
@@ -102,7 +102,7 @@ class Lister:
 
     @cute.jit
     def take_ticket(self, args):
-        """The rank of the block's next tile."""
+        """The rank of the block's next tile or part."""
         ticket = Int32(0)
         if cute.arch.lane_idx() == 0:
             ticket = take(args.tickets)

@@ -11,10 +11,10 @@ from cutlass import Float32, Int32, Int64
 from pa_ops.templates.device import softmax
 from pa_ops.templates.device.ptx import ex2, fma, ld_shared_32
 from pa_ops.templates.device.ptx_global import arrive, ld_global_f32x4, st_global, st_global_i32
-from pa_ops.templates.device.shared_sm90 import PART, PARTS, STATE
+from pa_ops.templates.device.shared_sm90 import GROUP_WARPS, PART, PARTS, STATE
 
 QUAD_BYTES = 32 * 16  # of four words a lane
-BATCH = 16  # of them: 64 registers beside the 128 of a row of 256 outputs
+BATCH = 16  # of them: 64 registers beside a thread's 128 outputs at head size 256
 
 
 class PartStates:
@@ -27,7 +27,7 @@ class PartStates:
     @cute.jit
     def join(self, args, slot: Int32, acc_o, row_max, row_sum, thread: Int32):
         """Whether the warp has its rows' state over all keys of the tile in `slot`, now: where there are other parts,
-        it leaves its own, and has all if it is the last."""
+        it leaves its own, and has all if it is the last. So does a warp without a row: to ask spills 8 B at 256."""
         whole = Int32(1)
         if cutlass.const_expr(self.taken):
             parts = ld_shared_32(slot + PARTS)
@@ -38,7 +38,7 @@ class PartStates:
     @cute.jit
     def leave(self, args, slot: Int32, parts: Int32, acc_o, row_max, row_sum, thread: Int32):
         """Leave the warp's state; 1 if all others of its rows have been left, which then are added to it."""
-        warp, lane = (thread >> 5) - 4, thread & 31
+        warp, lane = (thread >> 5) - GROUP_WARPS, thread & 31
         first = ld_shared_32(slot + STATE) - ld_shared_32(slot + PART)
         mine = self.state_at(args, ld_shared_32(slot + STATE), warp, lane)
         self.put(mine, acc_o, row_max, row_sum)

@@ -15,10 +15,10 @@ from pa_ops.templates.device.quotients import divided
 from pa_ops.templates.device.worklist import find_tile
 
 LEAST = 8  # blocks of keys of a part, 10 us by 192 x 80
-MOST = 16  # parts of a tile: a warp adds up their states in turn, 1 us each
+MOST = 16  # parts of a tile, fewer than lanes: a warp adds up their states in turn, 1 us each
 STATES = 4  # a block that the workspace has room for
 ONE = 1 << 16  # the time of a tile
-COST = ONE // 64  # of a part more: to add up its state takes 1 us, of 130 for a tile of 8k keys
+COST = ONE // 64  # of a part more: its state is left and added up, a us each, beside 130 for a tile of 8k keys
 
 
 class Cut(NamedTuple):
@@ -43,7 +43,7 @@ def cut_of(args, tokens: Int32, heads: Int32, blocks: Int32):
     """The Cut of a batch, whose tiles of so many tokens are there for so many heads each, for `blocks` blocks."""
     whole, parts = Int32(0), Int32(1)
     limit = divided(blocks * args.cut_rounds, heads)
-    # As many rows as there may be make too many tiles whatever the lengths are, which then need not be read.
+    # So many rows of q make too many tiles if sequences have them all: then lengths are not read, and nothing is cut.
     if (args.cut_rounds > 0) & (args.tokens - args.sequences * args.skip_up_to <= limit * tokens):
         sequence, beyond = find_tile(args, tokens, limit)
         if sequence < 0:

@@ -21,18 +21,19 @@ class Shared:
     """Offsets in bytes of a Q tile, `stages` tiles of K and of V, their barriers, a word of holes a stage, the slots.
 
     Each computing warpgroup has barriers of its own for its queries: who is done with a tile begins the next one.
-    A slot is one tile of the work list: whether there is one; its sequence, first query row and rows, head, position of
-    the first row; the sequence's keys, the first of them where they are dense, and the keys [low, high) that some row
-    sees; the blocks of keys to compute, of those that hold these, from the last, before `end`, to the first. Every row
-    sees all keys of those numbered [edges, inner). Then which part of the tile's keys that is, of how many, and the
-    number of its state (parts.py).
+    A slot is one tile of the work list, or a part of one: whether there is one; its sequence, first query row and rows,
+    head, position of the first row; the sequence's keys, the first of them where they are dense, and the keys [low,
+    high) that some row sees; the blocks of keys to compute, of those that hold these, from the last, before `end`, to
+    the first. Every row sees all keys of those numbered [edges, inner). Then which part of the tile's keys that is, of
+    how many, and the number of its state (parts.py).
     """
 
-    def __init__(self, q_bytes, kv_bytes, stages, groups):
+    def __init__(self, q_bytes, k_bytes, v_bytes, stages, groups):
         self.stages, self.groups, self.warps = stages, groups, groups * GROUP_WARPS
+        self.k_bytes, self.v_bytes = k_bytes, v_bytes  # of a stage
         self.k = q_bytes
-        self.v = self.k + stages * kv_bytes
-        self.q_full = self.v + stages * kv_bytes
+        self.v = self.k + stages * k_bytes
+        self.q_full = self.v + stages * v_bytes
         self.q_empty = self.q_full + groups * BARRIER
         self.k_full = self.q_empty + groups * BARRIER
         self.k_empty = self.k_full + stages * BARRIER

@@ -24,10 +24,11 @@ def row_of(thread):
 
 
 class Products:
-    """Products for `groups` warpgroups of 64 query rows each, and tiles of `keys` keys."""
+    """Products for `groups` warpgroups of 64 query rows each, and tiles of `keys` keys; V's head size is its own."""
 
-    def __init__(self, dtype, head_dim, groups, keys):
-        self.dtype, self.head_dim, self.groups, self.keys = dtype, head_dim, groups, keys
+    def __init__(self, dtype, head_dim, head_dim_v, groups, keys):
+        self.dtype, self.head_dim, self.head_dim_v = dtype, head_dim, head_dim_v
+        self.groups, self.keys = groups, keys
 
     def tile(self, pointer, *extents):
         """The tensor of a swizzled tile (rows, columns[, stages]) that begins at `pointer`."""
@@ -49,7 +50,7 @@ class Products:
             OperandMajorMode.MN,
             Float32,
             (self.groups, 1, 1),
-            (GROUP_ROWS, self.head_dim),
+            (GROUP_ROWS, self.head_dim_v),
             OperandSource.RMEM,
         )
 
@@ -72,7 +73,7 @@ class Products:
         part = mma.get_slice(group * GROUP_THREADS)
         transposed = cute.make_tensor(s_v.iterator, cute.select(s_v.layout, mode=[1, 0, 2]))
         b = mma.make_fragment_B(part.partition_B(transposed))
-        acc = cute.make_tensor(acc_o.iterator, cute.make_layout(((2, 2, self.head_dim // 8), 1, 1)))
+        acc = cute.make_tensor(acc_o.iterator, cute.make_layout(((2, 2, self.head_dim_v // 8), 1, 1)))
         warpgroup.fence()
         for step in range(self.keys // 16):
             mma.set(Field.ACCUMULATE, True)

@@ -132,6 +132,21 @@ def test_D6_X8_rows_of_heads_side_by_side_around_the_edges_of_tiles(
             on_sm90(call, evidence, f"groups of {group}, {mask}, tile {tile}")
 
 
+@pytest.mark.parametrize("head_dims", [(192, 128), (128, 64), (64, 128), (40, 136)], ids=str)
+@pytest.mark.parametrize("operator", OPERATORS)
+def test_D6_values_of_another_head_size(
+    operator: str, head_dims: tuple[int, int], dtype: torch.dtype, device: torch.device, evidence: Evidence
+) -> None:
+    """By the kernel of both sizes where there is one, and by larger ones; few tiles over many keys, too."""
+    head_dim, head_dim_v = head_dims
+    shape = Shape(head_dim, kv_heads=2, group=4, dtype=dtype, head_dim_v=head_dim_v)
+    for (mask, options), softcap in product(MASKS.items(), (0.0, 20.0)):
+        extra = {**options, "softcap": softcap, "sinks": sinks(shape, device) if softcap else None}
+        for pairs in (MIXED * 3, [(70, 6000)]):
+            call = OPERATORS[operator](pairs, shape, device, **extra)
+            on_sm90(call, evidence, f"head sizes {head_dims}, {mask}, softcap {softcap}")
+
+
 def test_B10_B12_batches_of_0_1_and_300_sequences(device: torch.device, evidence: Evidence) -> None:
     shape = Shape(64, kv_heads=1, group=4)
     for operator, batch in product(OPERATORS.values(), (1, 2, 31, 33, 300)):

@@ -13,6 +13,7 @@ from pa_ops.errors import InvalidArgument
 from pa_ops.evidence import Evidence, Timed
 from pa_ops.gates import attention_families
 from pa_ops.generator import matrix
+from pa_ops.generator.tiles import FLASH_SM90_SPLIT_TILES
 from pa_ops.heuristics import MANY_TOKENS
 from pa_ops.manifest import Entry, Manifest
 from pa_ops.spec import Family, InstanceSpec, Layout, Mask, Op, Tile
@@ -126,8 +127,9 @@ def test_G4_each_size_of_the_domain_has_kernels_of_its_own(
     rows = [row for row in declared_rows() if row.target == "sm_90a" and row.spec.layout is Layout.GATHER]
     rows = [row for row in rows if row.spec.family in families]
     monkeypatch.setattr("pa_ops.survey.SIZES", {Op.PAGED_ATTENTION: (size,)})
-    others = [each for each in questions(HEAD_DIMS) if each[0]["op"] is not Op.ATTENTION]
-    monkeypatch.setattr("pa_ops.survey.questions", lambda head_dims: others)
+    asked = (each for each in questions(HEAD_DIMS, FLASH_SM90_SPLIT_TILES) if each[0]["op"] is not Op.ATTENTION)
+    others = [each for each in asked if family is Family.FLASH_SM90 or each[0]["head_dim"] == each[0]["head_dim_v"]]
+    monkeypatch.setattr("pa_ops.survey.questions", lambda head_dims, pairs: others)
     monkeypatch.setattr("pa_ops.survey._asked", _asked.__wrapped__)  # it keeps what it was asked of the whole domain
     reached, _ = survey(rows, [90])
     best = {name for (name, _), how in reached.items() if how is Reach.AUTO}
@@ -145,8 +147,8 @@ def test_G4_a_kernel_that_only_an_override_reaches_is_told_apart() -> None:
     rows = [row for row in declared_rows() if row.target == "sm_90a"]
     reached, _ = survey(rows, [90])
     named = {row.spec for row in rows if reached[row.name, row.target] is Reach.NAMED}
-    dense = {row.spec for row in rows if (row.spec.family, row.spec.layout) == (Family.FLASH_SM80, Layout.DENSE)}
-    dense = {spec for spec in dense if spec.mask is not Mask.TENSOR}
+    dense = {row.spec for row in rows if row.spec.layout is Layout.DENSE and row.spec.head_dim <= 256}
+    dense = {spec for spec in dense if spec.mask is not Mask.TENSOR and spec.family in (Family.FLASH_SM80, Family.MEA)}
     assert named == dense | {row.spec for row in rows if row.spec.family is Family.MEA_DECODE}
     coverage = cover(Inputs([(row.spec, row.target) for row in rows]))
     assert {InstanceSpec.parse(cell.name) for cell in coverage.reached(Reach.NAMED)} == named

@@ -112,7 +112,7 @@ def test_head_sizes_go_to_the_smallest_instance_that_holds_them(launches: Launch
     for made, family, table in zip(launches, asked, tables, strict=True):
         held = min(size for size in table if size >= dim)
         assert made.family == family and f"_bf16_kvbf16_d{held}v{held}_" in made.symbol
-        assert made.fields["head_dim"] == dim
+        assert made.fields["head_dim_v" if made.maps else "head_dim"] == dim
 
 
 def test_a_plan_is_made_once_for_a_decode_loop(launches: Launches, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -285,7 +285,7 @@ def test_a_mixed_batch_is_append_and_two_launches_that_share_it(
     maps = launches[2].maps
     differ = {"tickets"} if maps else set()  # they run at the same time
     assert {name for name in shared if many[name] != few[name]} == differ, "all else is one call's"
-    own = {"box_rows", "boxes", "beside", "pack_bits", "part_counters", "cut_rounds"} if maps else set()
+    own = {"box_rows", "boxes", "beside", "pack_bits", "part_counters", "cut_rounds", "head_dim_v"} if maps else set()
     assert many.keys() - shared == {"heads", "skip_up_to"} | own
     assert few["most_given"] == (SM90.num_sms // 4 if maps else 0) and many.get("beside", 0) == bool(maps)
     assert few["chunk_bits"] == UNCUT, "decode leaves no state where parts of tiles may"
@@ -421,7 +421,7 @@ def test_what_no_kernel_serves_is_refused_and_never_dropped(launches: Launches) 
         ((q, *(c.to(torch.float8_e4m3fn) for c in (k_cache, v_cache)), *where), {}, "e4m3fn"),
         ((q[:, :, :20], k_cache[..., :20], v_cache[..., :20], *where), {}, "multiple of 8"),
         (paged(dim=520), {}, "up to 512, got 520"),
-        ((q, k_cache, v_cache[..., :32], *where), {"backend": "flash"}, "64 (K) and 32 (V)"),
+        ((q, k_cache, v_cache[..., :32], *where), {"backend": "flash_sm80"}, "64 (K) and 32 (V)"),
         ((torch.zeros(3 * 8 * 64 + 1).half()[1:].view(3, 8, 64), k_cache, v_cache, *where), {}, "16 bytes"),
         ((q, torch.zeros(4, 16, 2, 65).half()[..., :64], v_cache, *where), {}, "16 bytes"),
     ]

@@ -202,7 +202,8 @@ def test_C10_no_row_of_one_head_size_serves_two() -> None:
         problem = Problem(op="attention", dtype="fp16", head_dim=32, head_dim_v=64, page_size=past + 1)
         if unsupported(problem, capability) is None:
             family = select_entry(declared_rows(), problem, capability).family
-            assert family in (Family.MEA, Family.MEA_DECODE), sm
+            by_maps = sm == 90 and past  # with a page of one token no box can be copied
+            assert family in ((Family.FLASH_SM90,) if by_maps else (Family.MEA, Family.MEA_DECODE)), sm
 
 
 def test_C16_sizes_beyond_32_bits_are_told_whole_or_refused(launches: Launches) -> None:

@@ -420,8 +420,9 @@ def test_native_code_is_preferred() -> None:
 @pytest.mark.parametrize("head_dim_v", [32, 64, 136])
 def test_C10_rows_of_one_head_size_serve_two_only_where_they_say_so(head_dim_v: int) -> None:
     problem = Problem(op="varlen_attention", dtype="fp16", head_dim=128, head_dim_v=head_dim_v)
-    assert select_entry(ROWS, problem, H200).family is Family.MEA
-    text = refusal(problem, 90, policy=Policy("flash"))
+    assert select_entry(ROWS, problem, H200).family is Family.FLASH_SM90
+    assert select_entry(ROWS, problem, H200, Policy("mea")).family is Family.MEA
+    text = refusal(problem, 90, policy=Policy("flash_sm80"))
     assert f"NO  equal head sizes: needs one head size for K and V, got 128 (K) and {head_dim_v} (V)" in text
 
 
