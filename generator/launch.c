@@ -114,9 +114,11 @@ static int prepare(struct pa_kernel *kernel, int device)
 
 static int encode(void *map, const struct pa_tensor *tensor)
 {
-    enum { INTERLEAVE_NONE, SWIZZLE_128_BYTES = 3, PROMOTE_256_BYTES = 3, ZEROS_OUTSIDE = 0, COLUMNS = 64 };
+    enum { INTERLEAVE_NONE, SWIZZLE_64_BYTES = 2, SWIZZLE_128_BYTES, PROMOTE_256_BYTES = 3, ZEROS_OUTSIDE = 0 };
+    enum { COLUMNS_OF_128_BYTES = 64 };
+    const int swizzle = tensor->box[0] < COLUMNS_OF_128_BYTES ? SWIZZLE_64_BYTES : SWIZZLE_128_BYTES;
     static const uint32_t steps[PA_MAP_RANK] = {1, 1, 1, 1};
-    const uint32_t box[PA_MAP_RANK] = {COLUMNS, tensor->box[0], tensor->box[1], 1};
+    const uint32_t box[PA_MAP_RANK] = {tensor->box[0], tensor->box[1], tensor->box[2], 1};
     _Alignas(64) char made[PA_MAP_BYTES];
     if (!atomic_load(&opened)) {
         pthread_mutex_lock(&lock);
@@ -126,7 +128,7 @@ static int encode(void *map, const struct pa_tensor *tensor)
             return status;
     }
     CHECK(cuTensorMapEncodeTiled(made, tensor->type, PA_MAP_RANK, tensor->address, tensor->sizes, tensor->strides, box,
-                                 steps, INTERLEAVE_NONE, SWIZZLE_128_BYTES, PROMOTE_256_BYTES, ZEROS_OUTSIDE),
+                                 steps, INTERLEAVE_NONE, swizzle, PROMOTE_256_BYTES, ZEROS_OUTSIDE),
           "a tensor map");
     memcpy(map, made, sizeof made);
     return 0;

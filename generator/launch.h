@@ -23,13 +23,12 @@ int pa_launch(struct pa_kernel *kernel, int device, void *stream, const void *re
 enum { PA_MAP_BYTES = 128, PA_MAP_RANK = 4 };
 
 /* Half-precision rows in device memory, innermost dimension first; strides in bytes, of all dimensions but that. A copy
- * brings a box of 64 elements, swizzled over their 128 bytes, by `box` of dimensions 1 and 2. type: a
+ * brings a `box` of elements, 64 or 32, swizzled over their bytes, and of dimensions 1 and 2. type: a
  * CUtensorMapDataType. There is no padding, so that tensors may be compared as bytes. */
 struct pa_tensor {
     void *address;
     uint64_t sizes[PA_MAP_RANK], strides[PA_MAP_RANK - 1];
-    uint16_t box[2];
-    int type;
+    uint16_t box[PA_MAP_RANK - 1], type;
 };
 
 /* 0, or -1 with a raised error: what the copy engine is told of a tensor, PA_MAP_BYTES of it. */

@@ -4,7 +4,7 @@
  *   tensors, steps, device
  *   a tensor:  present, dtype, dimensions, flags; a dimension: rule, name, value
  *   a step:    kernel, record bytes, patches, grid rule and its three numbers; the record; its patches
- *   a patch:   offset, bytes, a value; of a tensor map: offset, bytes, two extents of a box, element type,
+ *   a patch:   offset, bytes, a value; of a tensor map: offset, bytes, three extents of a box, element type,
  *   eight values
  *   a value:   source, tensor and axis, times, plus
  * Dimensions that may differ from call to call have a name: the first tensor that shows it fixes its size. Whatever
@@ -121,8 +121,10 @@ static word value_of(struct pa_call *call)
  * of the device's memory: the first tensor's, which has rows. An address that is nobody's faults all the same. */
 static int patch_map(struct pa_call *call, void *map)
 {
-    word inner = next(call), outer = next(call), type = next(call);
-    struct pa_tensor tensor = {.box = {(uint16_t)inner, (uint16_t)outer}, .type = (int)type};
+    struct pa_tensor tensor;
+    for (int i = 0; i < PA_MAP_RANK - 1; i++)
+        tensor.box[i] = (uint16_t)next(call);
+    tensor.type = (uint16_t)next(call);
     word address = value_of(call);
     tensor.address = address ? (void *)(intptr_t)address : call->tensors[0]->data;
     for (int i = 0; i < PA_MAP_RANK; i++)

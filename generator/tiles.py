@@ -44,6 +44,7 @@ FLASH_SM80_LARGE_TILES: dict[str, dict[int, Tile]] = {
 # for the smallest usual page.
 FLASH_SM90_TILES: dict[int, Tile] = {
     64: Tile(192, 128, 2, 16),
+    96: Tile(192, 96, 5, 16),
     128: Tile(128, 128, 3, 12),
     192: Tile(128, 96, 2, 12),
     256: Tile(128, 80, 2, 12),
@@ -60,6 +61,7 @@ FLASH_SM90_SKIPPING_TILES: frozenset[Tile] = frozenset(FLASH_SM90_TALL_TILES.val
 # The tile with a mask tensor: threads load spans of 32 keys of it, and hold them beside the scores.
 FLASH_SM90_TENSOR_TILES: dict[int, Tile] = {
     64: Tile(128, 128, 3, 12),
+    96: Tile(128, 128, 4, 12),
     128: Tile(128, 128, 3, 12),
     192: Tile(128, 96, 2, 12),
     256: Tile(128, 64, 2, 12),

@@ -17,7 +17,7 @@ from torch import Tensor
 from pa_ops.arguments import CHUNK_KEYS, FLASH_SM90, UNCUT, Record, record_of
 from pa_ops.capability import Capability
 from pa_ops.errors import InvalidArgument
-from pa_ops.plan import QUERY_ROWS, packed_heads, resident_blocks
+from pa_ops.plan import QUERY_ROWS, columns_of, packed_heads, resident_blocks
 from pa_ops.program import Address, Grid, GridRule, Launch, Size, Source, Stride, TensorMap, Value
 from pa_ops.scratch import blocks_of, counters_at, parts_at, posts_at, tickets_at, tiles_at
 from pa_ops.spec import DType, InstanceSpec
@@ -179,7 +179,7 @@ def _map_sources(spec: InstanceSpec, call: Attention) -> dict[str, Source]:
     box_rows = math.gcd(keys.page_size, spec.tile.n)
     packed = packed_heads(spec, call.heads // keys.kv_heads)
     q_sizes = (call.head_dim, call.heads, _tokens(call.q), 1)
-    q_box = (packed, QUERY_ROWS // packed)
+    q_box = (columns_of(spec.head_dim), packed, QUERY_ROWS // packed)
     made: dict[str, Source] = {
         "box_rows": box_rows,
         "boxes": spec.tile.n // box_rows,
@@ -187,11 +187,14 @@ def _map_sources(spec: InstanceSpec, call: Attention) -> dict[str, Source]:
         "q_map": TensorMap(call.q.address, q_sizes, (call.q.head, call.q.token, 0), q_box, dtype),
     }
     row = 1 if keys.page_size else 0
-    for letter, name, head_dim in (("k", keys.k, call.head_dim), ("v", keys.v, call.head_dim_v)):
+    for letter, name, head_dim, tile in (
+        ("k", keys.k, call.head_dim, spec.head_dim),
+        ("v", keys.v, call.head_dim_v, spec.head_dim_v),
+    ):
         pages, page_stride = (Size(name, 0), Stride(name, 0, HALF)) if keys.page_size else (1, 0)
         sizes = (head_dim, Size(name, row), keys.kv_heads, pages)
         strides = (Stride(name, row, HALF), Stride(name, row + 1, HALF), page_stride)
-        made[f"{letter}_map"] = TensorMap(Address(name), sizes, strides, (box_rows, 1), dtype)
+        made[f"{letter}_map"] = TensorMap(Address(name), sizes, strides, (columns_of(tile), box_rows, 1), dtype)
     return made
 
 

@@ -23,6 +23,7 @@ class Work(NamedTuple):
 
 
 QUERY_ROWS = 64  # of a box of queries: those of one warpgroup
+WIDEST_COLUMNS = 64  # the 128 bytes that a copy swizzles at most
 RESERVED_BYTES = 1024  # of shared memory: the system's in each block, and so much more than a block may have in an SM
 
 
@@ -48,6 +49,11 @@ def packed_heads(spec: InstanceSpec, group: int) -> int:
     if spec.family is not Family.FLASH_SM90 or spec.mask is Mask.TENSOR:
         return 1
     return math.gcd(group, QUERY_ROWS)
+
+
+def columns_of(head_dim: int) -> int:
+    """Elements of a row in a box, which lie side by side in a tile: 128 bytes, or what of them divides a row."""
+    return math.gcd(head_dim, WIDEST_COLUMNS)
 
 
 def attention_tiles(tokens: int, sequences: int, rows: int, max_seqlen_q: int | None = None) -> int:

@@ -68,14 +68,14 @@ class TensorMap(NamedTuple):
     """What the copy engine is told of four-dimensional half-precision rows, innermost first.
 
     sizes: elements of a row, then three extents, of rows, heads and pages of keys, of heads, tokens and sequences of
-    queries; strides: bytes from one to the next in each of these. One copy brings `box` of the first two, of 64
-    elements each, swizzled over their 128 bytes.
+    queries; strides: bytes from one to the next in each of these. One copy brings `box` of elements, 64 or 32, swizzled
+    over their bytes, and of the first two extents.
     """
 
     address: Value
     sizes: tuple[Value, Value, Value, Value]
     strides: tuple[Value, Value, Value]
-    box: tuple[int, int]
+    box: tuple[int, int, int]
     dtype: torch.dtype
 
 

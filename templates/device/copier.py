@@ -1,5 +1,7 @@
 """The copying warps of a block: turn the slots of its work list into bulk copies of keys and values."""
 
+from typing import NamedTuple
+
 import cutlass
 import cutlass.cute as cute
 from cutlass import Int32, Int64
@@ -19,22 +21,33 @@ from pa_ops.templates.device.shared_sm90 import (
     SLOT,
     SLOTS,
     STEPS,
+    columns_of,
 )
-from pa_ops.templates.device.warpgroup import COLUMN
 
 LANES = 32
 ASK_AHEAD = 4  # blocks of keys before a tile's last: to list a tile takes about as long as to compute two
 
 
+class Ring(NamedTuple):
+    """The stages of K or of V: where they begin, their full and their empty barriers, the head size."""
+
+    stages: int
+    full: int
+    empty: int
+    head_dim: int
+
+
 class Copier:
-    """Copies blocks of `keys` keys, in columns of 64 elements.
+    """Copies blocks of `keys` keys, in columns.
 
     One warp copies keys, another values, and neither waits for the other's stages: in pages of 16 tokens a tile is 16
     copies, which one warp alone started so slowly that they cost 12% more than pages of 64 (docs/performance.md).
     """
 
-    def __init__(self, shared, paged, masked, keys):
+    def __init__(self, shared, head_dim, head_dim_v, paged, masked, keys):
         self.shared, self.paged, self.masked, self.keys = shared, paged, masked, keys
+        self.k_ring = Ring(shared.k, shared.k_full, shared.k_empty, head_dim)
+        self.v_ring = Ring(shared.v, shared.v_full, shared.v_empty, head_dim_v)
 
     @cute.jit
     def run(self, args, smem: Int32, ring: cutlass.Constexpr, tensor_map: Int64):
@@ -50,16 +63,6 @@ class Copier:
             self.leave(smem, turn)
             turn = turn + 1
             slot = self.slot_of(smem, turn)
-
-    @property
-    def k_ring(self):
-        """Where the stages of K, their full and their empty barriers begin; bytes of a stage."""
-        return self.shared.k, self.shared.k_full, self.shared.k_empty, self.shared.k_bytes
-
-    @property
-    def v_ring(self):
-        """The same of V."""
-        return self.shared.v, self.shared.v_full, self.shared.v_empty, self.shared.v_bytes
 
     def slot_of(self, smem, turn):
         """The slot of that turn, when it has been written."""
@@ -91,7 +94,6 @@ class Copier:
         parity: Int32,
     ):
         """K or V of each block of keys in the slot, from the last to the first; the stage that follows."""
-        _, _, empty_at, _ = ring
         kv_head = ld_shared_32(slot + HEAD) // args.group
         steps = ld_shared_32(slot + STEPS)
         row, page = ld_shared_32(slot + FIRST_KEY) + ld_shared_32(slot + END) * self.keys, Int32(0)
@@ -109,7 +111,7 @@ class Copier:
                 first = Int32(cutlass.select_(first + args.boxes > LANES, Int32(0), first))
             else:
                 row = row - self.keys
-            tma.wait_for(smem + empty_at + stage * BARRIER, parity ^ 1)
+            tma.wait_for(smem + ring.empty + stage * BARRIER, parity ^ 1)
             if cutlass.const_expr(self.paged and ring == self.k_ring):
                 missing = cute.arch.vote_ballot_sync((page < 0) & (lane < args.boxes))
                 if lane == 0:  # whose arrival tells of the stage
@@ -151,20 +153,19 @@ class Copier:
         kv_head: Int32,
     ):
         """Start copying a tile of K or V into its stage, a box a lane; boxes without a page become zeros, unread."""
-        tiles_at, full_at, _, stage_bytes = ring
-        lane = cute.arch.lane_idx()
-        barrier = smem + full_at + stage * BARRIER
+        lane, columns = cute.arch.lane_idx(), columns_of(ring.head_dim)
+        barrier, stage_bytes = smem + ring.full + stage * BARRIER, self.keys * ring.head_dim * 2
         if lane == 0:
             tma.expect(barrier, stage_bytes)
         cute.arch.sync_warp()
-        target = smem + tiles_at + stage * stage_bytes
+        target = smem + ring.stages + stage * stage_bytes
         boxes = Int32(1)
         if cutlass.const_expr(self.paged):
             boxes = args.boxes
-            target = target + lane * (args.box_rows * COLUMN * 2)
+            target = target + lane * (args.box_rows * columns * 2)
             # Beyond the last page of the map, which has one even where the pool has none.
             page = Int32(cutlass.select_(page < 0, cutlass.max(args.num_pages, 1), page))
         if lane < boxes:
-            for half in range(stage_bytes // (self.keys * COLUMN * 2)):
-                at = target + half * (self.keys * COLUMN * 2)
-                tma.load_box(at, tensor_map, barrier, Int32(half * COLUMN), row, kv_head, page)
+            for column in range(0, ring.head_dim, columns):
+                at = target + self.keys * column * 2
+                tma.load_box(at, tensor_map, barrier, Int32(column), row, kv_head, page)

@@ -34,10 +34,11 @@ from pa_ops.templates.device.shared_sm90 import (
     SLOTS,
     STEPS,
     Shared,
+    columns_of,
 )
 from pa_ops.templates.device.sight import OwnRows, Sight, WholeTile
 from pa_ops.templates.device.turns import Turns
-from pa_ops.templates.device.warpgroup import COLUMN, GROUP_ROWS, GROUP_THREADS, Products, row_of
+from pa_ops.templates.device.warpgroup import GROUP_ROWS, GROUP_THREADS, Products, row_of
 
 TAILS = 8  # the first of the named barriers at which one has cleared the tail of a tile
 REGISTERS = {2: (232, 40), 3: (160, 32)}  # of a computing and of a copying thread, by computing warpgroups
@@ -68,7 +69,7 @@ class FlashSm90:
         sight = Sight(causal, window, masked, keys)
         self.walk = OwnRows(self.shared, sight, self.turns) if skipping else WholeTile()
         self.lister = Lister(self.shared, sight, head_dim, head_dim_v, paged, rows, chained)
-        self.copier = Copier(self.shared, paged, masked, keys)
+        self.copier = Copier(self.shared, head_dim, head_dim_v, paged, masked, keys)
         self.hiding = Hiding(causal, window, masked, keys)
         self.mask_words = MaskWords(dtype, keys)
         self.part_states = PartStates(self.d_tiles, self.shared.warps, taken=not masked)
@@ -267,9 +268,11 @@ class FlashSm90:
         thread = cute.arch.thread_idx()[0] % GROUP_THREADS
         if begin < stop:
             base = smem + self.shared.v + stage * self.shared.v_bytes
-            for half in cutlass.range_constexpr(self.head_dim_v // COLUMN):
-                for chunk in cutlass.range(begin * 8 + thread, stop * 8, GROUP_THREADS, unroll=1):
-                    st_shared_128(base + half * (self.keys * COLUMN * 2) + chunk * 16, [Int32(0)] * 4)
+            columns = columns_of(self.head_dim_v)
+            chunks = columns // 8  # of 16 bytes
+            for column in cutlass.range_constexpr(0, self.head_dim_v, columns):
+                for chunk in cutlass.range(begin * chunks + thread, stop * chunks, GROUP_THREADS, unroll=1):
+                    st_shared_128(base + self.keys * column * 2 + chunk * 16, [Int32(0)] * 4)
             tma.fence_async()
             cute.arch.barrier(barrier_id=TAILS + group, number_of_threads=GROUP_THREADS)
 

@@ -16,8 +16,8 @@ from pa_ops.templates.device.ptx import st_shared_32
 from pa_ops.templates.device.ptx_global import st_global_i32, take
 from pa_ops.templates.device.ptx_grid import wait_for_grid
 from pa_ops.templates.device.quotients import divided
-from pa_ops.templates.device.shared_sm90 import BARRIER, SLOT, SLOTS
-from pa_ops.templates.device.warpgroup import COLUMN, GROUP_ROWS
+from pa_ops.templates.device.shared_sm90 import BARRIER, SLOT, SLOTS, columns_of
+from pa_ops.templates.device.warpgroup import GROUP_ROWS
 from pa_ops.templates.device.worklist import find_tile, length_at, paged_keys, tiles_of
 
 NEAR_BYTES = 24 << 20  # of keys and values that a section of heads may have: half of an H200's L2 cache
@@ -30,7 +30,7 @@ class Lister:
     def __init__(self, shared, sight, head_dim, head_dim_v, paged, rows, chained):
         self.shared, self.sight, self.paged, self.rows, self.chained = shared, sight, paged, rows, chained
         self.causal, self.masked = sight.causal, sight.masked
-        self.halves, self.q_bytes = head_dim // COLUMN, GROUP_ROWS * head_dim * 2
+        self.head_dim, self.columns, self.q_bytes = head_dim, columns_of(head_dim), GROUP_ROWS * head_dim * 2
         self.near_keys = NEAR_BYTES // ((head_dim + head_dim_v) * 2)
 
     @cute.jit
@@ -80,10 +80,10 @@ class Lister:
             if cute.arch.lane_idx() == 0:
                 tma.expect(full, self.q_bytes)
                 first = group * GROUP_ROWS
-                for half in range(self.halves):
-                    at = smem + (half * self.rows + first) * (COLUMN * 2)
+                for column in range(0, self.head_dim, self.columns):
+                    at = smem + self.rows * column * 2 + first * self.columns * 2
                     here = token + token_of(args, self.masked, first)
-                    tma.load_box(at, q_map, full, Int32(half * COLUMN), head, here, sequence)
+                    tma.load_box(at, q_map, full, Int32(column), head, here, sequence)
             cute.arch.sync_warp()
 
     def fill(self, smem, turn, words):

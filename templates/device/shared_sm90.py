@@ -4,6 +4,8 @@ Barriers come in pairs: "full" ends a phase when what it guards has been written
 "asked" the warp that copies keys wants the next tile.
 """
 
+import math
+
 import cutlass
 import cutlass.cute as cute
 from cutlass import Int32
@@ -15,6 +17,11 @@ SLOTS = 2  # one that is computed, one that is copied
 SLOT = 68  # bytes
 THERE, SEQUENCE, TOKEN, LIVE, HEAD, POSITION, KEYS, FIRST_KEY, LOW, HIGH = range(0, 40, 4)
 STEPS, END, EDGES, INNER, PART, PARTS, STATE = range(40, SLOT, 4)
+
+
+def columns_of(head_dim):
+    """Elements of a row that lie side by side, swizzled: 128 bytes of them, or what divides a row."""
+    return math.gcd(head_dim, 64)
 
 
 class Shared:

@@ -1,6 +1,6 @@
 """The two matrix products of attention for the warpgroups of a block: turns shared tiles into scores and outputs.
 
-wgmma m64nNk16 with fp32 accumulation. Tiles are rows of 64-element columns, 128 bytes swizzled as bulk copies leave
+wgmma m64nNk16 with fp32 accumulation. Tiles are columns of 64 or 32 elements of all rows, swizzled as bulk copies leave
 them; accumulators lie in registers in the order of mma.m16n8k16, so the softmax is that of every other kernel.
 Both products are only started: `warpgroup.wait_group` tells when registers and tiles may be touched again.
 """
@@ -12,10 +12,11 @@ from cutlass.cute.nvgpu.warpgroup import Field, OperandMajorMode, OperandSource
 from cutlass.utils import hopper_helpers
 
 from pa_ops.templates.device.ptx import pack_pair
+from pa_ops.templates.device.shared_sm90 import columns_of
 
 GROUP_THREADS = 128
 GROUP_ROWS = 64
-COLUMN = 64  # elements of a row that lie together: the 128 bytes of the swizzle
+SWIZZLES = {64: warpgroup.SmemLayoutAtomKind.K_SW128, 32: warpgroup.SmemLayoutAtomKind.K_SW64}
 
 
 def row_of(thread):
@@ -31,8 +32,8 @@ class Products:
         self.groups, self.keys = groups, keys
 
     def tile(self, pointer, *extents):
-        """The tensor of a swizzled tile (rows, columns[, stages]) that begins at `pointer`."""
-        atom = warpgroup.make_smem_layout_atom(warpgroup.SmemLayoutAtomKind.K_SW128, self.dtype)
+        """The tensor of a swizzled tile (rows, head size[, stages]) that begins at `pointer`."""
+        atom = warpgroup.make_smem_layout_atom(SWIZZLES[columns_of(extents[1])], self.dtype)
         layout = cute.tile_to_shape(atom, extents, tuple(range(len(extents))))
         return cute.make_tensor(cute.recast_ptr(pointer, layout.inner, self.dtype), layout.outer)
 

@@ -59,7 +59,7 @@ def tensor_map(random_: random.Random) -> TensorMap:
         random_.choice((Address("x"), Address("y", 16), 0)),
         (64, *(random_.choice(sizes) for _ in range(3))),
         (random_.choice(strides), random_.choice(strides), random_.choice(strides)),
-        random_.choice(((8, 1), (4, 16), (192, 1))),
+        random_.choice(((64, 8, 1), (32, 4, 16), (64, 192, 1))),
         random_.choice(list(MAP_DTYPES)),
     )
 

@@ -15,7 +15,7 @@ from pa_ops.plan import attention_tiles
 from pa_ops.program import DTYPES, DimRule, GridRule
 
 MAX_BLOCKS = 65535
-MAP = struct.Struct("<8q16x3q24x")  # address, four sizes, three strides; two extents of a box, element type
+MAP = struct.Struct("<12q32x")  # address, four sizes, three strides; three extents of a box, element type
 
 
 @dataclass(frozen=True)
@@ -34,14 +34,14 @@ class Map(NamedTuple):
     address: int
     sizes: tuple[int, ...]
     strides: tuple[int, ...]
-    box: tuple[int, int]
+    box: tuple[int, ...]
     dtype: int
 
     @classmethod
     def of(cls, data: bytes) -> Map:
         """The map of these bytes."""
-        address, *extents, inner, outer, dtype = MAP.unpack(data)
-        return cls(address, tuple(extents[:4]), tuple(extents[4:]), (inner, outer), dtype)
+        address, *extents, dtype = MAP.unpack(data)
+        return cls(address, tuple(extents[:4]), tuple(extents[4:7]), tuple(extents[7:]), dtype)
 
     @property
     def data(self) -> bytes:
@@ -122,12 +122,12 @@ def _value(words: Words, tensors: tuple[Tensor | None, ...]) -> int:
 
 
 def _map(words: Words, tensors: tuple[Tensor | None, ...]) -> Map:
-    inner, outer, dtype = words.take(3)
+    *box, dtype = words.take(4)
     address, *sizes = (_value(words, tensors) for _ in range(5))
     strides = [_value(words, tensors) for _ in range(3)]
     steps = tuple(stride if size > 1 else 16 for size, stride in zip(sizes[1:], strides, strict=True))
     assert tensors[0] is not None
-    return Map(address or tensors[0].data_ptr(), tuple(max(size, 1) for size in sizes), steps, (inner, outer), dtype)
+    return Map(address or tensors[0].data_ptr(), tuple(max(size, 1) for size in sizes), steps, tuple(box), dtype)
 
 
 def _patch(words: Words, record: bytearray, tensors: tuple[Tensor | None, ...]) -> None:

@@ -48,10 +48,12 @@ int cuTensorMapEncodeTiled(void *map, int type, uint32_t rank, void *address, co
     uint64_t words[16] = {(uintptr_t)address};
     memcpy(words + 1, sizes, 4 * sizeof *words);
     memcpy(words + 5, strides, 3 * sizeof *words);
-    words[10] = box[1];
-    words[11] = box[2];
-    words[12] = (uint64_t)type;
+    for (int i = 0; i < 3; i++)
+        words[8 + i] = box[i];
+    words[11] = (uint64_t)type;
     memcpy(map, words, sizeof words);
+    if (box[0] * 2 != 16u << swizzle) /* bytes: the driver takes fewer, and our kernels do not */
+        return 1;
     return code("cuTensorMapEncodeTiled");
 }
 struct config {

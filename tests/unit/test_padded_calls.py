@@ -75,8 +75,8 @@ def test_C8_the_maps_have_a_sequence_as_their_outermost_extent(launches: Launche
         told = made.maps[f"{name}_map"]
         assert (told.address, told.sizes) == (call[name].data_ptr(), sizes)
         assert told.strides == tuple(2 * call[name].stride(at) for at in axes)
-    assert made.maps["q_map"].box == (1, 64), "a row of the mask is one token's of one head"
-    assert made.maps["v_map"].box == made.maps["k_map"].box == (made.fields["box_rows"], 1) == (128, 1)
+    assert made.maps["q_map"].box == (64, 1, 64), "a row of the mask is one token's of one head"
+    assert made.maps["v_map"].box == made.maps["k_map"].box == (64, made.fields["box_rows"], 1) == (64, 128, 1)
 
 
 @pytest.mark.parametrize(("mask", "size"), [("bool", 1), ("additive", 2), ("fp32", 4)])

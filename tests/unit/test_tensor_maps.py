@@ -10,11 +10,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from helpers import programs
+from generator.tiles import FLASH_SM90_TILES
+from helpers import plain, programs
 from helpers.problems import Shape, empty_pool
 from pa_ops.arguments import CONSTANT_BASE, FLASH_SM90, MAP_ALIGNMENT, MAP_BYTES, Record
 from pa_ops.checks import RULES, Rule
 from pa_ops.launch import Attention, Keys, Rows, Scores, Setting, persistent_launch
+from pa_ops.plan import columns_of
 from pa_ops.program import (
     MAP_DTYPES,
     Address,
@@ -27,6 +29,7 @@ from pa_ops.program import (
     Source,
     Stride,
     TensorMap,
+    Value,
 )
 from pa_ops.scratch import tiles_at, workspace_words
 from pa_ops.spec import InstanceSpec, Layout
@@ -46,10 +49,11 @@ def words_of(program: Program) -> Iterator[int]:
 
 def test_a_tensor_map_is_one_patch_of_128_bytes() -> None:
     record = Record(addresses=("x",), maps=("first", "second"))
-    made = TensorMap(Address("x", 32), (64, Size("x", 0), 2, 1), (Stride("x", 0, 2), 256, 0), (16, 4), torch.bfloat16)
+    sizes: tuple[Value, Value, Value, Value] = (64, Size("x", 0), 2, 1)
+    made = TensorMap(Address("x", 32), sizes, (Stride("x", 0, 2), 256, 0), (64, 16, 4), torch.bfloat16)
     x = torch.zeros(5, 64).bfloat16()
     guard = Guard(Rule("x", "T D", (torch.bfloat16,)), x, aligned=True)
-    sources: dict[str, Source] = {"x": 0, "first": made, "second": made._replace(box=(8, 1))}
+    sources: dict[str, Source] = {"x": 0, "first": made, "second": made._replace(box=(32, 8, 1))}
     words = words_of(Program(0, [guard], [Launch(7, record, sources, Grid(GridRule.FIXED, 3, 1))]))
     head = [next(words) for _ in range(3 + 4 + 2 * 3)]
     assert head[:3] == [1, 1, 0], "one tensor, one step, device 0"
@@ -57,10 +61,10 @@ def test_a_tensor_map_is_one_patch_of_128_bytes() -> None:
     assert not any(next(words) for _ in range(record.size // 8)), "the record comes without its maps"
     values = [(0, 0, 1, 32), (3, 0, 0, 64), (2, 0, 1, 0), (3, 0, 0, 2), (3, 0, 0, 1)]
     values += [(1, 0, 2, 0), (3, 0, 0, 256), (3, 0, 0, 0)]
-    for name, box in (("first", (16, 4)), ("second", (8, 1))):
-        patch = [next(words) for _ in range(2 + 3 + 8 * 4)]
-        assert patch[:5] == [record.offsets[name], MAP_BYTES, *box, MAP_DTYPES[torch.bfloat16]]
-        assert patch[5:] == [word for value in values for word in value]
+    for name, box in (("first", (64, 16, 4)), ("second", (32, 8, 1))):
+        patch = [next(words) for _ in range(2 + 4 + 8 * 4)]
+        assert patch[:6] == [record.offsets[name], MAP_BYTES, *box, MAP_DTYPES[torch.bfloat16]]
+        assert patch[6:] == [word for value in values for word in value]
 
 
 @pytest.mark.parametrize("counts", range(1, 40))
@@ -72,6 +76,12 @@ def test_maps_lie_at_multiples_of_64_in_the_constant_bank(counts: int) -> None:
     assert (second, record.size) == (first + MAP_BYTES, first + 2 * MAP_BYTES)
     data = record.pack({name: 1 for name, _ in record.fields})
     assert len(data) == record.size and not any(data[plain:])
+
+
+@pytest.mark.parametrize("head_dim", FLASH_SM90_TILES)
+def test_boxes_are_as_wide_as_columns_of_tiles(head_dim: int) -> None:
+    columns = columns_of(head_dim)
+    assert columns == plain.run("shared_sm90", {})["columns_of"](head_dim) and head_dim % columns == 0
 
 
 def test_a_field_that_is_a_map_takes_nothing_else() -> None:
@@ -129,8 +139,9 @@ def test_X1_X9_boxes_of_keys_divide_page_and_tile(pool: str, page_size: int, til
     for name, cache in (("k_map", k), ("v_map", v)):
         page, token, head, _ = (2 * stride for stride in cache.stride())
         sizes = (64, page_size, 2, 5)
-        assert maps[name] == (cache.data_ptr(), sizes, (token, head, page), (box_rows, 1), MAP_DTYPES[torch.float16])
-    assert maps["q_map"] == (q.data_ptr(), (64, 8, 9, 1), (128, 8 * 128, 16), (4, 16), MAP_DTYPES[torch.float16])
+        box = (64, box_rows, 1)
+        assert maps[name] == (cache.data_ptr(), sizes, (token, head, page), box, MAP_DTYPES[torch.float16])
+    assert maps["q_map"] == (q.data_ptr(), (64, 8, 9, 1), (128, 8 * 128, 16), (64, 4, 16), MAP_DTYPES[torch.float16])
 
 
 def test_dense_keys_have_one_page_and_boxes_of_a_whole_tile() -> None:
