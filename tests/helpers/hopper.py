@@ -19,7 +19,7 @@ from pa_ops.manifest import Entry
 from pa_ops.registry import current_capability
 
 FAMILY = "flash_sm90"
-HEAD_DIMS = (64, 128, 192, 256)
+HEAD_DIMS = (64, 96, 128, 192, 256)
 MASKS: dict[str, dict[str, Any]] = {
     "full": {"causal": False},
     "causal": {"causal": True},
