@@ -6,6 +6,7 @@ import shutil
 import struct
 from collections import Counter
 from dataclasses import replace
+from itertools import product
 from pathlib import Path
 
 import pytest
@@ -25,6 +26,8 @@ from pa_ops.generator.render import CUDA_TYPES, Renderer
 from pa_ops.generator.tiles import (
     DECODE_TILES,
     FLASH_SM80_TILES,
+    FLASH_SM90_SKIPPING_TILES,
+    FLASH_SM90_SPLIT_TILES,
     FLASH_SM90_TALL_TILES,
     FLASH_SM90_TILES,
     MEA_DECODE_TILES,
@@ -51,9 +54,11 @@ def test_presets_nest() -> None:
     assert smoke < serving == full
     counts = [Counter(spec.family for spec in declared(name, ("sm_90a",))) for name in ("smoke", "serving")]
     for family, tiles in ((Family.FLASH_SM80, FLASH_SM80_TILES), (Family.FLASH_SM90, FLASH_SM90_TILES)):
-        each = len(Layout) * len(PLAIN_MASKS) + 1  # and the mask tensor, where dense
-        tall = (4, 2 * len(Layout) * len(PLAIN_MASKS)) if family is Family.FLASH_SM90 else (0, 0)  # at 128
-        assert [count[family] for count in counts] == [12 + tall[0], len(tiles) * 2 * each + tall[1]]
+        plain = len(Layout) * len(PLAIN_MASKS)
+        hopper = family is Family.FLASH_SM90
+        more = (4, 2 * plain * len({**FLASH_SM90_TALL_TILES, **FLASH_SM90_SPLIT_TILES})) if hopper else (0, 0)
+        # And the mask tensor, where dense.
+        assert [count[family] for count in counts] == [12 + more[0], len(tiles) * 2 * (plain + 1) + more[1]]
     assert [count[Family.DECODE] for count in counts] == [6, len(DECODE_TILES) * 2 * len(DECODE_MASKS)]
     assert {spec.op for spec in smoke} == set(KernelOp)
 
@@ -329,8 +334,8 @@ def test_rendering_binds_the_spec_and_hides_its_statements() -> None:
 def test_groups_leave_out_blocks_of_keys_where_a_tile_is_tall_and_no_window_cuts_them() -> None:
     wgmma = [spec for spec in declared("full", ("sm_90a",)) if spec.family is Family.FLASH_SM90]
     found = {spec for spec in wgmma if "skipping=True" in Renderer().render(spec)}
-    assert {(spec.head_dim, spec.mask) for spec in found} == {(128, Mask.CAUSAL), (128, Mask.FULL)}
-    tall = {spec for spec in wgmma if spec.tile in FLASH_SM90_TALL_TILES.values()}
+    assert {(spec.head_dim, spec.mask) for spec in found} == set(product((96, 128), (Mask.CAUSAL, Mask.FULL)))
+    tall = {spec for spec in wgmma if spec.tile in FLASH_SM90_SKIPPING_TILES}
     assert found == {spec for spec in tall if spec.mask is not Mask.WINDOW}
 
 
