@@ -43,9 +43,11 @@ CUT = 12  # the four numbers of cuts.py
 SHARE = 16  # the block's own
 STARTS = 17  # the first tile of each thread's sequences, and the end of the last one's
 WORK = STARTS + THREADS + 1  # blocks and work of each warp's sequences, for the next grid
-TICKET = WORK + 2 * (THREADS // 32)  # of a block that shares the device with the next grid
-LONGEST = TICKET + 1  # tiles that one of each warp's sequences has at most
-WORDS = LONGEST + THREADS // 32 + 1  # an even number
+LONGEST = WORK + 2 * (THREADS // 32)  # tiles that one of each warp's sequences has at most
+# Of a block that shares the device with the next grid. Between words that are read while one thread writes it, it was
+# in the same wide loads, and racecheck told of a race for a word that nobody used.
+TICKET = LONGEST + THREADS // 32
+WORDS = TICKET + 2  # an even number
 
 
 class Shares:

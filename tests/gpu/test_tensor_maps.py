@@ -91,9 +91,10 @@ def test_X2_a_pool_without_pages(device: torch.device, evidence: Evidence) -> No
     assert not out.any() and (lse == -torch.inf).all()
 
 
-def test_sanitizer_sample_of_flash_sm90(device: torch.device, evidence: Evidence) -> None:
+@pytest.mark.parametrize("head_dim", (40, 96, 128, 256))
+def test_sanitizer_sample_of_flash_sm90(head_dim: int, device: torch.device, evidence: Evidence) -> None:
     pairs = [(0, 0), (3, 17), (0, 9), (20, 5), (1, 80), (66, 70)]
-    for head_dim, page_size, options in product((40, 128, 256), (8, 48), MASKS.values()):
+    for page_size, options in product((8, 48), MASKS.values()):
         shape = Shape(head_dim, kv_heads=1, group=3, dtype=torch.bfloat16, page_size=page_size)
         on_sm90(paged(pairs, shape, device, **options), evidence, f"{head_dim}, {page_size}, {options}")
         on_sm90(varlen(pairs, shape, device, **options), evidence, f"{head_dim}, {options}")
