@@ -115,8 +115,8 @@ static int prepare(struct pa_kernel *kernel, int device)
 static int encode(void *map, const struct pa_tensor *tensor)
 {
     enum { INTERLEAVE_NONE, SWIZZLE_64_BYTES = 2, SWIZZLE_128_BYTES, PROMOTE_256_BYTES = 3, ZEROS_OUTSIDE = 0 };
-    enum { COLUMNS_OF_128_BYTES = 64 };
-    const int swizzle = tensor->box[0] < COLUMNS_OF_128_BYTES ? SWIZZLE_64_BYTES : SWIZZLE_128_BYTES;
+    enum { COLUMNS_OF_128_BYTES = 64 }; /* or half as many: no kernel is compiled with others */
+    const int swizzle = tensor->box[0] == COLUMNS_OF_128_BYTES ? SWIZZLE_128_BYTES : SWIZZLE_64_BYTES;
     static const uint32_t steps[PA_MAP_RANK] = {1, 1, 1, 1};
     const uint32_t box[PA_MAP_RANK] = {tensor->box[0], tensor->box[1], tensor->box[2], 1};
     _Alignas(64) char made[PA_MAP_BYTES];

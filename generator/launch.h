@@ -30,6 +30,7 @@ struct pa_tensor {
     uint64_t sizes[PA_MAP_RANK], strides[PA_MAP_RANK - 1];
     uint16_t box[PA_MAP_RANK - 1], type;
 };
+_Static_assert(sizeof(struct pa_tensor) == 9 * sizeof(uint64_t), "compared as bytes");
 
 /* 0, or -1 with a raised error: what the copy engine is told of a tensor, PA_MAP_BYTES of it. */
 int pa_encode(void *map, const struct pa_tensor *tensor);

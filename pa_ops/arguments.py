@@ -136,7 +136,7 @@ ATTENTION = Record(
 )
 
 # Queries and keys are found by their maps, which tell their head size.
-_BY_MAPS = tuple("head_dim_v" if name == "head_dim" else name for name in ATTENTION.counts)
+_COUNTS_BY_MAPS = tuple("head_dim_v" if name == "head_dim" else name for name in ATTENTION.counts)
 FLASH_SM90 = Record(
     addresses=(
         "out",
@@ -151,7 +151,7 @@ FLASH_SM90 = Record(
     ),
     strides=("out_token_stride", "out_head_stride", "lse_head_stride", "table_stride"),
     counts=(
-        *_BY_MAPS,
+        *_COUNTS_BY_MAPS,
         "box_rows",  # keys that one copy brings: they divide the page and the tile
         "boxes",  # of a tile
         "page_factor",  # (2^32 - 1) // page_size, by which kernels divide

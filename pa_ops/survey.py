@@ -155,7 +155,7 @@ class _Asked:
 
 
 @lru_cache(maxsize=4)
-def _asked(head_dims: tuple[int, ...], pairs: tuple[tuple[int, int], ...] = ()) -> tuple[_Asked, ...]:
+def _asked(head_dims: tuple[int, ...], pairs: tuple[tuple[int, int], ...]) -> tuple[_Asked, ...]:
     """The domain with these head sizes, by facts, without what no kernel serves on any device (0.2 s)."""
     nowhere = {item for item in UNSUPPORTED if all(item.devices(Capability.of_sm(sm)) for sm in MODELS)}
     found = []

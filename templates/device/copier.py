@@ -29,11 +29,12 @@ ASK_AHEAD = 4  # blocks of keys before a tile's last: to list a tile takes about
 
 
 class Ring(NamedTuple):
-    """The stages of K or of V: where they begin, their full and their empty barriers, the head size."""
+    """The stages of K or of V: where they and their full and empty barriers begin, bytes of one, the head size."""
 
-    stages: int
+    at: int
     full: int
     empty: int
+    bytes: int
     head_dim: int
 
 
@@ -46,8 +47,8 @@ class Copier:
 
     def __init__(self, shared, head_dim, head_dim_v, paged, masked, keys):
         self.shared, self.paged, self.masked, self.keys = shared, paged, masked, keys
-        self.k_ring = Ring(shared.k, shared.k_full, shared.k_empty, head_dim)
-        self.v_ring = Ring(shared.v, shared.v_full, shared.v_empty, head_dim_v)
+        self.k_ring = Ring(shared.k, shared.k_full, shared.k_empty, shared.k_bytes, head_dim)
+        self.v_ring = Ring(shared.v, shared.v_full, shared.v_empty, shared.v_bytes, head_dim_v)
 
     @cute.jit
     def run(self, args, smem: Int32, ring: cutlass.Constexpr, tensor_map: Int64):
@@ -154,11 +155,11 @@ class Copier:
     ):
         """Start copying a tile of K or V into its stage, a box a lane; boxes without a page become zeros, unread."""
         lane, columns = cute.arch.lane_idx(), columns_of(ring.head_dim)
-        barrier, stage_bytes = smem + ring.full + stage * BARRIER, self.keys * ring.head_dim * 2
+        barrier = smem + ring.full + stage * BARRIER
         if lane == 0:
-            tma.expect(barrier, stage_bytes)
+            tma.expect(barrier, ring.bytes)
         cute.arch.sync_warp()
-        target = smem + ring.stages + stage * stage_bytes
+        target = smem + ring.at + stage * ring.bytes
         boxes = Int32(1)
         if cutlass.const_expr(self.paged):
             boxes = args.boxes

@@ -25,6 +25,7 @@ from pa_ops.templates.device.ptx_grid import start_next_grid, wait_for_grid
 from pa_ops.templates.device.shared_sm90 import (
     BARRIER,
     END,
+    GROUP_WARPS,
     HEAD,
     KEYS,
     LIVE,
@@ -50,13 +51,8 @@ class FlashSm90:
     def __init__(
         self, dtype, head_dim, head_dim_v, paged, causal, window, masked, rows, keys, stages, skipping, chained
     ):
-        self.dtype, self.head_dim, self.head_dim_v, self.paged, self.chained = (
-            dtype,
-            head_dim,
-            head_dim_v,
-            paged,
-            chained,
-        )
+        self.dtype, self.head_dim, self.head_dim_v = dtype, head_dim, head_dim_v
+        self.paged, self.chained = paged, chained
         self.causal, self.window, self.masked = causal, window, masked
         self.rows, self.keys, self.stages = rows, keys, stages
         self.groups = rows // GROUP_ROWS
@@ -102,7 +98,7 @@ class FlashSm90:
         start_next_grid(self.chained)
         cute.arch.barrier()
         computing, copying = REGISTERS[self.groups]
-        if warp < 4:
+        if warp < GROUP_WARPS:
             cute.arch.setmaxregister_decrease(copying)
             if warp == 0:
                 self.copier.run(args, smem, self.copier.k_ring, tma.map_address(k_map))
@@ -121,7 +117,7 @@ class FlashSm90:
         What a tile is stays in its slot and is read again where it is needed: registers are scarce.
         """
         lane = cute.arch.lane_idx()
-        group = warp // 4 - 1
+        group = warp // GROUP_WARPS - 1
         self.turns.begin(group)
         turn, stage, parity = Int32(0), Int32(0), Int32(0)
         tma.wait_for(smem + self.shared.slot_full, 0)
@@ -224,9 +220,8 @@ class FlashSm90:
             softmax.exponentiate(acc_s, row_max, row_sum, args.log2_scale, self.n_tiles)
             self.products.round(acc_s, probabilities)
 
-        tma.release(
-            smem + self.shared.q_empty + group * BARRIER
-        )  # while the last block's values are still to be multiplied
+        # While the last block's values are still to be multiplied.
+        tma.release(smem + self.shared.q_empty + group * BARRIER)
         tma.wait_for(smem + self.shared.v_full + stage * BARRIER, parity)
         if cutlass.const_expr(self.window or self.masked):
             key_first = (ld_shared_32(slot + END) - steps) * self.keys

@@ -8,10 +8,10 @@ import cutlass
 import cutlass.cute as cute
 from cutlass import Float32, Int32, Int64
 
+from pa_ops.templates.device import softmax
 from pa_ops.templates.device.ptx import ld_shared_32
 from pa_ops.templates.device.ptx_global import arrive, ld_global_f32x4, st_global, st_global_i32
 from pa_ops.templates.device.shared_sm90 import GROUP_WARPS, PART, PARTS, STATE
-from pa_ops.templates.device.states import joint, mix
 
 QUAD_BYTES = 32 * 16  # of four words a lane
 BATCH = 16  # of them: 64 registers beside a thread's 128 outputs at head size 256
@@ -75,17 +75,17 @@ class PartStates:
         stats = self.quad_at(source, self.quads)
         keep, gain = [], []
         for r in range(2):
-            _, *factors = joint(row_max[r] * args.log2_scale, stats[r] * args.log2_scale)
-            keep.append(factors[0])
-            gain.append(factors[1])
+            _, kept, gained = softmax.joint(row_max[r] * args.log2_scale, stats[r] * args.log2_scale)
+            keep.append(kept)
+            gain.append(gained)
             row_max[r] = cute.arch.fmax(row_max[r], stats[r])
-            row_sum[r] = mix(row_sum[r], keep[r], stats[2 + r], gain[r])
+            row_sum[r] = softmax.mix(row_sum[r], keep[r], stats[2 + r], gain[r])
         for first in range(0, self.quads, BATCH):
             quads = range(first, min(first + BATCH, self.quads))
             outputs = [word for words in [self.quad_at(source, quad) for quad in quads] for word in words]
             for i, word in enumerate(outputs, first * 4):
                 row = i // 2 % 2
-                acc_o[i] = mix(acc_o[i], keep[row], word, gain[row])
+                acc_o[i] = softmax.mix(acc_o[i], keep[row], word, gain[row])
 
     def quad_at(self, source, quad):
         """Four words of a lane, of the state at `source`."""

@@ -101,9 +101,9 @@ def outgrown_beyond(limits, acc_s, row_max, log2_scale: Float32, n_tiles: cutlas
     return some
 
 
-def base_of(top, log2_scale):
-    """The exponent that a row's scores are taken relative to; 0 for a row without keys, where -inf would give NaN."""
-    return cutlass.select_(top == -Float32.inf, Float32(0.0), top) * log2_scale
+def base_of(top):
+    """What a row's scores are taken relative to, its maximum; 0 for a row without keys, where -inf would give NaN."""
+    return Float32(cutlass.select_(top == -Float32.inf, Float32(0.0), top))
 
 
 def rescale(acc_s, acc_o, row_max, row_sum, log2_scale, n_tiles, d_tiles):
@@ -131,7 +131,7 @@ def raise_maxima(acc_s, row_max, row_sum, log2_scale, n_tiles):
     for row in range(cute.size(row_max)):
         top = cute.arch.fmax(row_max[row], largest([acc_s[i] for i in row_elements(row, n_tiles)]))
         top = quad(top, cute.arch.fmax)
-        shrink = ex2(row_max[row] * log2_scale - base_of(top, log2_scale))
+        shrink = ex2(row_max[row] * log2_scale - base_of(top) * log2_scale)
         row_max[row] = top
         row_sum[row] = row_sum[row] * shrink
         factors.append(shrink)
@@ -147,7 +147,7 @@ def start(acc_s, row_max, row_sum, log2_scale, n_tiles):
 def exponentiate(acc_s, row_max, row_sum, log2_scale, n_tiles):
     """Replace scores by exp2(s * log2_scale - base), and add them to the row sums."""
     for row in range(cute.size(row_max)):
-        base = -base_of(row_max[row], log2_scale)
+        base = -base_of(row_max[row]) * log2_scale
         total = row_sum[row]
         for i in row_elements(row, n_tiles):
             p = ex2(fma(acc_s[i], log2_scale, base))
@@ -167,16 +167,26 @@ def sink_of(dtype: cutlass.Constexpr, args, head: Int32):
     return value
 
 
+def joint(top, other):
+    """(maximum, factor of the first, factor of the other) of what was summed relative to two maxima; base 2."""
+    peak = cute.arch.fmax(top, other)
+    base = base_of(peak)
+    return peak, ex2(top - base), ex2(other - base)
+
+
+def mix(value, keep, other, gain):
+    """`value` * `keep` + `other` * `gain`, rounded in one way, wherever it is compiled: results must be one's bits."""
+    return fma(value, keep, other * gain)
+
+
 def concluded(top, total, sink):
     """(factor of the outputs, log-sum-exp) of a row with that maximum and sum, whose sink (-inf = none) joins the
     denominator; all in base 2."""
-    peak = cute.arch.fmax(top, sink)
-    base = Float32(cutlass.select_(peak == -Float32.inf, Float32(0.0), peak))
-    shrink = ex2(top - base)
-    denominator = total * shrink + ex2(sink - base)
+    peak, shrink, gain = joint(top, sink)
+    denominator = total * shrink + gain
     # By select, not by multiplication: a row that sees no key gives zeros whatever its accumulator holds.
     factor = Float32(cutlass.select_(total == 0.0, Float32(0.0), shrink * rcp(denominator)))
-    return factor, lg2(denominator) + base
+    return factor, lg2(denominator) + base_of(peak)
 
 
 def finish(row_max, row_sum, log2_scale, sinks, m_tiles):

@@ -39,18 +39,6 @@ ROWS = 16  # of mma.m16n8k16
 STATS_BYTES = WARPS * ROWS * 8
 
 
-def joint(top, other):
-    """(maximum, factor of the first, factor of the other) of what was summed relative to two maxima; base 2."""
-    peak = cute.arch.fmax(top, other)
-    base = Float32(cutlass.select_(peak == -Float32.inf, Float32(0.0), peak))
-    return peak, ex2(top - base), ex2(other - base)
-
-
-def mix(value, keep, other, gain):
-    """`value` * `keep` + `other` * `gain`, rounded in one way, wherever it is compiled: results must be one's bits."""
-    return fma(value, keep, other * gain)
-
-
 class States:
     """States of ROWS rows of `head_dim` outputs, and the code that merges them.
 
@@ -124,18 +112,18 @@ class States:
             live = row < live_rows
             before = self.load_state(target, live, part.more != 0, row, tid)
             weights, top, total = self.warp_weights(smem, row)
-            peak, keep, gain = joint(before[0], top)
+            peak, keep, gain = softmax.joint(before[0], top)
             for run in self.runs:
                 column = self.column_of(run, tid)
                 mixed = self.mix_warps(outputs, row, column, weights)
-                values = [mix(before[2][run * 4 + k], keep, mixed[k], gain) for k in range(4)]
+                values = [softmax.mix(before[2][run * 4 + k], keep, mixed[k], gain) for k in range(4)]
                 words = [value.bitcast(Int32) for value in values]
                 st_global(target + Int64((row * self.head_dim + column) * 4), 0, words, live)
             stats = target + Int64((ROWS * self.head_dim + row * 2) * 4)
             first = live & (tid % self.lanes == 0)
             cute.arch.sync_warp()  # all lanes of a row have read its maximum and sum
             st_global_f32(stats, peak, first)
-            st_global_f32(stats + 4, mix(before[1], keep, total, gain), first)
+            st_global_f32(stats + 4, softmax.mix(before[1], keep, total, gain), first)
         cute.arch.barrier()
         counter = args.counters + Int64(part.counter) * 4
         if tid == 0:  # releases what the whole block has left, and acquires what the others did
@@ -172,7 +160,7 @@ class States:
         top = tops[0]
         for other in tops[1:]:
             top = cute.arch.fmax(top, other)
-        base = Float32(cutlass.select_(top == -Float32.inf, Float32(0.0), top))
+        base = softmax.base_of(top)
         weights = [ex2(t - base) for t in tops]
         total = Float32(0.0)
         for weight, part in zip(weights, sums, strict=True):
@@ -230,11 +218,11 @@ class States:
             source = self.state(args, where, number)
             loaded.append(self.load_state(source, live, number < states, row, tid))
         for top, total, outputs in loaded:
-            peak, keep, gain = joint(stats[0], top)
+            peak, keep, gain = softmax.joint(stats[0], top)
             stats[0] = peak
-            stats[1] = mix(stats[1], keep, total, gain)
+            stats[1] = softmax.mix(stats[1], keep, total, gain)
             for i, output in enumerate(outputs):
-                values[i] = mix(values[i], keep, output, gain)
+                values[i] = softmax.mix(values[i], keep, output, gain)
 
     @cute.jit
     def take_posts(self, args, first: Int32, limit: Int32, row: Int32, values, stats, tid: Int32):
@@ -265,10 +253,10 @@ class States:
         top, total = (word.bitcast(Float32) for word in told)
         top = Float32(cutlass.select_(there, top, Float32(-Float32.inf)))
         peak = cute.arch.fmax(stats[0], self.of_lanes(top, cute.arch.fmax))
-        base = Float32(cutlass.select_(peak == -Float32.inf, Float32(0.0), peak))
+        base = softmax.base_of(peak)
         keep, gain = ex2(stats[0] - base), ex2(top - base)
         stats[0] = peak
-        stats[1] = mix(stats[1], keep, self.of_lanes(gain * total, lambda a, b: a + b), Float32(1.0))
+        stats[1] = softmax.mix(stats[1], keep, self.of_lanes(gain * total, lambda a, b: a + b), Float32(1.0))
         first = cute.arch.lane_idx() // self.lanes * self.lanes
         for k in range(len(self.runs) * 4):
             values[k] = values[k] * keep

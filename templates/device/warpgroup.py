@@ -12,7 +12,7 @@ from cutlass.cute.nvgpu.warpgroup import Field, OperandMajorMode, OperandSource
 from cutlass.utils import hopper_helpers
 
 from pa_ops.templates.device.ptx import pack_pair
-from pa_ops.templates.device.shared_sm90 import columns_of
+from pa_ops.templates.device.shared_sm90 import GROUP_WARPS, columns_of
 
 GROUP_THREADS = 128
 GROUP_ROWS = 64
@@ -21,7 +21,7 @@ SWIZZLES = {64: warpgroup.SmemLayoutAtomKind.K_SW128, 32: warpgroup.SmemLayoutAt
 
 def row_of(thread):
     """The first of the two rows, eight apart, of the tile that a computing thread holds."""
-    return ((thread >> 5) - 4) * 16 + ((thread & 31) >> 2)
+    return ((thread >> 5) - GROUP_WARPS) * 16 + ((thread & 31) >> 2)
 
 
 class Products:
