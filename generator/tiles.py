@@ -52,8 +52,8 @@ FLASH_SM90_TILES: dict[int, Tile] = {
 # A second one for long sequences and for heads of a group packed side by side: 12% faster on 16k tokens; on 512, 20%
 # slower by one head, 7% faster by four.
 FLASH_SM90_TALL_TILES: dict[int, Tile] = {128: Tile(192, 80, 4, 16)}
-# Tile where V's head size is smaller, by both sizes: DeepSeek's latent attention, unfolded for prefill. Other pairs are
-# served by the kernel of the larger one.
+# Tile where V's head size is smaller, by both sizes: DeepSeek's latent attention, unfolded for prefill. Pairs that it
+# does not hold go to the kernel of the larger size.
 FLASH_SM90_SPLIT_TILES: dict[tuple[int, int], Tile] = {(192, 128): Tile(128, 128, 2, 12)}
 # Those whose groups of 64 rows, without a window, leave out blocks of keys that only the other groups see: 6% faster
 # with grouped heads and with pages, at 96 3% faster on 512 tokens; other tiles lose 5% or gain nothing

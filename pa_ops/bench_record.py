@@ -47,7 +47,9 @@ SHAPES = {ShapeClass.FEW: Shape(32, 1, 4096), ShapeClass.MANY: Shape(4, 2048, 20
 
 
 @lru_cache(maxsize=1)
-def _tensors(dtype: torch.dtype, head_dim: int, layout: Layout, shape: Shape, device: torch.device) -> list[Tensor]:
+def _tensors(
+    dtype: torch.dtype, head_dims: tuple[int, int], layout: Layout, shape: Shape, device: torch.device
+) -> list[Tensor]:
     """The operator's tensors, made once for kernels that come one after the other."""
     generator = torch.Generator(device=device).manual_seed(0)
     count = shape.sequences * shape.keys
@@ -56,19 +58,20 @@ def _tensors(dtype: torch.dtype, head_dim: int, layout: Layout, shape: Shape, de
         return torch.randn(*size, generator=generator, device=device, dtype=dtype)
 
     ends = torch.arange(shape.sequences + 1, dtype=torch.int32, device=device)
-    q = normal(shape.sequences * shape.new, HEADS, head_dim)
+    q = normal(shape.sequences * shape.new, HEADS, head_dims[0])
     if layout is Layout.DENSE:
-        k, v = (normal(count, KV_HEADS, head_dim) for _ in "kv")
+        k, v = (normal(count, KV_HEADS, head_dim) for head_dim in head_dims)
         return [q, k, v, ends * shape.new, ends * shape.keys]
-    cache = (count // PAGE_SIZE, PAGE_SIZE, KV_HEADS, head_dim)
-    table = torch.randperm(cache[0], generator=generator, device=device).to(torch.int32).view(shape.sequences, -1)
+    pages = count // PAGE_SIZE
+    k, v = (normal(pages, PAGE_SIZE, KV_HEADS, head_dim) for head_dim in head_dims)
+    table = torch.randperm(pages, generator=generator, device=device).to(torch.int32).view(shape.sequences, -1)
     lengths = torch.full((shape.sequences,), shape.keys, dtype=torch.int32, device=device)
-    return [q, normal(*cache), normal(*cache), ends * shape.new, lengths, table]
+    return [q, k, v, ends * shape.new, lengths, table]
 
 
 def call_of(spec: InstanceSpec, shape: Shape, device: torch.device) -> Call:
     """A call that the kernel of `spec` serves alone."""
-    tensors = _tensors(DTYPES[spec.dtype], spec.head_dim, spec.layout, shape, device)
+    tensors = _tensors(DTYPES[spec.dtype], (spec.head_dim, spec.head_dim_v), spec.layout, shape, device)
     operator: Callable[..., Any] = (
         functions.varlen_attention if spec.layout is Layout.DENSE else functions.paged_attention
     )

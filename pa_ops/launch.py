@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -187,15 +188,18 @@ def _map_sources(spec: InstanceSpec, call: Attention) -> dict[str, Source]:
         "q_map": TensorMap(call.q.address, q_sizes, (call.q.head, call.q.token, 0), q_box, dtype),
     }
     row = 1 if keys.page_size else 0
-    for letter, name, head_dim, tile in (
-        ("k", keys.k, call.head_dim, spec.head_dim),
-        ("v", keys.v, call.head_dim_v, spec.head_dim_v),
-    ):
+    for letter, name, head_dim, columns in rows_of_keys(spec, call):
         pages, page_stride = (Size(name, 0), Stride(name, 0, HALF)) if keys.page_size else (1, 0)
         sizes = (head_dim, Size(name, row), keys.kv_heads, pages)
         strides = (Stride(name, row, HALF), Stride(name, row + 1, HALF), page_stride)
-        made[f"{letter}_map"] = TensorMap(Address(name), sizes, strides, (columns_of(tile), box_rows, 1), dtype)
+        made[f"{letter}_map"] = TensorMap(Address(name), sizes, strides, (columns, box_rows, 1), dtype)
     return made
+
+
+def rows_of_keys(spec: InstanceSpec, call: Attention) -> Iterator[tuple[str, str, int, int]]:
+    """(letter, tensor, elements of a row, those of a box) of K and of V."""
+    yield "k", call.keys.k, call.head_dim, columns_of(spec.head_dim)
+    yield "v", call.keys.v, call.head_dim_v, columns_of(spec.head_dim_v)
 
 
 def decode_launch(

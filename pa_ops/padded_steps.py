@@ -9,7 +9,7 @@ from torch import Tensor
 
 from pa_ops.arguments import record_of
 from pa_ops.checks import Arguments, Sizes
-from pa_ops.launch import ALIGNMENT, DTYPES, HALF, Attention, Keys, Rows, axis_strides, fields_of
+from pa_ops.launch import ALIGNMENT, DTYPES, HALF, Attention, Keys, Rows, axis_strides, fields_of, rows_of_keys
 from pa_ops.plan import QUERY_ROWS, columns_of
 from pa_ops.problem import Problem
 from pa_ops.program import Address, Grid, GridRule, Launch, Size, Source, Stride, TensorMap
@@ -89,11 +89,11 @@ def _maps(spec: InstanceSpec, call: Attention) -> dict[str, Source]:
     q_sizes = (call.head_dim, call.heads, Size("q", 1), Size("q", 0))
     q_map = TensorMap(Address("q"), q_sizes, (head, token, sequence), (columns_of(spec.head_dim), 1, QUERY_ROWS), dtype)
     made: dict[str, Source] = {"q_map": q_map}
-    for name, head_dim, tile in (("k", call.head_dim, spec.head_dim), ("v", call.head_dim_v, spec.head_dim_v)):
+    for letter, name, head_dim, columns in rows_of_keys(spec, call):
         token, head, sequence = (Stride(name, axis, HALF) for axis in (1, 2, 0))
         sizes = (head_dim, Size(name, 1), call.keys.kv_heads, Size(name, 0))
-        box = (columns_of(tile), spec.tile.n, 1)
-        made[f"{name}_map"] = TensorMap(Address(name), sizes, (token, head, sequence), box, dtype)
+        strides = (token, head, sequence)
+        made[f"{letter}_map"] = TensorMap(Address(name), sizes, strides, (columns, spec.tile.n, 1), dtype)
     return made
 
 

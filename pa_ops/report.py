@@ -43,6 +43,7 @@ def _row(cell: Cell) -> dict[str, object]:
         "dtype": str(spec.dtype),
         "kv_dtype": str(spec.kv_dtype),
         "head_dim": spec.head_dim,
+        "head_dim_v": spec.head_dim_v,
         "layout": str(spec.layout),
         "mask": str(spec.mask),
         "tile": str(spec.tile),
@@ -102,9 +103,14 @@ def summary(coverage: Coverage) -> tuple[tuple[str, ...], list[tuple[object, ...
     return head, [(target, *(counts[target, state] for state in State)) for target in targets_of(coverage)]
 
 
-def _kernel(spec: InstanceSpec) -> tuple[str, int, str, str]:
-    """A row of the heat map: family, head size, layout, mask."""
-    return str(spec.family), spec.head_dim, str(spec.layout), str(spec.mask)
+def _kernel(spec: InstanceSpec) -> tuple[str, int, int, str, str]:
+    """A row of the heat map: family, head sizes of K and V, layout, mask."""
+    return str(spec.family), spec.head_dim, spec.head_dim_v, str(spec.layout), str(spec.mask)
+
+
+def _head_size(head_dim: int, head_dim_v: int) -> str:
+    """Both as one word."""
+    return f"{head_dim}/{head_dim_v}" if head_dim != head_dim_v else str(head_dim or "any")
 
 
 def heat_map(coverage: Coverage) -> tuple[tuple[str, ...], list[tuple[object, ...]]]:
@@ -112,7 +118,7 @@ def heat_map(coverage: Coverage) -> tuple[tuple[str, ...], list[tuple[object, ..
 
     Of the tiles that a family has for several targets, each target refuses all but one, whose symbol it is.
     """
-    marks: dict[tuple[str, int, str, str], dict[str, dict[str, str]]] = defaultdict(lambda: defaultdict(dict))
+    marks: dict[tuple[str, int, int, str, str], dict[str, dict[str, str]]] = defaultdict(lambda: defaultdict(dict))
     for cell in coverage.cells:
         spec = InstanceSpec.parse(cell.name)
         if spec.kv_dtype is spec.dtype:
@@ -123,8 +129,9 @@ def heat_map(coverage: Coverage) -> tuple[tuple[str, ...], list[tuple[object, ..
     head = ("family", "head size", "layout", "mask", *(target.removeprefix("sm_") for target in targets))
     rows: list[tuple[object, ...]] = []
     for key in sorted(marks):
-        family, head_dim, *rest = key
-        rows.append((family, head_dim or "any", *rest, *(" ".join(marks[key][target].values()) for target in targets)))
+        family, head_dim, head_dim_v, *rest = key
+        boxes = (" ".join(marks[key][target].values()) for target in targets)
+        rows.append((family, _head_size(head_dim, head_dim_v), *rest, *boxes))
     return head, rows
 
 

@@ -81,10 +81,11 @@ const make = (tag, text, name) => {
 const number = target => parseInt(target.match(/[0-9]+/), 10);
 const distinct = (list, key) => [...new Set(list.map(c => c[key]))].sort((a, b) =>
   key === "target" ? number(a) - number(b) : typeof a === "number" ? a - b : a < b ? -1 : 1);
-const AXES = ["target", "state", "fit", "why", "reach", "family", "dtype", "kv_dtype", "head_dim", "layout", "mask"];
-const TITLES = {fit: "evidence of", why: "why not", head_dim: "head size", ran: "run by", asked: "presets",
-  spill_bytes: "spill B", smem_bytes: "shared B", object_bytes: "object B", compile_seconds: "compile s",
-  ratio: "best peer / ours"};
+const AXES = ["target", "state", "fit", "why", "reach", "family", "dtype", "kv_dtype", "head_dim", "head_dim_v",
+  "layout", "mask"];
+const TITLES = {fit: "evidence of", why: "why not", head_dim: "head size", head_dim_v: "of V",
+  ran: "run by", asked: "presets", spill_bytes: "spill B", smem_bytes: "shared B", object_bytes: "object B",
+  compile_seconds: "compile s", ratio: "best peer / ours"};
 const titleOf = key => TITLES[key] || key.replace("_", " ");
 const THERE = "all but refused", MOST_ROWS = 400;
 for (const c of cells) {
@@ -137,7 +138,7 @@ function drawMap(list) {
   const targets = distinct(same, "target"), dtypes = distinct(same, "dtype");
   const rows = new Map();
   for (const c of same) {
-    const key = JSON.stringify([c.family, c.head_dim, c.layout, c.mask]);
+    const key = JSON.stringify([c.family, c.head_dim, c.head_dim_v, c.layout, c.mask]);
     if (!rows.has(key)) rows.set(key, []);
     rows.get(key).push(c);
   }
@@ -157,8 +158,9 @@ function drawMap(list) {
   };
   for (const [key, members] of [...rows].sort(byAxes)) {
     const line = body.insertRow();
-    const [family, headDim, layout, mask] = JSON.parse(key);
-    for (const value of [family, headDim || "any", layout, mask]) line.append(make("td", value));
+    const [family, headDim, headDimV, layout, mask] = JSON.parse(key);
+    const headSize = headDim === headDimV ? headDim || "any" : `${headDim}/${headDimV}`;
+    for (const value of [family, headSize, layout, mask]) line.append(make("td", value));
     for (const target of targets) {
       const box = make("td", undefined, "s");
       for (const dtype of dtypes) {

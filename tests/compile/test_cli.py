@@ -115,6 +115,10 @@ def test_G4_report_forms_tell_the_same(coverage: Coverage) -> None:
 
 def test_G6_the_heat_map_of_every_target_that_ci_compiles_fits_the_demo_s_130_columns(coverage: Coverage) -> None:
     head, rows = report.heat_map(coverage)
+    specs = {InstanceSpec.parse(cell.name) for cell in coverage.cells}
+    kernels = {(spec.family, spec.head_dim, spec.head_dim_v, spec.layout, spec.mask) for spec in specs}
+    assert len({row[:4] for row in rows}) == len(rows) == len(kernels), "two kernels would share a row"
+    assert ("flash_sm90", "192/128", "gather", "causal") in {row[:4] for row in rows}
     assert [f"sm_{word}" for word in head[4:]] == list(targets.REPORTED_TARGETS)
     assert {"sm_61", "sm_62", "sm_72", *matrix.DECLARED_TARGETS} == set(targets.REPORTED_TARGETS)
     widths = [max(len(str(row[i])) for row in (head, *rows)) for i in range(len(head))]

@@ -50,8 +50,7 @@ def test_C3_C4_C5_masks_of_each_rank_with_a_past(dtype: torch.dtype, device: tor
     run(Padded(1, 32, batch=4, mask="bool", rank=2), device, evidence)
 
 
-@pytest.mark.parametrize("family", MASK_FAMILIES)
-@pytest.mark.parametrize("head_dim", (40, 64, 96, 128, 256))
+@pytest.mark.parametrize(("head_dim", "family"), [*product((40, 64, 96, 128, 192, 256), MASK_FAMILIES), (512, "mea")])
 def test_C3_C5_masks_at_every_head_size_and_option(
     head_dim: int, family: str, dtype: torch.dtype, device: torch.device, evidence: Evidence
 ) -> None:

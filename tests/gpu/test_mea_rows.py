@@ -91,9 +91,10 @@ def test_B8_head_sizes_beyond_256(code: str, device: torch.device, evidence: Evi
 def test_B8_C9_head_sizes_beyond_256_in_both_dtypes(
     dtype: torch.dtype, device: torch.device, evidence: Evidence
 ) -> None:
-    for (head_dim, head_dim_v), operator in product(((512, 512), (320, 64), (72, 400)), OPERATORS):
+    sizes = ((512, 512), (320, 64), (72, 400))
+    for (head_dim, head_dim_v), operator, (mask, options) in product(sizes, OPERATORS, MASKS.items()):
         shape = Shape(head_dim, kv_heads=2, group=1, dtype=dtype, head_dim_v=head_dim_v)
-        on_mea(OPERATORS[operator](PREFILL, shape, device), evidence, f"{head_dim}/{head_dim_v}")
+        on_mea(OPERATORS[operator](PREFILL, shape, device, **options), evidence, f"{head_dim}/{head_dim_v}, {mask}")
 
 
 def test_C16_rows_of_zeros_beyond_2_to_the_31_elements(device: torch.device) -> None:

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import pa_ops
-from helpers.hopper import FAMILY, HEAD_DIMS, MASKS, OPERATORS, on_sm90, replays, same_on_streams
+from helpers.hopper import FAMILY, MASKS, OPERATORS, SIZES, on_sm90, replays, same_on_streams
 from helpers.parity import Evidence, check
 from helpers.problems import Call, Shape, paged, prefix_sums, sinks
 from helpers.rooms import poison
@@ -42,13 +42,13 @@ def in_parts(call: Call, device: torch.device) -> tuple[torch.Tensor, torch.Tens
         return call.run()
 
 
-@pytest.mark.parametrize("head_dim", HEAD_DIMS)
+@pytest.mark.parametrize("sizes", SIZES)
 @pytest.mark.parametrize("mask", WIDE)
 @pytest.mark.parametrize("operator", OPERATORS)
 def test_D6_few_tiles_over_many_keys(
-    operator: str, mask: str, head_dim: int, dtype: torch.dtype, device: torch.device, evidence: Evidence
+    operator: str, mask: str, sizes: str, dtype: torch.dtype, device: torch.device, evidence: Evidence
 ) -> None:
-    shape = Shape(head_dim, kv_heads=2, group=4, dtype=dtype)
+    shape = Shape(**SIZES[sizes], kv_heads=2, group=4, dtype=dtype)
     for pairs, softcap in product(FEW, (0.0, 20.0)):
         extra = {**WIDE[mask], "softcap": softcap, "sinks": sinks(shape, device) if softcap else None}
         call = OPERATORS[operator](pairs, shape, device, **extra)
@@ -67,8 +67,8 @@ def test_D6_groups_and_numbers_of_parts(group: int, device: torch.device, eviden
 
 
 def test_X2_missing_pages_in_every_part(device: torch.device, evidence: Evidence) -> None:
-    for page_size in (16, 64, 256):
-        call = paged([(300, 9000), (5, 4000)], Shape(128, page_size=page_size), device)
+    for page_size, name in product((16, 64, 256), ("128", "192-128")):
+        call = paged([(300, 9000), (5, 4000)], Shape(**SIZES[name], page_size=page_size), device)
         call.tensors["block_table"][:, ::3] = -1
         call.tensors["block_table"][1, :100] = -1
         with parts_left(device, page_size):
@@ -79,8 +79,8 @@ def test_X2_missing_pages_in_every_part(device: torch.device, evidence: Evidence
 def test_X12_under_batch_invariance_nothing_is_cut(mask: str, dtype: torch.dtype, device: torch.device) -> None:
     """A long sequence alone has the bits it has before others, beside which it would have other parts, or none."""
     pairs = [(300, 9000), *[(200, 1500)] * 40]
-    for head_dim in HEAD_DIMS:
-        batch = paged(pairs, Shape(head_dim, dtype=dtype), device, backend=FAMILY, **WIDE[mask])
+    for sizes in SIZES.values():
+        batch = paged(pairs, Shape(**sizes, dtype=dtype), device, backend=FAMILY, **WIDE[mask])
         tensors = {**batch.tensors, "q": batch.tensors["q"][:300], "cu_seqlens_q": prefix_sums([300], device)}
         tensors |= {name: tensors[name][:1] for name in ("seqlens_k", "block_table")}
         alone = Call(batch.op, tensors, 300, batch.options)
@@ -88,19 +88,19 @@ def test_X12_under_batch_invariance_nothing_is_cut(mask: str, dtype: torch.dtype
         states = poison(device)
         with pa_ops.batch_invariant():
             (out, lse), (mine, my_lse) = batch.run(), alone.run()
-        assert states.isnan().all(), f"{head_dim}: a part has left a state"
-        assert torch.equal(mine, out[:300]) and torch.equal(my_lse, lse[:, :300]), head_dim
+        assert states.isnan().all(), f"{sizes}: a part has left a state"
+        assert torch.equal(mine, out[:300]) and torch.equal(my_lse, lse[:, :300]), sizes
 
 
 @pytest.mark.parametrize("mask", WIDE)
 def test_C22_two_runs_of_few_tiles_are_bit_equal(mask: str, dtype: torch.dtype, device: torch.device) -> None:
-    for head_dim, pairs in product(HEAD_DIMS, FEW):
-        call = paged(pairs, Shape(head_dim, dtype=dtype), device, backend=FAMILY, **WIDE[mask])
+    for sizes, pairs in product(SIZES.values(), FEW):
+        call = paged(pairs, Shape(**sizes, dtype=dtype), device, backend=FAMILY, **WIDE[mask])
         out, lse = in_parts(call, device)
         for _ in range(5):
             again = in_parts(call, device)
-            assert torch.equal(again[0][: call.rows], out[: call.rows]), head_dim
-            assert torch.equal(again[1][:, : call.rows], lse[:, : call.rows]), head_dim
+            assert torch.equal(again[0][: call.rows], out[: call.rows]), sizes
+            assert torch.equal(again[1][:, : call.rows], lse[:, : call.rows]), sizes
 
 
 def test_X6_a_captured_graph_cuts_other_lengths(dtype: torch.dtype, device: torch.device) -> None:

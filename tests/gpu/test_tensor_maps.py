@@ -7,7 +7,7 @@ from itertools import cycle, product
 import pytest
 import torch
 
-from helpers.hopper import HEAD_DIMS, MASKS, MIXED, OPERATORS, on_sm90
+from helpers.hopper import MASKS, MIXED, OPERATORS, SIZES, on_sm90
 from helpers.parity import Evidence
 from helpers.problems import Call, Shape, moved_far, paged, punch_holes, varlen
 
@@ -22,11 +22,11 @@ def test_X1_X9_D6_D10_pages_and_pools(page_size: int, pool: str, device: torch.d
     lengths = sorted({page_size - 1, page_size, page_size + 1, 2 * page_size + 1, 300})
     pairs = [(new, kv) for kv in lengths for new in (1, 17, kv)]
     dtypes, masks = cycle((torch.float16, torch.bfloat16)), cycle(MASKS)
-    for head_dim in (40, *HEAD_DIMS):
-        shape = Shape(head_dim, kv_heads=2, group=3, dtype=next(dtypes), page_size=page_size, pool=pool)
+    for sizes in ({"head_dim": 40}, *SIZES.values()):
+        shape = Shape(**sizes, kv_heads=2, group=3, dtype=next(dtypes), page_size=page_size, pool=pool)
         mask = next(masks)
         call = paged(pairs, shape, device, seed=page_size, **MASKS[mask])
-        on_sm90(call, evidence, f"pages of {page_size}, {pool}, head size {head_dim}, {mask}")
+        on_sm90(call, evidence, f"pages of {page_size}, {pool}, {sizes}, {mask}")
 
 
 @pytest.mark.parametrize("operator", OPERATORS)
@@ -50,13 +50,13 @@ def expanded(call: Call, heads: int) -> Call:
 def test_X9_heads_that_are_one_in_memory(
     operator: str, dtype: torch.dtype, device: torch.device, evidence: Evidence
 ) -> None:
-    for head_dim in HEAD_DIMS:
-        call = OPERATORS[operator](MIXED, Shape(head_dim, kv_heads=1, group=8, dtype=dtype), device)
-        on_sm90(expanded(call, 4), evidence, f"a stride of 0 over heads of {head_dim}")
+    for sizes in SIZES.values():
+        call = OPERATORS[operator](MIXED, Shape(**sizes, kv_heads=1, group=8, dtype=dtype), device)
+        on_sm90(expanded(call, 4), evidence, f"a stride of 0 over heads of {sizes}")
 
 
 def test_X9_queries_and_keys_are_slices_of_wider_rows(device: torch.device, evidence: Evidence) -> None:
-    for head_dim in (40, *HEAD_DIMS):
+    for head_dim in sorted({40, *(sizes["head_dim"] for sizes in SIZES.values())}):
         call = varlen(MIXED, Shape(head_dim), device)
         q, k, v = (call.tensors[name] for name in "qkv")
         packed = q.new_full((max(q.shape[0], k.shape[0]), 8 + 2 + 2, head_dim + 8), torch.nan)
@@ -91,10 +91,11 @@ def test_X2_a_pool_without_pages(device: torch.device, evidence: Evidence) -> No
     assert not out.any() and (lse == -torch.inf).all()
 
 
-@pytest.mark.parametrize("head_dim", (40, 96, 128, 256))
-def test_sanitizer_sample_of_flash_sm90(head_dim: int, device: torch.device, evidence: Evidence) -> None:
+@pytest.mark.parametrize("sizes", ("40", "96", "128", "192-128", "256"))
+def test_sanitizer_sample_of_flash_sm90(sizes: str, device: torch.device, evidence: Evidence) -> None:
     pairs = [(0, 0), (3, 17), (0, 9), (20, 5), (1, 80), (66, 70)]
     for page_size, options in product((8, 48), MASKS.values()):
-        shape = Shape(head_dim, kv_heads=1, group=3, dtype=torch.bfloat16, page_size=page_size)
-        on_sm90(paged(pairs, shape, device, **options), evidence, f"{head_dim}, {page_size}, {options}")
-        on_sm90(varlen(pairs, shape, device, **options), evidence, f"{head_dim}, {options}")
+        head_dims = SIZES.get(sizes, {"head_dim": 40})
+        shape = Shape(**head_dims, kv_heads=1, group=3, dtype=torch.bfloat16, page_size=page_size)
+        on_sm90(paged(pairs, shape, device, **options), evidence, f"{sizes}, {page_size}, {options}")
+        on_sm90(varlen(pairs, shape, device, **options), evidence, f"{sizes}, {options}")

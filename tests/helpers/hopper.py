@@ -19,7 +19,8 @@ from pa_ops.manifest import Entry
 from pa_ops.registry import current_capability
 
 FAMILY = "flash_sm90"
-HEAD_DIMS = (64, 96, 128, 192, 256)
+SIZES = {str(head_dim): {"head_dim": head_dim} for head_dim in (64, 96, 128, 192, 256)}
+SIZES["192-128"] = {"head_dim": 192, "head_dim_v": 128}
 MASKS: dict[str, dict[str, Any]] = {
     "full": {"causal": False},
     "causal": {"causal": True},
@@ -79,7 +80,7 @@ def replays(call: Call, lengths: Sequence[tuple[Sequence[int], Sequence[int]]]) 
 
 
 def instances_of(call: Call) -> list[Entry]:
-    """The kernels of the family for calls like this, by the lengths of sequences; first the one for short ones."""
+    """The kernels of the family for calls like this, of K's head size; first the one for short sequences."""
     chosen = pa_ops.select(problem_of(call), backend=FAMILY)
     able = [verdict.entry for verdict in chosen.reasons if verdict.eligible]
     return [chosen.entry, *(e for e in able if e.spec.head_dim == chosen.entry.spec.head_dim and e != chosen.entry)]

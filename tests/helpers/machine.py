@@ -26,7 +26,7 @@ def this_machine() -> Machine:
 def wait_asleep() -> None:
     """Have this process sleep while it waits for its first GPU, not spin; before anything else uses that.
 
-    Eight workers and two sanitizers that spin keep 11 of 16 cores busy with waiting, and each other from their work.
+    Eight workers and two sanitizers that spin kept 11 of 16 cores busy with waiting, and each other from their work.
     Where there is no driver nothing happens.
     """
     try:

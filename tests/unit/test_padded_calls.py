@@ -79,6 +79,14 @@ def test_C8_the_maps_have_a_sequence_as_their_outermost_extent(launches: Launche
     assert made.maps["v_map"].box == made.maps["k_map"].box == (64, made.fields["box_rows"], 1) == (64, 128, 1)
 
 
+@pytest.mark.parametrize(("head_dim", "head_dim_v", "columns"), [(160, 72, 64), (96, 40, 32)])
+def test_C10_each_map_tells_its_own_head_size(launches: Launches, head_dim: int, head_dim_v: int, columns: int) -> None:
+    run(Padded(3, 48, head_dim=head_dim, head_dim_v=head_dim_v, mask="bool"))
+    [made] = launches
+    assert [made.maps[f"{name}_map"].sizes[0] for name in "qkv"] == [head_dim, head_dim, head_dim_v]
+    assert [made.maps[f"{name}_map"].box[0] for name in "qkv"] == [columns] * 3
+
+
 @pytest.mark.parametrize(("mask", "size"), [("bool", 1), ("additive", 2), ("fp32", 4)])
 def test_C3_C5_a_mask_is_read_where_it_lies(launches: Launches, mask: str, size: int) -> None:
     for axes in product((False, True), repeat=3):
@@ -196,7 +204,7 @@ def test_C7_rows_are_aligned_in_elements(launches: Launches, mask: str, elements
             run(Padded(3, 3 * elements + 1, mask=mask, dtype=dtype), backend="flash_sm80")
 
 
-def test_C10_no_row_of_one_head_size_serves_two() -> None:
+def test_C10_two_head_sizes_have_a_kernel_everywhere() -> None:
     for sm, past in product(MODELS, (0, 31)):
         capability = Capability.of_sm(sm)
         problem = Problem(op="attention", dtype="fp16", head_dim=32, head_dim_v=64, page_size=past + 1)

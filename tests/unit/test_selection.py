@@ -171,7 +171,7 @@ def serves(row: Entry, problem: Problem, capability: Capability) -> bool:
         spec.family in ("decode", "mea_decode") and (asked, spec.mask) == ("full", "causal")
     )
     even = problem.head_dim % 8 == 0 and problem.head_dim_v % 8 == 0
-    whole = even and (problem.head_dim == problem.head_dim_v or spec.family == "mea")
+    whole = even and (problem.head_dim == problem.head_dim_v or spec.family in ("mea", "flash_sm90"))
     same = problem.dtype == spec.dtype and problem.kv_dtype == spec.kv_dtype
     loads = row.target in capability.targets and row.smem_bytes <= capability.smem_optin_bytes
     return fits and pages and boxes and masked and whole and same and loads and problem.aligned
@@ -184,6 +184,8 @@ def problems(draw: st.DrawFn) -> Problem:
     head_dim = 8 * draw(st.integers(1, 32))
     group, kv_heads = draw(st.integers(1, 32)), draw(st.integers(1, 8))
     facts: dict[str, Any] = {"dtype": draw(st.sampled_from(("fp16", "bf16"))), "head_dim": head_dim}
+    if draw(st.booleans()):
+        facts["head_dim_v"] = 8 * draw(st.integers(1, 32))
     spoilt: dict[str, st.SearchStrategy[Any]] = {
         "dtype": st.just("fp32"),
         "kv_dtype": st.sampled_from(("fp16", "bf16", "e4m3fn")),

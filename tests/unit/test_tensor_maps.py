@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import replace
+from itertools import chain
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-from generator.tiles import FLASH_SM90_TILES
+from generator.tiles import FLASH_SM90_SPLIT_TILES, FLASH_SM90_TILES
 from helpers import plain, programs
 from helpers.problems import Shape, empty_pool
 from pa_ops.arguments import CONSTANT_BASE, FLASH_SM90, MAP_ALIGNMENT, MAP_BYTES, Record
@@ -36,7 +37,7 @@ from pa_ops.spec import InstanceSpec, Layout
 
 CPU = torch.device("cpu")
 NUM_SMS = 132
-PREFIX = "pa_attn_flash_sm90_fp16_kvfp16_d64v64_{layout}_causal_m192n112s3w16"
+NAME = "pa_attn_flash_sm90_fp16_kvfp16_{sizes}_{layout}_causal_m192n112s3w16"
 NAMES = {"gather": ("k_cache", "v_cache", "seqlens_k"), "dense": ("k", "v", "cu_seqlens_k")}
 
 
@@ -78,7 +79,7 @@ def test_maps_lie_at_multiples_of_64_in_the_constant_bank(counts: int) -> None:
     assert len(data) == record.size and not any(data[plain:])
 
 
-@pytest.mark.parametrize("head_dim", FLASH_SM90_TILES)
+@pytest.mark.parametrize("head_dim", sorted({*FLASH_SM90_TILES, *chain(*FLASH_SM90_SPLIT_TILES)}))
 def test_boxes_are_as_wide_as_columns_of_tiles(head_dim: int) -> None:
     columns = columns_of(head_dim)
     assert columns == plain.run("shared_sm90", {})["columns_of"](head_dim) and head_dim % columns == 0
@@ -90,17 +91,25 @@ def test_a_field_that_is_a_map_takes_nothing_else() -> None:
         Program(0, [], [Launch(0, record, {"x": 0, "x_map": 0}, Grid(GridRule.FIXED, 1, 1))])
 
 
-def maps_of(layout: str, q: Tensor, k: Tensor, v: Tensor, tile_n: int = 112) -> tuple[dict[str, programs.Map], int]:
+def maps_of(
+    layout: str, q: Tensor, k: Tensor, v: Tensor, tile_n: int = 112, sizes: str = "d64v64"
+) -> tuple[dict[str, programs.Map], int]:
     """The maps of a call with these tensors, and the rows of a box of keys."""
     k_name, v_name, lengths = NAMES[layout]
-    spec = InstanceSpec.parse(PREFIX.format(layout=layout))
+    spec = InstanceSpec.parse(NAME.format(layout=layout, sizes=sizes))
     spec = replace(spec, tile=replace(spec.tile, n=tile_n))
     keys = Keys(k_name, v_name, lengths, k.shape[-2], k.shape[1] if layout == "gather" else 0)
     rows = Rows.of("q"), Rows.of("out")
     call = Attention(*rows, keys, q.shape[1], q.shape[2], v.shape[-1], Scores(0.1, 0, 0.0, None), None, None)
     launch = persistent_launch(3, spec, call, Setting(NUM_SMS))
     ends, room = torch.zeros(3, dtype=torch.int32), torch.zeros(workspace_words(NUM_SMS), dtype=torch.int32)
-    given: dict[str, Any] = {"q": q, k_name: k, v_name: v, "cu_seqlens_q": ends, "out": torch.empty_like(q)}
+    given: dict[str, Any] = {
+        "q": q,
+        k_name: k,
+        v_name: v,
+        "cu_seqlens_q": ends,
+        "out": q.new_empty(*q.shape[:2], v.shape[-1]),
+    }
     given |= {lengths: ends[:2] if layout == "gather" else ends, "workspace": room}
     if layout == "gather":
         given["block_table"] = torch.zeros(2, 4, dtype=torch.int32)
@@ -157,6 +166,21 @@ def test_dense_keys_have_one_page_and_boxes_of_a_whole_tile() -> None:
         found = maps[name]
         assert (found.address, found.sizes) == (packed.data_ptr() + first * 128, (64, *extents, 1))
         assert found.strides == (*steps, 16), "nothing steps over one page, and a stride of 0 is none"
+
+
+@pytest.mark.parametrize("layout", list(Layout))
+@pytest.mark.parametrize(
+    ("sizes", "head_dim", "head_dim_v", "columns"),
+    [("d192v128", 160, 72, (64, 64, 64)), ("d96v64", 72, 40, (32, 32, 64)), ("d64v96", 40, 80, (64, 64, 32))],
+)
+def test_each_map_tells_its_own_head_size_and_the_kernel_s_columns(
+    layout: Layout, sizes: str, head_dim: int, head_dim_v: int, columns: tuple[int, ...]
+) -> None:
+    keys = (5, 16, 2) if layout is Layout.GATHER else (80, 2)
+    k, v = (torch.zeros(*keys, each).half() for each in (head_dim, head_dim_v))
+    maps, _ = maps_of(layout, torch.zeros(9, 8, head_dim).half(), k, v, sizes=sizes)
+    assert tuple(maps[f"{name}_map"].sizes[0] for name in "qkv") == (head_dim, head_dim, head_dim_v)
+    assert tuple(maps[f"{name}_map"].box[0] for name in "qkv") == columns
 
 
 def test_what_has_an_extent_of_one_or_none_has_a_map_all_the_same() -> None:

@@ -142,4 +142,5 @@ def test_every_kernel_is_recorded_with_tensors_that_it_serves(monkeypatch: pytes
     assert {(each.microseconds, each.calls) for each in found} == {(2.0, 5)}
     for timing, (shapes, options) in zip(found * bench_record.ROUNDS, asked, strict=True):
         assert options["backend"] == timing.instance
-        assert shapes[0][-1] == shapes[1][-1] == next(r for r in ROWS if r.name == timing.instance).spec.head_dim
+        spec = next(row for row in ROWS if row.name == timing.instance).spec
+        assert shapes[0][-1] == shapes[1][-1] == spec.head_dim and shapes[2][-1] == spec.head_dim_v
