@@ -45,8 +45,7 @@ class Lister:
         cut = Cut(Int32(0), Int32(1))
         if cutlass.const_expr(not self.masked):
             cut = cut_of(args, Int32(self.rows) >> bits, args.heads >> bits, cute.arch.grid_dim()[0])
-        tile, number = tile_of(cut, rank)
-        sequence, first, head = self.tile_at(args, tile, number, cut.parts)
+        sequence, first, head, number = self.tile_at(args, cut, rank)
         while sequence >= 0:
             q_start, q_len = length_at(args.cu_seqlens_q, sequence, args.tokens)
             first_key, k_len = self.keys_of(args, sequence, q_len)
@@ -65,8 +64,7 @@ class Lister:
                 tma.wait_for(smem + self.shared.asked, turn & 1)
                 turn = turn + 1
             rank = self.take_ticket(args)
-            tile, number = tile_of(cut, rank)
-            sequence, first, head = self.tile_at(args, tile, number, cut.parts)
+            sequence, first, head, number = self.tile_at(args, cut, rank)
         self.fill(smem, turn, (Int32(0),))
         if args.beside != 0:  # who waits for this grid waits for that one too
             wait_for_grid(self.chained)
@@ -111,9 +109,9 @@ class Lister:
         return cute.arch.shuffle_sync(ticket, 0)
 
     @cute.jit
-    def tile_at(self, args, tile: Int32, number: Int32, parts: Int32):
-        """(sequence, first token in it, first head) of a tile; sequence -1 beyond the last one, where tiles have so
-        many parts, of which this is the one with that number.
+    def tile_at(self, args, cut: Cut, rank: Int32):
+        """(sequence, first token in it, first head) of the tile of that rank, number of its part; sequence -1 beyond
+        the last.
 
         The heads of a sequence go by sections whose keys and values stay in the L2 cache; in a section the last row
         blocks come first, because in a causal sequence they see most keys. The first ones follow after all sections:
@@ -122,6 +120,7 @@ class Lister:
         bits = pack_bits(args, self.masked)
         tokens = Int32(self.rows) >> bits
         heads = args.heads >> bits  # those that have tiles of their own
+        tile, number = tile_of(cut, rank)
         place = divided(tile, heads)
         sequence, block = find_tile(args, tokens, place)
         first_token, head = Int32(0), tile - place * heads
@@ -147,10 +146,10 @@ class Lister:
             back = divided(rest, section)
             first_token = (stop - 1 - back) * tokens
             head = first + rest - back * section
-        elif (block * heads + head) * parts + number == cute.arch.grid_dim()[0] - 1:
+        elif (block * heads + head) * cut.parts + number == cute.arch.grid_dim()[0] - 1:
             # Blocks stop at the first rank beyond the last tile, each at one of its own: this is the last block.
             st_global_i32(args.tickets, Int32(0))
-        return sequence, first_token, head << bits
+        return sequence, first_token, head << bits, number
 
     @cute.jit
     def keys_of(self, args, sequence: Int32, queries: Int32):

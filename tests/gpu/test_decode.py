@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from itertools import product
 
 import pytest
@@ -10,7 +11,7 @@ import torch
 from torch import Tensor
 
 import pa_ops
-from helpers.parity import Evidence, check, error_of
+from helpers.parity import Evidence, check, error_of, repeats
 from helpers.problems import Call, Shape, paged
 from helpers.rooms import as_it_began, poison
 from pa_ops import reference
@@ -182,11 +183,7 @@ def test_every_number_of_tiles_and_sequences(device: torch.device, evidence: Evi
 
 def test_two_runs_are_bit_equal(device: torch.device) -> None:
     call = paged([(1, 4000), (1, 77), (2, 9000), (1, 1)], Shape(128, kv_heads=4, group=8), device)
-    first = [x.clone() for x in call.run(backend="decode")]
-    for _ in range(5):
-        again = call.run(backend="decode")
-        assert torch.equal(again[0][: call.rows], first[0][: call.rows])
-        assert torch.equal(again[1][:, : call.rows], first[1][:, : call.rows])
+    repeats(partial(call.run, backend="decode"), call.rows)
 
 
 def milliseconds(work: Callable[[], object]) -> float:

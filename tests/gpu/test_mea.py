@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from itertools import product
 
 import pytest
@@ -13,7 +14,7 @@ from helpers.chosen import few_and_many, problem_of
 from helpers.mea import MASKS, PTX, on_decode, on_mea
 from helpers.padded import Padded
 from helpers.padded import check as check_padded
-from helpers.parity import Evidence, check
+from helpers.parity import Evidence, check, repeats
 from helpers.problems import PAIRS, Shape, moved_far, paged, punch_holes, sinks, varlen
 from helpers.serving import serving
 from pa_ops.bench_mea import only
@@ -127,10 +128,7 @@ def test_logits_that_overflow_without_a_maximum(dtype: torch.dtype, device: torc
 def test_C22_two_runs_are_bit_equal(code: str, device: torch.device) -> None:
     for head_dim in HEAD_DIMS:
         call = paged([(70, 900), (1, 5000)], Shape(head_dim), device)
-        first = [tensor.clone() for tensor in call.run(backend="mea")]
-        for got, want in zip(call.run(backend="mea"), first, strict=True):
-            assert torch.equal(got[: call.rows] if got.dim() == 3 else got[:, : call.rows],
-                               want[: call.rows] if want.dim() == 3 else want[:, : call.rows])  # fmt: skip
+        repeats(partial(call.run, backend="mea"), call.rows, head_dim)
 
 
 @pytest.mark.alone
@@ -179,11 +177,7 @@ def test_X10_a_mixed_batch_is_divided_between_the_two(code: str, device: torch.d
 
 def test_C22_few_rows_twice_are_bit_equal(code: str, device: torch.device) -> None:
     call = paged([(1, 4000), (1, 77), (2, 9000), (1, 1)], Shape(128, kv_heads=4, group=8), device)
-    first = [tensor.clone() for tensor in call.run(backend="mea_decode")]
-    for _ in range(5):
-        again = call.run(backend="mea_decode")
-        assert torch.equal(again[0][: call.rows], first[0][: call.rows])
-        assert torch.equal(again[1][:, : call.rows], first[1][:, : call.rows])
+    repeats(partial(call.run, backend="mea_decode"), call.rows)
 
 
 @pytest.mark.parametrize("head_dim", (40, 128, 256))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from itertools import product
 
 import pytest
@@ -11,7 +12,7 @@ import torch
 
 import pa_ops
 from helpers.hopper import FAMILY, MASKS, OPERATORS, SIZES, on_sm90, replays, same_on_streams
-from helpers.parity import Evidence, check
+from helpers.parity import Evidence, check, repeats
 from helpers.problems import Call, Shape, paged, prefix_sums, sinks
 from helpers.rooms import poison
 from helpers.served import check as check_served
@@ -96,11 +97,7 @@ def test_X12_under_batch_invariance_nothing_is_cut(mask: str, dtype: torch.dtype
 def test_C22_two_runs_of_few_tiles_are_bit_equal(mask: str, dtype: torch.dtype, device: torch.device) -> None:
     for sizes, pairs in product(SIZES.values(), FEW):
         call = paged(pairs, Shape(**sizes, dtype=dtype), device, backend=FAMILY, **WIDE[mask])
-        out, lse = in_parts(call, device)
-        for _ in range(5):
-            again = in_parts(call, device)
-            assert torch.equal(again[0][: call.rows], out[: call.rows]), sizes
-            assert torch.equal(again[1][:, : call.rows], lse[:, : call.rows]), sizes
+        repeats(partial(in_parts, call, device), call.rows, sizes)
 
 
 def test_X6_a_captured_graph_cuts_other_lengths(dtype: torch.dtype, device: torch.device) -> None:

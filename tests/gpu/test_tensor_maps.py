@@ -14,6 +14,7 @@ from helpers.problems import Call, Shape, moved_far, paged, punch_holes, varlen
 pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("hopper")]
 
 POOLS = ("separate", "fused", "hnd", "packed")
+SAMPLES = {"40": {"head_dim": 40}, **{name: SIZES[name] for name in ("96", "128", "192-128", "256")}}
 
 
 @pytest.mark.parametrize("pool", POOLS)
@@ -91,11 +92,10 @@ def test_X2_a_pool_without_pages(device: torch.device, evidence: Evidence) -> No
     assert not out.any() and (lse == -torch.inf).all()
 
 
-@pytest.mark.parametrize("sizes", ("40", "96", "128", "192-128", "256"))
+@pytest.mark.parametrize("sizes", SAMPLES)
 def test_sanitizer_sample_of_flash_sm90(sizes: str, device: torch.device, evidence: Evidence) -> None:
     pairs = [(0, 0), (3, 17), (0, 9), (20, 5), (1, 80), (66, 70)]
     for page_size, options in product((8, 48), MASKS.values()):
-        head_dims = SIZES.get(sizes, {"head_dim": 40})
-        shape = Shape(**head_dims, kv_heads=1, group=3, dtype=torch.bfloat16, page_size=page_size)
+        shape = Shape(**SAMPLES[sizes], kv_heads=1, group=3, dtype=torch.bfloat16, page_size=page_size)
         on_sm90(paged(pairs, shape, device, **options), evidence, f"{sizes}, {page_size}, {options}")
         on_sm90(varlen(pairs, shape, device, **options), evidence, f"{sizes}, {options}")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -62,6 +62,15 @@ def expected(call: Call) -> tuple[Tensor, Tensor]:
     tensors = {name: t.float() if t.is_floating_point() else t for name, t in call.tensors.items()}
     options = {name: value for name, value in call.options.items() if name != "backend"}
     return getattr(reference, call.op)(*tensors.values(), **options)  # type: ignore[no-any-return]
+
+
+def repeats(run: Callable[[], tuple[Tensor, Tensor]], rows: int, what: object = "") -> None:
+    """Checks that a call, run five times more, gives the bits of so many rows that it gave first."""
+    out, lse = (first.clone() for first in run())
+    for _ in range(5):
+        again, again_lse = run()
+        assert torch.equal(again[:rows], out[:rows]), what
+        assert torch.equal(again_lse[:, :rows], lse[:, :rows]), what
 
 
 def check_each(call: Call, backends: Sequence[str], evidence: Evidence, what: object = "") -> None:
