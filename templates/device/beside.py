@@ -1,9 +1,9 @@
 """Two grids on a device at a time: turns a batch of short and long sequences into the SMs that decode leaves to others.
 
-Decode waits for memory, and a few SMs less cost it little: 12 of 132 cost 2%. The grid after it, prefill, computes on
-those at the same time: its blocks start when all of decode's have, and each needs an SM of its own. What it has not
-done by the time decode ends it does on all of them. Which blocks leave depends on where they run; how many leave, and
-so how the keys of short sequences are cut, on the lengths alone.
+Decode waits for memory, and a few SMs less cost it little: 0.4% each. The grid after it, prefill, computes on those at
+the same time: its blocks start when all of decode's have, and each needs an SM of its own. What it has not done by the
+time decode ends it does on all of them. Which blocks leave depends on where they run; how many shares are left, and so
+how the keys of short sequences are cut, on the lengths alone.
 """
 
 import cutlass
@@ -16,11 +16,10 @@ from pa_ops.templates.device.ptx_grid import own_sm
 
 QUERIES = 64  # of a block of work
 SHORT = 4  # times as long is decode beside what is short
-# Of an SM's time for such a block and head, in those for a tile of keys. By count it is 0.5; a batch of 63 x 4k and
-# 1 x 1k took 268.4 us with 0.3 and 0.35, and 272.5 with 0.2, 0.25 and 0.4; in another run 265.7 with 0.3, 270.5, 274.7
-# and 280.6 with 0.45, 0.6 and 0.9, and 272 where no SM was left. What blocks that read faster than others have left of
-# decode's time is the next grid's as well.
-COST = 0.3
+# Of an SM's time for such a block and head, in those for a tile of keys. By count it is 0.5, but SMs that have read
+# their shares before others are the next grid's as well: of a batch of 63 x 4k and 1 x 1k, half are done 15 us before
+# the last. It took 268.5 us with 0.15 to 0.25, which leave 3 to 5 SMs, and 269.0 with 0.3, which leaves 6.
+COST = 0.25
 LEFT = 1 << 16  # what a block that leaves adds to the tickets
 
 
@@ -55,16 +54,18 @@ def draw_early(args):
 
 
 @cute.jit
-def draw(args, grid: Int32, spare: Int32, early: Int32):
+def draw(args, grid: Int32, given: Int32, spare: Int32, early: Int32):
     """A ticket, or -1 for a block that leaves its SM to the next grid: one thread asks.
 
-    No more than `spare` of the `grid` blocks leave, wherever they run, so that the others are as many as there are
-    shares. The last to ask makes the counter zero for the next grid.
+    All of those on the last `given` SMs leave, for an SM is the next grid's only when none is left on it; but no more
+    than `spare` of the `grid` blocks, wherever they run, so that there is one for each share. If fewer do, those
+    beyond the shares have none. The last to ask makes the counter zero for the next grid.
     """
     drawn, stays = early, Int32(1)
     if early < 0:
-        drawn = add_to(args.tickets, LEFT)
-        stays = Int32(drawn // LEFT >= spare)
+        if own_sm() >= args.sms - given:
+            drawn = add_to(args.tickets, LEFT)
+            stays = Int32(drawn // LEFT >= spare)
         if stays != 0:
             drawn = add_to(args.tickets, 1)
     ticket, left = drawn % LEFT, drawn // LEFT

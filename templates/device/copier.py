@@ -153,7 +153,10 @@ class Copier:
         page: Int32,
         kv_head: Int32,
     ):
-        """Start copying a tile of K or V into its stage, a box a lane; boxes without a page become zeros, unread."""
+        """Start copying a tile of K or V into its stage, a box a lane; boxes without a page become zeros, unread.
+
+        Other row blocks and heads of the group read it again; decode, which may stream past beside this, reads once.
+        """
         lane, columns = cute.arch.lane_idx(), columns_of(ring.head_dim)
         barrier = smem + ring.full + stage * BARRIER
         if lane == 0:
@@ -169,4 +172,4 @@ class Copier:
         if lane < boxes:
             for column in range(0, ring.head_dim, columns):
                 at = target + self.keys * column * 2
-                tma.load_box(at, tensor_map, barrier, Int32(column), row, kv_head, page)
+                tma.load_box(at, tensor_map, barrier, Int32(column), row, kv_head, page, read_again=True)

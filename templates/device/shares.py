@@ -150,10 +150,11 @@ class Shares:
             for w in cutlass.range_constexpr(THREADS // 32):
                 blocks = blocks + self.get(smem, WORK + w * 2)
                 work = work + self.get(smem, WORK + 1 + w * 2)
-            spare = divided(beside.given(args, tiles, blocks, work) * grid, args.sms)
+            given = beside.given(args, tiles, blocks, work)
+            spare = divided(given * grid, args.sms)
             tid, _, _ = cute.arch.thread_idx()
             if tid == 0:
-                self.put(smem, TICKET, beside.draw(args, grid, spare, early))
+                self.put(smem, TICKET, beside.draw(args, grid, given, spare, early))
             cute.arch.barrier()
             ticket, grid = self.get(smem, TICKET), grid - spare
         return ticket, grid

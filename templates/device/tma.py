@@ -43,21 +43,24 @@ def prefetch_map(address, *, loc=None, ip=None):
 
 
 @dsl_user_op
-def load_box(shared, address, barrier, column, first, second, third, *, loc=None, ip=None):
+def load_box(shared, address, barrier, column, first, second, third, read_again=False, *, loc=None, ip=None):
     """Start copying one box of a four-dimensional tensor to shared memory; its bytes count on the barrier.
 
-    What of the box lies outside the tensor becomes zeros, and counts all the same.
+    What of the box lies outside the tensor becomes zeros, and counts all the same. The L2 cache gives up lines that
+    are `read_again` after all others.
     """
+    hint, policy, made = "", "", ""
+    if read_again:
+        hint, policy = ".L2::cache_hint", ", again"
+        made = ".reg .b64 again; createpolicy.fractional.L2::evict_last.b64 again, 1.0; "
     operands = [
         Int32(shared).ir_value(loc=loc, ip=ip),
         Int64(address).ir_value(loc=loc, ip=ip),
         Int32(barrier).ir_value(loc=loc, ip=ip),
         *(Int32(x).ir_value(loc=loc, ip=ip) for x in (column, first, second, third)),
     ]
-    text = (
-        "cp.async.bulk.tensor.4d.shared::cluster.global.tile.mbarrier::complete_tx::bytes "
-        "[$0], [$1, {$3, $4, $5, $6}], [$2];"
-    )
+    copy = f"cp.async.bulk.tensor.4d.shared::cluster.global.tile.mbarrier::complete_tx::bytes{hint}"
+    text = f"{{ {made}{copy} [$0], [$1, {{$3, $4, $5, $6}}], [$2]{policy}; }}"
     _asm(None, operands, text, f"r,l,r,r,r,r,r,{MEMORY}", True, loc, ip)
 
 
