@@ -64,21 +64,23 @@ def test_as_many_blocks_stay_as_there_are_shares_wherever_they_run(
     for device.sm in places:  # some ask early, before it is known how many may leave
         asked.append((device.sm, beside.draw_early(args)))
     order.shuffle(asked)
-    drawn = []
+    drawn, left = [], []
     for device.sm, early in asked:
-        drawn.append(beside.draw(args, grid, spare, early))
+        drawn.append(beside.draw(args, grid, sms, spare, early))
+        if drawn[-1] < 0:
+            left.append(device.sm)
     stayed = [ticket for ticket in drawn if ticket >= 0]
     assert sorted(stayed) == list(range(len(stayed))) and len(stayed) >= grid - spare
     assert device.counter == 0
-    if sorted(places) == sorted([*range(SMS)] * on_an_sm) and sms == args.most_given:
-        assert len(stayed) == grid - spare, "all that may leave do"
+    if sorted(places) == sorted([*range(SMS)] * on_an_sm):
+        assert sorted(left) == sorted([*range(SMS - sms, SMS)] * on_an_sm), "whole SMs, and as many as may be"
 
 
 @pytest.mark.parametrize(
     ("long", "short", "sms"),
     [
         ([], [4096] * 64, 0),
-        ([(1024, 1024)], [4096] * 63, 6),
+        ([(1024, 1024)], [4096] * 63, 5),
         ([(1024, 1024)] * 8, [4096] * 56, SMS // 4),  # more than decode's time, but in short pieces
         ([(512, 4096)], [2048] * 31, 0),  # each piece takes as long as decode
         ([(2048, 8192)], [300], 0),
