@@ -1,7 +1,8 @@
 """Turns cubins into one library that needs nothing but libtvm_ffi, the C library and what those need.
 
 Each image lies in the library as it is, beside the C code that launches it through the driver, so a product runs with
-any CUDA of its driver's generation, any torch and any Python. It exports a symbol a kernel and the one that calls them.
+any CUDA of its driver's generation, any torch and any Python. It exports a symbol a kernel, the one that calls them and
+those by which a process takes it up (`EXPORTS`).
 """
 
 from __future__ import annotations

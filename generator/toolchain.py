@@ -140,7 +140,7 @@ class Toolchain:
 
     @cached_property
     def compiler(self) -> Path:
-        """The C compiler that makes the product of launch.c and the cubins (as C++, launch.c is no valid source)."""
+        """The C compiler that makes the product of the C sources and the cubins (as C++, they are not valid)."""
         return _need(_program((os.environ.get("CC", ""), "gcc", "clang", "cc")), NO_COMPILER)
 
     @cached_property

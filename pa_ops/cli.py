@@ -1,6 +1,7 @@
 """Turns a command line into a build, a list, an explanation, a report, a bench or a diagnosis.
 
-Exit status: 0 done, 1 refused or failed (the reason is on stderr), 2 a command line that argparse rejects.
+Exit status: 0 done, 1 refused or failed (the reason is on stderr), 2 a command line that argparse rejects, 130
+interrupted.
 """
 
 from __future__ import annotations

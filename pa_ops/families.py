@@ -1,6 +1,7 @@
 """Turns a family's gates, a row, a problem and a device into structured reasons why the row cannot serve the problem.
 
-Nobody else makes reasons: selection, `explain`, errors and the coverage report all print these.
+Nobody but the overrides (`selection.Policy`) makes others: selection, `explain`, errors and the coverage report all
+print these.
 """
 
 from __future__ import annotations

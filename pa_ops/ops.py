@@ -1,6 +1,7 @@
 """Turns the operators into torch.ops.pa_ops.*, for CPU, CUDA and meta tensors.
 
-CUDA tensors are served by Python until a product is loaded, then by its kernels (`pa_ops.native`). PyTorch replaces no
+CUDA tensors are served by Python until a product is loaded, then by its kernels (`pa_ops.native`), but for `attention`,
+whose own part stays Python. PyTorch replaces no
 kernel without a word, but prefers one for CUDA to one for whatever has none, so that is what Python's is.
 """
 

@@ -35,9 +35,10 @@ def backend(name: str) -> Iterator[None]:
 def batch_invariant(enabled: bool = True) -> Iterator[None]:
     """Inside the block, a sequence's bits depend on nothing but itself (PA_OPS_BATCH_INVARIANT=1 does it everywhere).
 
-    Selection then ranks kernels without looking at sizes, and leaves out a family that cuts a sequence where its
-    neighbours' lengths say (mea_decode). decode cuts it where its own length says. The others need no more than that: a
-    block walks one sequence's keys in one fixed order, whatever else is in the batch.
+    Selection then ranks kernels without looking at sizes, but for a sequence's own rows, and leaves out a family that
+    cuts a sequence where its neighbours' lengths say (mea_decode). decode cuts it where its own length says, flash_sm90
+    nowhere. The others need no more than that: a block walks one sequence's keys in one fixed order, whatever else is
+    in the batch.
     """
     token = _INVARIANT.set(enabled)
     try:

@@ -10,7 +10,8 @@ from pathlib import Path
 
 from pa_ops import arguments
 
-# Of the generator: what turns a rendered source into an object, and what is linked into a library.
+# Of the generator: what renders a source, what turns it into an object, and what is linked into a library.
+RENDERING = ("render.py", "language.py", "tiles.py")
 COMPILING = ("worker.py", "cubin.py", "ptx.py", "nvrtc.py")
 LINKED = ("launch.c", "program.c", "kept.c", "operators.c", "raise.c")
 INCLUDED = ("export.h", "launch.h", "program.h", "kept.h", "host.h")
@@ -38,12 +39,13 @@ def template_folder() -> Path:
 def _files(templates: Path) -> Iterator[Path]:
     for folder in (templates, templates / "device"):
         yield from sorted(path for path in folder.iterdir() if path.suffix in TEMPLATES)
-    yield from (generator_folder() / name for name in ("render.py", *COMPILING, *LINKED, *INCLUDED))
+    yield from (generator_folder() / name for name in (*RENDERING, *COMPILING, *LINKED, *INCLUDED))
     yield Path(arguments.__file__)
 
 
 def fingerprint(templates: Path | None = None) -> str:
-    """The sha256 of templates, device modules, the compile worker, the linked C and the argument records (3 ms)."""
+    """The sha256 of templates and device modules, of what renders and compiles them, the linked C and the argument
+    records (3 ms)."""
     found = hashlib.sha256()
     for path in _files(templates or template_folder()):
         found.update(f"{path.name} {hashlib.sha256(path.read_bytes()).hexdigest()}\n".encode())

@@ -175,7 +175,8 @@ def _asked(head_dims: tuple[int, ...], pairs: tuple[tuple[int, int], ...]) -> tu
 def _devices(rows: Sequence[Entry], sms: Iterable[int]) -> Iterator[Capability]:
     """The oldest SM of each kind of device that no row and no gate tells apart.
 
-    Their numbers of SMs do not matter: no problem of the domain has more tiles than the smallest device has SMs.
+    Their numbers of SMs do not matter: they rank tiles of one family, head size and target against each other, of which
+    flash_sm90 alone has two, and one kind of device loads those.
     """
     targets = {target for row in rows for target in row.code_targets}
     kinds: dict[tuple[object, ...], Capability] = {}

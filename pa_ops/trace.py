@@ -15,7 +15,7 @@ KEPT = 256
 
 @dataclass(frozen=True)
 class Decision:
-    """One call: the operator, the family that served it, the instance's name, why every other row did not."""
+    """One launch: the operator, the family that served it, the instance's name, why every other row did not."""
 
     op: str
     family: str
@@ -39,12 +39,12 @@ def record(now: Settings, *decisions: Decision) -> None:
 
 
 def last() -> Decision | None:
-    """The latest call, None before the first."""
+    """The latest launch, None before the first."""
     return _history[-1] if _history else None
 
 
 def history() -> tuple[Decision, ...]:
-    """The latest calls, oldest first; at most KEPT."""
+    """The latest launches, oldest first; at most KEPT."""
     return tuple(_history)
 
 

@@ -115,7 +115,7 @@ TARGETS = {
 
 @pytest.fixture(scope="module")
 def everywhere(kept: Callable[[str], Path]) -> Everywhere:
-    """Attention and append for their targets; two builds at a time, because most of one is a single process."""
+    """Attention, append and gather for their targets; two builds at a time, because most of one is a single process."""
     home = kept("everywhere")
 
     def entries(key: tuple[KernelOp, str]) -> tuple[Entry, ...]:

@@ -201,7 +201,7 @@ def test_B4_overrides_reach_steady_calls(device: torch.device, monkeypatch: pyte
 
 @pytest.mark.alone
 def test_A12_host_time_of_a_decode_step(device: torch.device) -> None:
-    """In launches of an empty kernel, because hosts differ: 2.5 of them were 10 us on the slowest that was met."""
+    """In calls of torch.add, because hosts differ: 2.5 of them were 10 us on the slowest that was met."""
     call = paged(DECODE, Shape(128, kv_heads=8, group=4), device)
     x = torch.zeros(1, device=device)
 

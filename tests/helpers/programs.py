@@ -29,7 +29,7 @@ class Launched:
 
 
 class Map(NamedTuple):
-    """A tensor map as the stand-in driver of tests/compile/fake_driver.c keeps it: nothing is encoded."""
+    """A tensor map as the stand-in driver of tests/helpers/stand_in.c keeps it: nothing is encoded."""
 
     address: int
     sizes: tuple[int, ...]
