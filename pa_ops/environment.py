@@ -35,8 +35,8 @@ class Settings:
 
     home: folder of built products, in place of the search; backend, disabled: see selection.Policy; checked: read
     values that live on the device; no_jit: never build on first use; batch_invariant: see selection.Policy; debug:
-    print each decision to stderr; sm: what `explain` and `select` answer for when no device is
-    named, before the GPU here.
+    print each decision to stderr; sm: what `explain` and `select` answer for when no device is named, before the GPU
+    that is here.
     """
 
     home: Path | None = None

@@ -1,8 +1,8 @@
 """Turns the operators into torch.ops.pa_ops.*, for CPU, CUDA and meta tensors.
 
 CUDA tensors are served by Python until a product is loaded, then by its kernels (`pa_ops.native`), but for `attention`,
-whose own part stays Python. PyTorch replaces no
-kernel without a word, but prefers one for CUDA to one for whatever has none, so that is what Python's is.
+whose own part stays Python. PyTorch replaces no kernel without a word, but prefers one for CUDA to one for whatever has
+none, so that is what Python's is.
 """
 
 from __future__ import annotations
