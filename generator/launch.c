@@ -156,10 +156,15 @@ int pa_encode(void *map, const struct pa_tensor *tensor)
 
 static int launch(struct pa_kernel *kernel, void *stream, const void *record, unsigned x, unsigned y)
 {
-    enum { PROGRAMMATIC_STREAM_SERIALIZATION = 6 };
-    static const struct attribute chain = {PROGRAMMATIC_STREAM_SERIALIZATION, {1}};
+    enum { CLUSTER_DIMENSION = 4, PROGRAMMATIC_STREAM_SERIALIZATION = 6 };
+    struct attribute attributes[2];
+    unsigned count = 0;
+    if (kernel->chained)
+        attributes[count++] = (struct attribute){PROGRAMMATIC_STREAM_SERIALIZATION, {1}};
+    if (kernel->cluster > 1) /* three extents of 32 bits */
+        attributes[count++] = (struct attribute){CLUSTER_DIMENSION, {kernel->cluster | UINT64_C(1) << 32, 1}};
     const struct config config = {
-        {x, y, 1}, {kernel->threads, 1, 1}, kernel->smem, stream, &chain, kernel->chained};
+        {x, y, 1}, {kernel->threads, 1, 1}, kernel->smem, stream, attributes, count};
     size_t size = kernel->arguments;
     void *extra[] = {BUFFER, (void *)record, BUFFER_SIZE, &size, BUFFER_END};
     CHECK(cuLaunchKernelEx(&config, kernel->handle, NULL, extra), kernel->entry);

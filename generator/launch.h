@@ -8,11 +8,12 @@
 #include <tvm/ffi/c_api.h>
 
 /* image: a cubin, or PTX with a final 0. Sizes in bytes; smem is dynamic shared memory. chained: blocks may start while
- * the launch before still runs, and wait for its end themselves. prepared: a bit a device. */
+ * the launch before still runs, and wait for its end themselves. cluster: blocks that may reach each other's shared
+ * memory. prepared: a bit a device. */
 struct pa_kernel {
     const void *image;
     const char *entry;
-    uint32_t threads, smem, arguments, chained;
+    uint32_t threads, smem, arguments, chained, cluster;
     void *handle;
     _Atomic uint64_t prepared;
 };
@@ -39,11 +40,12 @@ int pa_encode(void *map, const struct pa_tensor *tensor);
 int pa_fail(const char *kind, const char *what, const char *why);
 
 /* __tvm_ffi_NAME() returns the kernel's address, which programs name it by. */
-#define PA_KERNEL(NAME, FILE, ENTRY, THREADS, SMEM, ARGUMENTS, CHAINED)                                                \
+#define PA_KERNEL(NAME, FILE, ENTRY, THREADS, SMEM, ARGUMENTS, CHAINED, CLUSTER)                                       \
     __asm__(".section .rodata.pa_images,\"a\"\n.balign 64\npa_image_" #NAME ":\n.incbin \"" FILE                       \
             "\"\n.byte 0\n.previous\n");                                                                               \
     extern const unsigned char pa_image_##NAME[] __attribute__((visibility("hidden")));                                \
-    static struct pa_kernel pa_kernel_##NAME = {pa_image_##NAME, ENTRY, THREADS, SMEM, ARGUMENTS, CHAINED, 0, 0};      \
+    static struct pa_kernel pa_kernel_##NAME = {pa_image_##NAME, ENTRY,   THREADS, SMEM, ARGUMENTS,                    \
+                                                CHAINED,         CLUSTER, 0,       0};                                 \
     PA_EXPORT int __tvm_ffi_##NAME(void *self, const TVMFFIAny *args, int32_t count, TVMFFIAny *result)                \
     {                                                                                                                  \
         (void)self, (void)args, (void)count;                                                                           \

@@ -49,7 +49,7 @@ def _table(layout: Layout, names: Sequence[str]) -> str:
     lines = ['#include "launch.h"']
     for name in names:
         kernel = json.loads(layout.facts(name).read_text(encoding="utf-8"))["launch"]
-        numbers = ", ".join(str(kernel[key]) for key in ("threads", "smem", "arguments", "chained"))
+        numbers = ", ".join(str(kernel[key]) for key in ("threads", "smem", "arguments", "chained", "cluster"))
         lines.append(f'PA_KERNEL({name}, "{layout.object(name)}", "{kernel["entry"]}", {numbers})')
     return "\n".join(lines) + "\n"
 

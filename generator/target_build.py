@@ -100,6 +100,7 @@ class TargetBuild:
                 "digest": item.digest,
                 "smem_bytes": item.spec.smem_bytes,
                 "threads": item.spec.threads,
+                "cluster": item.spec.tile.cluster,
                 "arguments": record_of(item.spec).size,
                 "source": str(layout.source(item.spec)),
                 "object": str(layout.object(item.name)),

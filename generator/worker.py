@@ -134,6 +134,7 @@ def _compile(instance: Mapping[str, Any], request: Mapping[str, Any], temporary:
         "smem": instance["smem_bytes"],
         "arguments": kernel.argument_bytes,
         "chained": int(_chaining().is_chained(target)),
+        "cluster": instance["cluster"],
     }
     return {"row": row, "launch": launch, "image_sha256": hashlib.sha256(image).hexdigest()}
 

@@ -13,7 +13,7 @@ from pa_ops.capability import Capability
 from pa_ops.manifest import Entry
 from pa_ops.plan import ceil_div, packed_heads
 from pa_ops.problem import Problem
-from pa_ops.spec import Family, Layout, Word
+from pa_ops.spec import Family, InstanceSpec, Layout, Word
 from pa_ops.timings import ShapeClass, Timing, of_card
 
 # Query rows whose mathematics takes as long as bringing one K/V tile in: what a small tile saves in padding it pays
@@ -23,6 +23,9 @@ LOAD_ROWS = 64
 # 1024 5%; on 2048 3 to 5% faster, on 8192 10%. With a window of 1024 it is 11% slower.
 SMALL_TOKENS = 128
 LONG_KEYS = 2048
+# Tiles of a cluster's blocks in the mean sequence, from which on it pays that they share keys: by half a tile each that
+# sequences leave empty, a taller one loses 3% then, as much as is gained (docs/performance.md).
+CLUSTER_TILES = 16
 MANY_TOKENS = 1 << 20  # every SM has many tiles of them, of whatever height
 
 DECODE_ROWS = 16  # of a decode tile; beyond so many, one of 64 or 128 query rows is better filled than two
@@ -40,7 +43,7 @@ BESIDE_ROWS = 1 << 18
 
 TIE = 0.1  # of recorded times: two runs of one kernel differ by up to 5%, on two machines by more
 
-Cost = tuple[int, int, int, bool, int, int, str]
+Cost = tuple[int, int, int, int, bool, int, int, str]
 
 
 def query_rows(problem: Problem) -> int:
@@ -90,6 +93,20 @@ def extremes(problem: Problem) -> tuple[Problem, Problem]:
 def prolonged(problem: Problem) -> Problem:
     """The same facts with one sequence so long that no tile is too tall for it."""
     return replace(problem, batch=1, tokens=MANY_TOKENS, max_q=None, max_k=None)
+
+
+def sharing(spec: InstanceSpec, problem: Problem) -> int:
+    """The place of a tile by whether its blocks share keys: 0 where they do and that pays, 2 where it does not.
+
+    It pays in long sequences, if none has so few query rows that decode may have it, beside which blocks start one by
+    one.
+    """
+    blocks = spec.tile.cluster
+    mean = ceil_div(problem.tokens, max(problem.batch, 1))
+    rows = mean * packed_heads(spec, problem.group)
+    long = rows >= CLUSTER_TILES * blocks * spec.tile.m and likely_keys(problem) >= LONG_KEYS
+    pays = long and mean > MIXED_TOKENS
+    return 1 if blocks == 1 else 0 if pays else 2
 
 
 class Division(Word):
@@ -172,7 +189,8 @@ def cheapest(able: Sequence[Entry], problem: Problem, capability: Capability) ->
 
 
 def cost(problem: Problem, capability: Capability) -> Callable[[Entry], Cost]:
-    """The place of a row in a total order: family, padded head sizes, native or not, too tall a tile, busiest SM.
+    """The place of a row in a total order: family, padded head sizes, native or not, blocks that share keys where that
+    pays, too tall a tile, busiest SM.
 
     The family for as many rows comes first, however much it pads. Padding comes early because it costs shared memory
     and registers as well as work. Code of the device's own target comes before what is translated for it: its tile was
@@ -195,6 +213,7 @@ def cost(problem: Problem, capability: Capability) -> Callable[[Entry], Cost]:
             order.get(spec.family, 0),
             padded,
             native,
+            sharing(spec, problem),
             spec.tile.m > tallest * packed,
             slots,
             entry.smem_bytes,

@@ -153,7 +153,7 @@ def attention_launch(kernel: int, spec: InstanceSpec, call: Attention, setting: 
 
 
 def persistent_launch(kernel: int, spec: InstanceSpec, call: Attention, setting: Setting) -> Launch:
-    """Attend by one block an SM that lists its tiles itself, and shares out the keys of the last ones."""
+    """Attend by one block an SM that lists its tiles itself, or two together, and shares out the keys of the last."""
     sources: dict[str, Source] = {
         **call.sources(),
         **_map_sources(spec, call),
@@ -166,7 +166,8 @@ def persistent_launch(kernel: int, spec: InstanceSpec, call: Attention, setting:
         "page_factor": factor_of(max(call.keys.page_size, 1)),
         "beside": int(setting.beside),
     }
-    return Launch(kernel, FLASH_SM90, fields_of(FLASH_SM90, sources), Grid(GridRule.FIXED, setting.num_sms, 1))
+    blocks = setting.num_sms // spec.tile.cluster * spec.tile.cluster
+    return Launch(kernel, FLASH_SM90, fields_of(FLASH_SM90, sources), Grid(GridRule.FIXED, blocks, 1))
 
 
 def fields_of(record: Record, sources: dict[str, Source]) -> dict[str, Source]:
@@ -175,9 +176,10 @@ def fields_of(record: Record, sources: dict[str, Source]) -> dict[str, Source]:
 
 
 def _map_sources(spec: InstanceSpec, call: Attention) -> dict[str, Source]:
-    """Tensor maps of q, k and v, and how many keys a box has: as many as divide both a page and the tile."""
+    """Tensor maps of q, k and v, and how many keys a box has: as many as divide both a page and the tile, and leave a
+    box for each block of a cluster."""
     keys, dtype = call.keys, DTYPES[spec.dtype]
-    box_rows = math.gcd(keys.page_size, spec.tile.n)
+    box_rows = min(math.gcd(keys.page_size, spec.tile.n), spec.tile.n // spec.tile.cluster)
     packed = packed_heads(spec, call.heads // keys.kv_heads)
     q_sizes = (call.head_dim, call.heads, _tokens(call.q), 1)
     q_box = (columns_of(spec.head_dim), packed, QUERY_ROWS // packed)

@@ -132,19 +132,25 @@ def _natural(argument: str, value: object, *, least: int = 0) -> None:
 
 @dataclass(frozen=True, order=True)
 class Tile:
-    """The work of one thread block: m query rows by n keys a step, K/V stages in flight, warps; zeros = run time."""
+    """The work of one thread block: m query rows by n keys a step, K/V stages in flight, warps; zeros = run time.
+
+    cluster: blocks that share each step's keys, and have m rows each.
+    """
 
     m: int
     n: int
     stages: int
     warps: int
+    cluster: int = 1
 
     def __post_init__(self) -> None:
         for field in ("m", "n", "stages", "warps"):
             _natural(f"tile.{field}", getattr(self, field))
+        _natural("tile.cluster", self.cluster, least=1)
 
     def __str__(self) -> str:
-        return f"m{self.m}n{self.n}s{self.stages}w{self.warps}"
+        shared = f"c{self.cluster}" if self.cluster > 1 else ""
+        return f"m{self.m}n{self.n}s{self.stages}w{self.warps}{shared}"
 
 
 @dataclass(frozen=True, order=True)
@@ -222,9 +228,9 @@ def _stages_and_stats(spec: InstanceSpec) -> int:
 
 def _query_stages_and_barriers(spec: InstanceSpec) -> int:
     """The Q tile with two barriers for each 64 rows, every stage of K and of V with its barriers and its word of holes,
-    two slots of the work list."""
+    two slots of the work list, a word that a block may send to another."""
     queries = spec.tile.m * spec.head_dim * spec.dtype.itemsize
-    return queries + _stages(spec) + 36 * spec.tile.stages + spec.tile.m // 64 * 16 + 176
+    return queries + _stages(spec) + 36 * spec.tile.stages + spec.tile.m // 64 * 16 + 196
 
 
 def _query_and_tile_or_state(spec: InstanceSpec) -> int:
@@ -269,7 +275,7 @@ _NAME = re.compile(
     f"_(?P<dtype>{_any_of(DType)})_kv(?P<kv_dtype>{_any_of(DType)})"
     f"_d(?P<head_dim>{_NUMBER})v(?P<head_dim_v>{_NUMBER})"
     f"_(?P<layout>{_any_of(Layout)})_(?P<mask>{_any_of(Mask)})"
-    f"_m(?P<m>{_NUMBER})n(?P<n>{_NUMBER})s(?P<stages>{_NUMBER})w(?P<warps>{_NUMBER})"
+    f"_m(?P<m>{_NUMBER})n(?P<n>{_NUMBER})s(?P<stages>{_NUMBER})w(?P<warps>{_NUMBER})(?:c(?P<cluster>[2-9]))?"
 )
 
 
@@ -277,7 +283,7 @@ _NAME = re.compile(
 def _parse(name: str) -> InstanceSpec:
     match = _NAME.fullmatch(name)
     if match is None:
-        rule = "must be pa_<op>_<family>_<dtype>_kv<dtype>_d<D>v<Dv>_<layout>_<mask>_m<M>n<N>s<S>w<W>"
+        rule = "must be pa_<op>_<family>_<dtype>_kv<dtype>_d<D>v<Dv>_<layout>_<mask>_m<M>n<N>s<S>w<W>[c<C>]"
         raise InvalidArgument("instance name", rule, repr(name))
     part = match.groupdict()
     return InstanceSpec(
@@ -289,5 +295,5 @@ def _parse(name: str) -> InstanceSpec:
         head_dim_v=int(part["head_dim_v"]),
         layout=Layout(part["layout"]),
         mask=Mask(part["mask"]),
-        tile=Tile(int(part["m"]), int(part["n"]), int(part["stages"]), int(part["warps"])),
+        tile=Tile(int(part["m"]), int(part["n"]), int(part["stages"]), int(part["warps"]), int(part["cluster"] or 1)),
     )

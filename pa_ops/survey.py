@@ -14,7 +14,7 @@ from pa_ops.errors import NoInstance
 from pa_ops.evidence import Key
 from pa_ops.families import device_passes, device_rejections, problem_passes, problem_rejections
 from pa_ops.gates import families_of
-from pa_ops.heuristics import MANY_TOKENS, leaders
+from pa_ops.heuristics import LONG_KEYS, MANY_TOKENS, MIXED_TOKENS, leaders
 from pa_ops.manifest import Entry
 from pa_ops.problem import Problem
 from pa_ops.selection import select_entry
@@ -28,24 +28,38 @@ CACHE_DTYPES = (None, DType.E4M3FN, DType.INT8)  # None: the query's
 
 
 class Size(NamedTuple):
-    """Tokens of the sequence and of a page, query heads of the one KV head."""
+    """Tokens of all sequences and of a page, query heads of the one KV head, sequences."""
 
     tokens: int
     page_size: int | None = None
     group: int = 1
+    batch: int = 1
 
     def problem(self, asked: Mapping[str, Any]) -> Problem:
         """The problem of this size that asks for so much else."""
-        return Problem(**asked, page_size=self.page_size, tokens=self.tokens, num_heads=self.group, num_kv_heads=1)
+        sizes: dict[str, Any] = {"page_size": self.page_size, "tokens": self.tokens, "batch": self.batch}
+        return Problem(**asked, **sizes, num_heads=self.group, num_kv_heads=1)
 
 
 Sizes = tuple[Size, ...]
 # Few query rows, which have a family of their own, many, very many, which have a tile of their own, with a window where
-# heads are grouped, and a page that not every family takes. Sizes rank and never refuse, so that page need not be met
-# with each.
+# heads are grouped, in sequences too short for blocks to share keys, and a page that not every family takes. Sizes rank
+# and never refuse, so that page need not be met with each.
 SIZES: dict[Op, Sizes] = {
-    Op.PAGED_ATTENTION: (Size(1, 16), Size(512, 16), Size(512, 1), Size(MANY_TOKENS, 16), Size(MANY_TOKENS, 16, 4)),
-    Op.VARLEN_ATTENTION: (Size(1), Size(MANY_TOKENS), Size(MANY_TOKENS, None, 4)),
+    Op.PAGED_ATTENTION: (
+        Size(1, 16),
+        Size(512, 16),
+        Size(512, 1),
+        Size(MANY_TOKENS, 16),
+        Size(MANY_TOKENS, 16, 4),
+        Size(MANY_TOKENS, 16, 1, MANY_TOKENS // MIXED_TOKENS),
+    ),
+    Op.VARLEN_ATTENTION: (
+        Size(1),
+        Size(MANY_TOKENS),
+        Size(MANY_TOKENS, None, 4),
+        Size(MANY_TOKENS, None, 1, MANY_TOKENS // LONG_KEYS),
+    ),
 }
 ANY_SIZE: Sizes = (Size(1),)
 # The options by which keys are hidden, of each operator.
@@ -176,7 +190,7 @@ def _devices(rows: Sequence[Entry], sms: Iterable[int]) -> Iterator[Capability]:
     """The oldest SM of each kind of device that no row and no gate tells apart.
 
     Their numbers of SMs do not matter: they rank tiles of one family, head size and target against each other, of which
-    flash_sm90 alone has two, and one kind of device loads those.
+    flash_sm90 alone has several, and one kind of device loads those.
     """
     targets = {target for row in rows for target in row.code_targets}
     kinds: dict[tuple[object, ...], Capability] = {}

@@ -45,8 +45,9 @@ class Copier:
     copies, which one warp alone started so slowly that they cost 12% more than pages of 64 (docs/performance.md).
     """
 
-    def __init__(self, shared, head_dim, head_dim_v, paged, masked, keys):
-        self.shared, self.paged, self.masked, self.keys = shared, paged, masked, keys
+    def __init__(self, shared, cluster, head_dim, head_dim_v, paged, masked, keys):
+        self.shared, self.cluster = shared, cluster
+        self.paged, self.masked, self.keys = paged, masked, keys
         self.k_ring = Ring(shared.k, shared.k_full, shared.k_empty, shared.k_bytes, head_dim)
         self.v_ring = Ring(shared.v, shared.v_full, shared.v_empty, shared.v_bytes, head_dim_v)
 
@@ -153,10 +154,8 @@ class Copier:
         page: Int32,
         kv_head: Int32,
     ):
-        """Start copying a tile of K or V into its stage, a box a lane; boxes without a page become zeros, unread.
-
-        Other row blocks and heads of the group read it again; decode, which may stream past beside this, reads once.
-        """
+        """Start copying a tile of K or V into its stage, a box a lane, those of this block; boxes without a page become
+        zeros, unread."""
         lane, columns = cute.arch.lane_idx(), columns_of(ring.head_dim)
         barrier = smem + ring.full + stage * BARRIER
         if lane == 0:
@@ -165,11 +164,22 @@ class Copier:
         target = smem + ring.at + stage * ring.bytes
         boxes = Int32(1)
         if cutlass.const_expr(self.paged):
-            boxes = args.boxes
-            target = target + lane * (args.box_rows * columns * 2)
             # Beyond the last page of the map, which has one even where the pool has none.
             page = Int32(cutlass.select_(page < 0, cutlass.max(args.num_pages, 1), page))
+        elif cutlass.const_expr(self.cluster.blocks > 1):
+            row = row + lane * args.box_rows
+        if cutlass.const_expr(self.paged or self.cluster.blocks > 1):
+            boxes = args.boxes
+            target = target + lane * (args.box_rows * columns * 2)
+        places = [(Int32(column), target + self.keys * column * 2) for column in range(0, ring.head_dim, columns)]
         if lane < boxes:
-            for column in range(0, ring.head_dim, columns):
-                at = target + self.keys * column * 2
-                tma.load_box(at, tensor_map, barrier, Int32(column), row, kv_head, page, read_again=True)
+            if cutlass.const_expr(self.cluster.blocks > 1):
+                for number, (column, at) in enumerate(places):
+                    if self.cluster.copies(lane, number):
+                        tma.load_box(at, tensor_map, barrier, column, row, kv_head, page, blocks=self.cluster.blocks)
+            elif args.beside != 0:  # decode streams past: other row blocks and heads would read them from memory again
+                for column, at in places:
+                    tma.load_box(at, tensor_map, barrier, column, row, kv_head, page, read_again=True)
+            else:
+                for column, at in places:
+                    tma.load_box(at, tensor_map, barrier, column, row, kv_head, page)

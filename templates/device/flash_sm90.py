@@ -14,6 +14,7 @@ from cutlass import Float32, Int32, Int64
 from cutlass.cute.nvgpu import warpgroup
 
 from pa_ops.templates.device import softmax, tma
+from pa_ops.templates.device.cluster import Cluster
 from pa_ops.templates.device.copier import Copier
 from pa_ops.templates.device.group_store import GroupStore
 from pa_ops.templates.device.hiding import WINDOW_OFF, Hiding
@@ -49,7 +50,7 @@ class FlashSm90:
     """One instance: the compile-time choices and the code that they specialise."""
 
     def __init__(
-        self, dtype, head_dim, head_dim_v, paged, causal, window, masked, rows, keys, stages, skipping, chained
+        self, dtype, head_dim, head_dim_v, paged, causal, window, masked, rows, keys, stages, blocks, skipping, chained
     ):
         self.dtype, self.head_dim, self.head_dim_v = dtype, head_dim, head_dim_v
         self.paged, self.chained = paged, chained
@@ -59,13 +60,16 @@ class FlashSm90:
         self.threads = (self.groups + 1) * GROUP_THREADS
         self.n_tiles, self.d_tiles = keys // 8, head_dim_v // 8
         self.products = Products(dtype, head_dim, head_dim_v, self.groups, keys)
-        self.shared = Shared(rows * head_dim * 2, keys * head_dim * 2, keys * head_dim_v * 2, stages, self.groups)
-        # At 256 the products are three quarters of the work: waiting for turns costs 4%.
-        self.turns = Turns(self.groups, taken=head_dim <= 192)
+        self.cluster = Cluster(blocks)
+        self.shared = Shared(
+            rows * head_dim * 2, keys * head_dim * 2, keys * head_dim_v * 2, stages, self.groups, blocks
+        )
+        # At 256 the products are three quarters of the work: waiting for turns costs 4%, but keeps two blocks in step.
+        self.turns = Turns(self.groups, taken=head_dim <= 192 or blocks > 1)
         sight = Sight(causal, window, masked, keys)
-        self.walk = OwnRows(self.shared, sight, self.turns) if skipping else WholeTile()
-        self.lister = Lister(self.shared, sight, head_dim, head_dim_v, paged, rows, chained)
-        self.copier = Copier(self.shared, head_dim, head_dim_v, paged, masked, keys)
+        self.walk = OwnRows(self.shared, sight, self.turns, self.cluster) if skipping else WholeTile()
+        self.lister = Lister(self.shared, self.cluster, sight, head_dim, head_dim_v, paged, rows, chained)
+        self.copier = Copier(self.shared, self.cluster, head_dim, head_dim_v, paged, masked, keys)
         self.hiding = Hiding(causal, window, masked, keys)
         self.mask_words = MaskWords(dtype, keys)
         self.part_states = PartStates(self.d_tiles, self.shared.warps, taken=not masked)
@@ -76,7 +80,8 @@ class FlashSm90:
     def __call__(self, args):
         maps = [tma.map_argument() for _ in range(3)]
         self.kernel(args, *maps).launch(
-            grid=[1, 1, 1],
+            grid=[self.cluster.blocks, 1, 1],
+            cluster=self.cluster.shape(),
             block=[self.threads, 1, 1],
             smem=self.smem_bytes,
             min_blocks_per_mp=1,
@@ -96,7 +101,7 @@ class FlashSm90:
         if args.beside == 0:  # else the grid before this one has waited for what this one reads
             wait_for_grid(self.chained)
         start_next_grid(self.chained)
-        cute.arch.barrier()
+        self.cluster.meet()
         computing, copying = REGISTERS[self.groups]
         if warp < GROUP_WARPS:
             cute.arch.setmaxregister_decrease(copying)
@@ -109,6 +114,7 @@ class FlashSm90:
         else:
             cute.arch.setmaxregister_increase(computing)
             self.compute(args, pointer, smem, warp)
+        self.cluster.leave()
 
     @cute.jit
     def compute(self, args, pointer, smem: Int32, warp: Int32):
@@ -184,7 +190,7 @@ class FlashSm90:
             self.load_mask(args, slot, Int32(unseen), words)
         warpgroup.wait_group(0)
         hole = self.take_holes(smem, stage)
-        tma.release(smem + self.shared.k_empty + stage * BARRIER)
+        self.cluster.release(smem + self.shared.k_empty + stage * BARRIER)
         self.treat(args, acc_s, slot, Int32(unseen), edges, inner, hole, words)
         softmax.start(acc_s, row_max, row_sum, args.log2_scale, self.n_tiles)
         limits[0], limits[1] = softmax.limits_of(row_max, args.log2_scale)
@@ -204,7 +210,7 @@ class FlashSm90:
                 self.load_mask(args, slot, i, words)
             warpgroup.wait_group(1)
             hole = self.take_holes(smem, stage)
-            tma.release(smem + self.shared.k_empty + stage * BARRIER)
+            self.cluster.release(smem + self.shared.k_empty + stage * BARRIER)
             self.treat(args, acc_s, slot, i, edges, inner, hole, words)
             outgrown = softmax.outgrown_beyond(limits, acc_s, row_max, args.log2_scale, self.n_tiles)
             for _ in cutlass.range(opaque(outgrown), unroll=1):
@@ -214,7 +220,7 @@ class FlashSm90:
             # Before the exponentials, under which the next products of the other groups run: so they are rounded one by
             # one as they come, where the registers of the last ones are free.
             warpgroup.wait_group(0)
-            tma.release(smem + self.shared.v_empty + last * BARRIER)
+            self.cluster.release(smem + self.shared.v_empty + last * BARRIER)
             for _ in cutlass.range(opaque(outgrown), unroll=1):
                 softmax.scale_rows(acc_o, [factors[0], factors[1]], self.d_tiles)
             softmax.exponentiate(acc_s, row_max, row_sum, args.log2_scale, self.n_tiles)
@@ -231,7 +237,7 @@ class FlashSm90:
             self.clear(smem, stage, Int32(0), ld_shared_32(slot + POSITION) - window + 1 - key_first, group)
         self.products.start_outputs(probabilities, s_v, stage, group, acc_o)
         warpgroup.wait_group(0)
-        tma.release(smem + self.shared.v_empty + stage * BARRIER)
+        self.cluster.release(smem + self.shared.v_empty + stage * BARRIER)
         return self.shared.after(stage, parity)
 
     @cute.jit

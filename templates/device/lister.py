@@ -11,7 +11,7 @@ from cutlass import Int32, Int64
 from pa_ops.templates.device import tma
 from pa_ops.templates.device.mask_tile import keys_of as padded_keys
 from pa_ops.templates.device.packing import pack_bits, token_of
-from pa_ops.templates.device.parts import Cut, cut_of, part_of, tile_of
+from pa_ops.templates.device.parts import STATES, Cut, cut_of, part_of, tile_of
 from pa_ops.templates.device.ptx import st_shared_32
 from pa_ops.templates.device.ptx_global import st_global_i32, take
 from pa_ops.templates.device.ptx_grid import wait_for_grid
@@ -20,15 +20,18 @@ from pa_ops.templates.device.shared_sm90 import BARRIER, SLOT, SLOTS, columns_of
 from pa_ops.templates.device.warpgroup import GROUP_ROWS
 from pa_ops.templates.device.worklist import find_tile, length_at, paged_keys, tiles_of
 
-NEAR_BYTES = 24 << 20  # of keys and values that a section of heads may have: half of an H200's L2 cache
+# Of keys and values that a section of heads may have: blocks of two sections run at a time, and each half of an H200's
+# L2 cache of 50 MB holds what its own SMs read. 24 MB are 1% slower without a mask, and equal with one.
+NEAR_BYTES = 6 << 20
 LATE = 2  # of a causal sequence's row blocks, one in so many comes after all others: the first, which see fewest keys
 
 
 class Lister:
-    """Lists tiles of `rows` query rows, and the blocks of keys that `sight` finds for them, in parts."""
+    """Lists tiles of `rows` query rows a block, and the blocks of keys that `sight` finds for them, in parts."""
 
-    def __init__(self, shared, sight, head_dim, head_dim_v, paged, rows, chained):
-        self.shared, self.sight, self.paged, self.rows, self.chained = shared, sight, paged, rows, chained
+    def __init__(self, shared, cluster, sight, head_dim, head_dim_v, paged, rows, chained):
+        self.shared, self.cluster, self.sight = shared, cluster, sight
+        self.paged, self.rows, self.chained = paged, rows, chained
         self.causal, self.masked = sight.causal, sight.masked
         self.head_dim, self.columns, self.q_bytes = head_dim, columns_of(head_dim), GROUP_ROWS * head_dim * 2
         self.near_keys = NEAR_BYTES // ((head_dim + head_dim_v) * 2)
@@ -38,32 +41,38 @@ class Lister:
         """Fill slots until the work ends, then one that says so."""
         if cute.arch.lane_idx() == 0:
             tma.prefetch_map(q_map)
-        turn, bits = Int32(0), pack_bits(args, self.masked)
-        rank, _, _ = cute.arch.block_idx()
+        turn, taken, bits = Int32(0), Int32(0), pack_bits(args, self.masked)
+        tokens_here = Int32(self.rows) >> bits
+        rank = self.cluster.number()
         if args.beside != 0:  # some blocks start when the grid beside this one ends
-            rank = self.take_ticket(args)
+            rank = self.take_ticket(args, smem, taken)
+            taken = taken + 1
         cut = Cut(Int32(0), Int32(1))
         if cutlass.const_expr(not self.masked):
-            cut = cut_of(args, Int32(self.rows) >> bits, args.heads >> bits, cute.arch.grid_dim()[0])
+            cut = cut_of(args, tokens_here * self.cluster.blocks, args.heads >> bits, self.cluster.count())
         sequence, first, head, number = self.tile_at(args, cut, rank)
         while sequence >= 0:
             q_start, q_len = length_at(args.cu_seqlens_q, sequence, args.tokens)
             first_key, k_len = self.keys_of(args, sequence, q_len)
-            tokens = cutlass.min(q_len - first, Int32(self.rows) >> bits)
+            tokens = cutlass.min(q_len - first, tokens_here * self.cluster.blocks)
             position = first + (args.position if self.masked else k_len - q_len)
             low, high, steps, end, edges, inner = self.sight.blocks(args, position, tokens, k_len)
             part = part_of(cut, rank, number, steps)
+            ahead = self.cluster.mate() * tokens_here
+            first, position, tokens = first + ahead, position + ahead, cutlass.min(tokens - ahead, tokens_here)
+            state = part.state + self.cluster.mate() * (self.cluster.count() * STATES)
             if (part.begin < part.stop) | (part.number == 0):
                 rows = (sequence, q_start + first, tokens << bits, head, position, k_len, first_key, low, high)
                 blocks = (part.stop - part.begin, *(number - part.begin for number in (end, edges, inner)))
-                self.fill(smem, turn, (Int32(1), *rows, *blocks, part.number, part.of, part.state))
+                self.fill(smem, turn, (Int32(1), *rows, *blocks, part.number, part.of, state))
                 if cutlass.const_expr(self.masked):
                     self.copy_queries(args, smem, q_map, turn, head, first, sequence)
                 else:
                     self.copy_queries(args, smem, q_map, turn, head, q_start + first, Int32(0))
                 tma.wait_for(smem + self.shared.asked, turn & 1)
                 turn = turn + 1
-            rank = self.take_ticket(args)
+            rank = self.take_ticket(args, smem, taken)
+            taken = taken + 1
             sequence, first, head, number = self.tile_at(args, cut, rank)
         self.fill(smem, turn, (Int32(0),))
         if args.beside != 0:  # who waits for this grid waits for that one too
@@ -99,13 +108,15 @@ class Lister:
         cute.arch.sync_warp()
 
     @cute.jit
-    def take_ticket(self, args):
-        """The rank of the block's next tile or part."""
+    def take_ticket(self, args, smem: Int32, taken: Int32):
+        """The rank of the cluster's next tile or part, after so many that were taken."""
         ticket = Int32(0)
         if cute.arch.lane_idx() == 0:
-            ticket = take(args.tickets)
-            if args.beside == 0:  # each block has begun with a rank of its own
-                ticket = ticket + cute.arch.grid_dim()[0]
+            if self.cluster.mate() == 0:
+                ticket = take(args.tickets)
+                if args.beside == 0:  # each cluster has begun with a rank of its own
+                    ticket = ticket + self.cluster.count()
+            ticket = self.cluster.agree(smem, self.shared, taken, ticket)
         return cute.arch.shuffle_sync(ticket, 0)
 
     @cute.jit
@@ -118,7 +129,7 @@ class Lister:
         few keys, in the cache for all heads, and short tiles fill the end evenly.
         """
         bits = pack_bits(args, self.masked)
-        tokens = Int32(self.rows) >> bits
+        tokens = (Int32(self.rows) >> bits) * self.cluster.blocks
         heads = args.heads >> bits  # those that have tiles of their own
         tile, number = tile_of(cut, rank)
         place = divided(tile, heads)
@@ -146,8 +157,8 @@ class Lister:
             back = divided(rest, section)
             first_token = (stop - 1 - back) * tokens
             head = first + rest - back * section
-        elif (block * heads + head) * cut.parts + number == cute.arch.grid_dim()[0] - 1:
-            # Blocks stop at the first rank beyond the last tile, each at one of its own: this is the last block.
+        elif (block * heads + head) * cut.parts + number == self.cluster.count() - 1:
+            # Clusters stop at the first rank beyond the last tile, each at one of its own: this is the last one.
             st_global_i32(args.tickets, Int32(0))
         return sequence, first_token, head << bits, number
 

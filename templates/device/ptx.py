@@ -2,7 +2,7 @@
 
 Accumulators stay plain Python lists of registers, so what a kernel keeps live is what its source names. Facts about
 the instructions: PTX ISA 8.8, sections on ldmatrix, mma.m16n8k16 and ex2. Those on global memory are in ptx_global.py,
-those between grids in ptx_grid.py.
+those between grids in ptx_grid.py, those between the blocks of a cluster in ptx_cluster.py.
 """
 
 from cutlass import BFloat16, Float32, Int32
@@ -22,6 +22,15 @@ def _asm(result, operands, text, constraints, effects, loc, ip):
         loc=loc,
         ip=ip,
     )
+
+
+def cache_hint(order):
+    """(what makes a policy, the suffix of an instruction, its last operand), by which the L2 cache gives up the lines
+    that it brings "first" or "last"; nothing for any other order."""
+    if order not in ("first", "last"):
+        return "", "", ""
+    made = f".reg .b64 order; createpolicy.fractional.L2::evict_{order}.b64 order, 1.0; "
+    return made, ".L2::cache_hint", ", order"
 
 
 @dsl_user_op

@@ -4,7 +4,7 @@ from cutlass import BFloat16, Float32, Int32, Int64
 from cutlass._mlir.dialects import llvm
 from cutlass.cutlass_dsl import T, dsl_user_op
 
-from pa_ops.templates.device.ptx import _asm, load_floats
+from pa_ops.templates.device.ptx import _asm, cache_hint, load_floats
 
 # Past L1, where another block's results never show.
 ld_global_f32x2 = load_floats(2, "ld.global.cg", Int64, "l", "0f00000000")
@@ -41,10 +41,7 @@ def cp_async_twice(shared, apart, sources, offset, limit, number, read_once, *, 
 
     All but the addresses and `limit` are constants. The L2 cache gives up lines that are `read_once` before others.
     """
-    hint, policy, made = "", "", ""
-    if read_once:
-        hint, policy = ".L2::cache_hint", ", once"
-        made = ".reg .b64 once; createpolicy.fractional.L2::evict_first.b64 once, 1.0; "
+    made, hint, policy = cache_hint("first" if read_once else "")
     copies = " ".join(
         f"cp.async.cg.shared.global{hint}.L2::128B [$0 + {apart * i}], [${1 + i} + {offset}], 16, skip{policy};"
         for i in range(2)

@@ -1,7 +1,8 @@
 """The shared memory of a warp-specialised block: where its tiles, barriers and slots lie, and how stages follow.
 
 Barriers come in pairs: "full" ends a phase when what it guards has been written, "empty" when it has been read. By
-"asked" the warp that copies keys wants the next tile.
+"asked" the warp that copies keys wants the next tile. Stages are empty when both blocks of a cluster have read them,
+and by the "word" the first block tells the second something.
 """
 
 import math
@@ -32,11 +33,12 @@ class Shared:
     head, position of the first row; the sequence's keys, the first of them where they are dense, and the keys [low,
     high) that some row sees; the blocks of keys to compute, of those that hold these, from the last, before `end`, to
     the first. Every row sees all keys of those numbered [edges, inner). Then which part of the tile's keys that is, of
-    how many, and the number of its state (parts.py).
+    how many, and the number of its state (parts.py). Blocks of keys are those of all rows of a cluster's tile.
     """
 
-    def __init__(self, q_bytes, k_bytes, v_bytes, stages, groups):
+    def __init__(self, q_bytes, k_bytes, v_bytes, stages, groups, blocks):
         self.stages, self.groups, self.warps = stages, groups, groups * GROUP_WARPS
+        self.readers = self.warps * blocks  # warps that read a stage before it is copied to again
         self.k_bytes, self.v_bytes = k_bytes, v_bytes  # of a stage
         self.k = q_bytes
         self.v = self.k + stages * k_bytes
@@ -49,20 +51,23 @@ class Shared:
         self.slot_full = self.v_empty + stages * BARRIER
         self.slot_empty = self.slot_full + SLOTS * BARRIER
         self.asked = self.slot_empty + SLOTS * BARRIER
-        self.holes = self.asked + BARRIER
+        self.word_full = self.asked + BARRIER
+        self.word_empty = self.word_full + BARRIER
+        self.word = self.word_empty + BARRIER
+        self.holes = self.word + 4
         self.slots = self.holes + stages * 4
         self.bytes = self.slots + SLOTS * SLOT
 
     def barriers(self):
         """(offset, arrivals a phase) of every barrier; a computing warp arrives once, at slots the copying ones too."""
-        yield self.asked, 1
+        yield from ((self.asked, 1), (self.word_full, 1), (self.word_empty, 1))
         for group in range(self.groups):
             at = group * BARRIER
             yield from ((self.q_full + at, 1), (self.q_empty + at, GROUP_WARPS))
         for stage in range(self.stages):
             at = stage * BARRIER
-            yield from ((self.k_full + at, 1), (self.k_empty + at, self.warps))
-            yield from ((self.v_full + at, 1), (self.v_empty + at, self.warps))
+            yield from ((self.k_full + at, 1), (self.k_empty + at, self.readers))
+            yield from ((self.v_full + at, 1), (self.v_empty + at, self.readers))
         for slot in range(SLOTS):
             at = slot * BARRIER
             yield from ((self.slot_full + at, 1), (self.slot_empty + at, self.warps + COPYING_WARPS))

@@ -73,8 +73,8 @@ class OwnRows:
     less than they need.
     """
 
-    def __init__(self, shared, sight, turns):
-        self.shared, self.sight, self.turns = shared, sight, turns
+    def __init__(self, shared, sight, turns, cluster):
+        self.shared, self.sight, self.turns, self.cluster = shared, sight, turns, cluster
         if sight.window or sight.masked:
             raise ValueError("groups leave out blocks at the end of a tile only: there must be no window")
 
@@ -108,9 +108,9 @@ class OwnRows:
         for i in cutlass.range(unseen, unroll=1):
             at = stage * BARRIER
             tma.wait_for(smem + self.shared.k_full + at, parity)
-            tma.release(smem + self.shared.k_empty + at)
+            self.cluster.release(smem + self.shared.k_empty + at)
             tma.wait_for(smem + self.shared.v_full + at, parity)
-            tma.release(smem + self.shared.v_empty + at)
+            self.cluster.release(smem + self.shared.v_empty + at)
             # The turn of the block that follows, if one does. By an `if` the loop over blocks gets 7 instructions more.
             for _ in cutlass.range(cutlass.min(steps - 1 - i, 1), unroll=1):
                 self.turns.take(group)

@@ -11,7 +11,7 @@ from cutlass._mlir.dialects import cute_nvgpu
 from cutlass.cute.nvgpu import cpasync, warpgroup
 from cutlass.cutlass_dsl import T, dsl_user_op
 
-from pa_ops.templates.device.ptx import _asm
+from pa_ops.templates.device.ptx import _asm, cache_hint
 
 DESCRIPTOR = "!cute.ptr<!cute_nvgpu.tma_descriptor_tiled, generic, align<64>>"
 MEMORY = "~{memory}"  # a clobber: what surrounds the instruction stays on its side
@@ -43,24 +43,25 @@ def prefetch_map(address, *, loc=None, ip=None):
 
 
 @dsl_user_op
-def load_box(shared, address, barrier, column, first, second, third, read_again=False, *, loc=None, ip=None):
+def load_box(shared, address, barrier, column, first, second, third, read_again=False, blocks=1, *, loc=None, ip=None):
     """Start copying one box of a four-dimensional tensor to shared memory; its bytes count on the barrier.
 
     What of the box lies outside the tensor becomes zeros, and counts all the same. The L2 cache gives up lines that
-    are `read_again` after all others.
+    are `read_again` after all others. With two `blocks`, both of the cluster's get the box, at the same place, and
+    their barriers count it.
     """
-    hint, policy, made = "", "", ""
-    if read_again:
-        hint, policy = ".L2::cache_hint", ", again"
-        made = ".reg .b64 again; createpolicy.fractional.L2::evict_last.b64 again, 1.0; "
+    made, hint, policy = cache_hint("last" if read_again else "")
+    cast, mask = "", ""
+    if blocks > 1:
+        made, cast, mask = f"{made}.reg .b16 all; mov.b16 all, {2**blocks - 1}; ", ".multicast::cluster", ", all"
     operands = [
         Int32(shared).ir_value(loc=loc, ip=ip),
         Int64(address).ir_value(loc=loc, ip=ip),
         Int32(barrier).ir_value(loc=loc, ip=ip),
         *(Int32(x).ir_value(loc=loc, ip=ip) for x in (column, first, second, third)),
     ]
-    copy = f"cp.async.bulk.tensor.4d.shared::cluster.global.tile.mbarrier::complete_tx::bytes{hint}"
-    text = f"{{ {made}{copy} [$0], [$1, {{$3, $4, $5, $6}}], [$2]{policy}; }}"
+    copy = f"cp.async.bulk.tensor.4d.shared::cluster.global.tile.mbarrier::complete_tx::bytes{cast}{hint}"
+    text = f"{{ {made}{copy} [$0], [$1, {{$3, $4, $5, $6}}], [$2]{mask}{policy}; }}"
     _asm(None, operands, text, f"r,l,r,r,r,r,r,{MEMORY}", True, loc, ip)
 
 

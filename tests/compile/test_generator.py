@@ -26,6 +26,7 @@ from pa_ops.generator.render import CUDA_TYPES, Renderer
 from pa_ops.generator.tiles import (
     DECODE_TILES,
     FLASH_SM80_TILES,
+    FLASH_SM90_PAIR_TILES,
     FLASH_SM90_SKIPPING_TILES,
     FLASH_SM90_SPLIT_TILES,
     FLASH_SM90_TALL_TILES,
@@ -57,8 +58,10 @@ def test_presets_nest() -> None:
         plain = len(Layout) * len(PLAIN_MASKS)
         hopper = family is Family.FLASH_SM90
         more = (4, 2 * plain * len({**FLASH_SM90_TALL_TILES, **FLASH_SM90_SPLIT_TILES})) if hopper else (0, 0)
+        pairs = (10, 2 * len(Layout) * 2 * len(FLASH_SM90_PAIR_TILES)) if hopper else (0, 0)  # without a window
         # And the mask tensor, where dense.
-        assert [count[family] for count in counts] == [12 + more[0], len(tiles) * 2 * (plain + 1) + more[1]]
+        usual = (12, len(tiles) * 2 * (plain + 1))
+        assert [count[family] for count in counts] == [sum(counted) for counted in zip(usual, more, pairs, strict=True)]
     assert [count[Family.DECODE] for count in counts] == [6, len(DECODE_TILES) * 2 * len(DECODE_MASKS)]
     assert {spec.op for spec in smoke} == set(KernelOp)
 
@@ -334,7 +337,9 @@ def test_rendering_binds_the_spec_and_hides_its_statements() -> None:
 def test_groups_leave_out_blocks_of_keys_by_some_tiles_where_no_window_cuts_them() -> None:
     wgmma = [spec for spec in declared("full", ("sm_90a",)) if spec.family is Family.FLASH_SM90]
     found = {spec for spec in wgmma if "skipping=True" in Renderer().render(spec)}
-    assert {(spec.head_dim, spec.mask) for spec in found} == set(product((96, 128), (Mask.CAUSAL, Mask.FULL)))
+    alone = {(spec.head_dim, spec.mask) for spec in found if spec.tile.cluster == 1}
+    assert alone == set(product((96, 128), (Mask.CAUSAL, Mask.FULL)))
+    assert all(spec in found for spec in wgmma if spec.tile.cluster > 1)
     able = {spec for spec in wgmma if spec.tile in FLASH_SM90_SKIPPING_TILES}
     assert found == {spec for spec in able if spec.mask is not Mask.WINDOW}
 

@@ -158,7 +158,8 @@ def test_B10_B12_batches_of_0_1_and_300_sequences(device: torch.device, evidence
 def test_tickets_run_out_around_the_number_of_blocks(device: torch.device, evidence: Evidence) -> None:
     blocks = current_capability().num_sms
     shape = Shape(64, kv_heads=1, group=1)
-    for tiles in (1, 2, blocks - 1, blocks, blocks + 1, 2 * blocks - 1, 2 * blocks, 2 * blocks + 1, 5 * blocks):
+    edges = (full + more for full in (blocks // 2, blocks, 2 * blocks) for more in (-1, 0, 1))
+    for tiles in (1, 2, *edges, 5 * blocks):
         on_sm90(paged([(1, 9)] * tiles, shape, device), evidence, f"{tiles} tiles of one row")
         on_sm90(varlen([(1, 300), *[(0, 5)] * tiles, (400, 400)], shape, device), evidence, f"{tiles} empty sequences")
 

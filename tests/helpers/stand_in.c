@@ -69,6 +69,8 @@ int cuLaunchKernelEx(const struct config *config, void *kernel, void **parameter
            config->block[0], config->shared, (int)(intptr_t)config->stream, size);
     for (size_t i = 0; i < size; i += 8)
         printf(" %d", *(const int *)((const char *)extra[1] + i));
-    printf(config->count ? ", attribute %d = %d\n" : "\n", (int)config->attributes[0], (int)config->attributes[1]);
+    for (const uint64_t *each = config->attributes; each < config->attributes + 9 * config->count; each += 9)
+        printf(", attribute %d = %d %d %d", (int)each[0], (int)each[1], (int)(each[1] >> 32), (int)each[2]);
+    printf("\n");
     return code("cuLaunchKernelEx");
 }

@@ -14,7 +14,7 @@ from pa_ops.evidence import Evidence, Timed
 from pa_ops.gates import attention_families
 from pa_ops.generator import matrix
 from pa_ops.generator.tiles import FLASH_SM90_SPLIT_TILES
-from pa_ops.heuristics import MANY_TOKENS
+from pa_ops.heuristics import MANY_TOKENS, MIXED_TOKENS
 from pa_ops.manifest import Entry, Manifest
 from pa_ops.spec import Family, InstanceSpec, Layout, Mask, Op, Tile
 from pa_ops.survey import HEAD_DIMS, Reach, Size, _asked, domain, questions, survey
@@ -117,6 +117,7 @@ def test_G4_the_domain_holds_every_option() -> None:
         (Size(512, 16), Family.FLASH_SM90, set()),
         (Size(MANY_TOKENS, 16), Family.FLASH_SM90, {Mask.FULL, Mask.CAUSAL}),
         (Size(MANY_TOKENS, 16, 4), Family.FLASH_SM90, {Mask.FULL, Mask.CAUSAL, Mask.WINDOW}),
+        (Size(MANY_TOKENS, 16, 1, MANY_TOKENS // MIXED_TOKENS), Family.FLASH_SM90, {Mask.FULL, Mask.CAUSAL}),
         (Size(512, 1), Family.FLASH_SM80, set()),
     ],
 )
@@ -137,8 +138,12 @@ def test_G4_each_size_of_the_domain_has_kernels_of_its_own(
     for row in rows:
         if row.spec.family is family:
             tiles[replace(row.spec, tile=Tile(0, 0, 0, 0))].append(row.spec.tile)
+    alone = size.batch > 1 or size.tokens < MANY_TOKENS  # blocks by themselves, not by twos
     fitting = {
-        spec: (max if spec.mask in tall else min)(several, key=lambda tile: tile.m) for spec, several in tiles.items()
+        spec: (max if spec.mask in tall else min)(
+            [tile for tile in several if (tile.cluster == 1) == alone] or several, key=lambda tile: tile.m
+        )
+        for spec, several in tiles.items()
     }
     assert best == {replace(spec, tile=tile).name for spec, tile in fitting.items()}
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from itertools import product
 from typing import Any
 
 import pytest
@@ -170,6 +171,39 @@ def test_the_taller_tile_is_for_long_sequences(sizes: dict[str, int], rows: int)
     assert select_entry(declared_rows(), problem, Capability.of_sm(90)).entry.spec.tile.m == rows
     steady = select_entry(declared_rows(), problem, Capability.of_sm(90), Policy(batch_invariant=True))
     assert steady.entry.spec.tile.m == 128
+
+
+@pytest.mark.parametrize(
+    ("sizes", "blocks"),
+    [
+        ({"tokens": 16384}, 2),
+        ({"tokens": 16384, "window": True}, 1),
+        ({"tokens": 16384, "batch": 2}, 2),
+        ({"tokens": 16384, "batch": 4}, 1),  # an eleventh and last tile of 384 rows would be two thirds empty
+        ({"tokens": 16384, "batch": 4, "num_kv_heads": 8}, 2),
+        ({"tokens": 16384, "batch": 8, "num_kv_heads": 8}, 2),
+        ({"tokens": 16384, "batch": 16, "num_kv_heads": 2}, 1),  # decode may have some of them
+        ({"tokens": 8192, "max_q": 8192, "max_k": 2047}, 1),
+        ({"tokens": 4096, "batch": 4, "max_q": 4096, "num_kv_heads": 8}, 1),
+    ],
+)
+@pytest.mark.parametrize("op", ["varlen_attention", "paged_attention"])
+def test_blocks_share_keys_in_long_sequences(op: str, sizes: dict[str, Any], blocks: int) -> None:
+    problem = Problem(op=op, dtype="bf16", head_dim=128, num_heads=32, **sizes)
+    for entries in (declared_rows(), tuple(reversed(declared_rows()))):
+        assert select_entry(entries, problem, Capability.of_sm(90)).entry.spec.tile.cluster == blocks
+    steady = select_entry(declared_rows(), problem, Capability.of_sm(90), Policy(batch_invariant=True))
+    assert steady.entry.spec.tile.cluster == 1
+
+
+def test_none_shares_keys_beside_decode() -> None:
+    """There blocks start one by one, when decode's leave their SMs: a cluster would wait for two beside each other."""
+    for tokens, batch, max_q in product((64, 1 << 10, 1 << 12, 1 << 16), (1, 2, 16, 64), (None, 4096)):
+        sizes = {"tokens": tokens, "batch": batch, "max_q": max_q}
+        problem = Problem(op="paged_attention", dtype="bf16", head_dim=128, num_heads=32, num_kv_heads=8, **sizes)
+        if division(problem, DECODE_ROWS) is Division.BOTH:
+            many = select_entry(declared_rows(), problem, Capability.of_sm(90), Policy("flash_sm90"))
+            assert many.entry.spec.tile.cluster == 1, sizes
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from generator.tiles import FLASH_SM90_SPLIT_TILES, FLASH_SM90_TALL_TILES, FLASH_SM90_TILES
+from generator.tiles import (
+    FLASH_SM90_PAIR_TILES,
+    FLASH_SM90_SPLIT_TILES,
+    FLASH_SM90_TALL_TILES,
+    FLASH_SM90_TILES,
+)
 from helpers import plain
 from pa_ops import scratch
 from pa_ops.launch import CUT_ROUNDS
@@ -131,12 +136,12 @@ def test_X12_nothing_is_cut_where_the_host_says_so() -> None:
     assert cut_of(batch(1, cut_rounds=0), 48, 8) == (0, 1) and not asked
 
 
-OUTPUTS = [*FLASH_SM90_TILES.items(), *FLASH_SM90_TALL_TILES.items()]
+OUTPUTS = [pair for table in (FLASH_SM90_TILES, FLASH_SM90_TALL_TILES, FLASH_SM90_PAIR_TILES) for pair in table.items()]
 OUTPUTS += [(head_dim_v, tile) for (_, head_dim_v), tile in FLASH_SM90_SPLIT_TILES.items()]
 
 
 @pytest.mark.parametrize(("head_dim_v", "tile"), OUTPUTS, ids=str)
 def test_the_workspace_has_room_for_all_states(head_dim_v: int, tile: Any) -> None:
     warps = tile.m // 16
-    states = BLOCKS * parts.STATES * warps * 32 * (head_dim_v // 2 + 4) * 4
+    states = BLOCKS // tile.cluster * parts.STATES * tile.cluster * warps * 32 * (head_dim_v // 2 + 4) * 4
     assert states <= scratch.posts_at(BLOCKS) and warps <= scratch.MOST_WARPS and parts.STATES == scratch.PARTS_AN_SM

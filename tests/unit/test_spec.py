@@ -25,7 +25,7 @@ SPECS = st.builds(
     head_dim_v=EXTENTS,
     layout=st.sampled_from(Layout),
     mask=st.sampled_from(Mask),
-    tile=st.builds(Tile, EXTENTS, EXTENTS, st.integers(0, 9), st.integers(0, 16)),
+    tile=st.builds(Tile, EXTENTS, EXTENTS, st.integers(0, 9), st.integers(0, 16), st.integers(1, 9)),
 )
 
 
