@@ -101,12 +101,12 @@ def sharing(spec: InstanceSpec, problem: Problem) -> int:
     It pays in long sequences, if none has so few query rows that decode may have it, beside which blocks start one by
     one.
     """
-    blocks = spec.tile.cluster
+    if spec.tile.cluster == 1:
+        return 1
     mean = ceil_div(problem.tokens, max(problem.batch, 1))
-    rows = mean * packed_heads(spec, problem.group)
-    long = rows >= CLUSTER_TILES * blocks * spec.tile.m and likely_keys(problem) >= LONG_KEYS
-    pays = long and mean > MIXED_TOKENS
-    return 1 if blocks == 1 else 0 if pays else 2
+    least = CLUSTER_TILES * spec.tile.cluster * spec.tile.m
+    long = mean * packed_heads(spec, problem.group) >= least and likely_keys(problem) >= LONG_KEYS
+    return 0 if long and mean > MIXED_TOKENS else 2
 
 
 class Division(Word):

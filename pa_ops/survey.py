@@ -14,7 +14,7 @@ from pa_ops.errors import NoInstance
 from pa_ops.evidence import Key
 from pa_ops.families import device_passes, device_rejections, problem_passes, problem_rejections
 from pa_ops.gates import families_of
-from pa_ops.heuristics import LONG_KEYS, MANY_TOKENS, MIXED_TOKENS, leaders
+from pa_ops.heuristics import MANY_TOKENS, MIXED_TOKENS, leaders
 from pa_ops.manifest import Entry
 from pa_ops.problem import Problem
 from pa_ops.selection import select_entry
@@ -42,24 +42,19 @@ class Size(NamedTuple):
 
 
 Sizes = tuple[Size, ...]
-# Few query rows, which have a family of their own, many, very many, which have a tile of their own, with a window where
-# heads are grouped, in sequences too short for blocks to share keys, and a page that not every family takes. Sizes rank
-# and never refuse, so that page need not be met with each.
+# Few query rows, which have a family of their own, many, very many of one sequence, whose keys blocks share, as many of
+# short ones with grouped heads, which have a tile of their own, with a window, too, and a page that not every family
+# takes. Sizes rank and never refuse, so that page need not be met with each.
+MANY_SEQUENCES = MANY_TOKENS // MIXED_TOKENS
 SIZES: dict[Op, Sizes] = {
     Op.PAGED_ATTENTION: (
         Size(1, 16),
         Size(512, 16),
         Size(512, 1),
         Size(MANY_TOKENS, 16),
-        Size(MANY_TOKENS, 16, 4),
-        Size(MANY_TOKENS, 16, 1, MANY_TOKENS // MIXED_TOKENS),
+        Size(MANY_TOKENS, 16, 4, MANY_SEQUENCES),
     ),
-    Op.VARLEN_ATTENTION: (
-        Size(1),
-        Size(MANY_TOKENS),
-        Size(MANY_TOKENS, None, 4),
-        Size(MANY_TOKENS, None, 1, MANY_TOKENS // LONG_KEYS),
-    ),
+    Op.VARLEN_ATTENTION: (Size(1), Size(MANY_TOKENS), Size(MANY_TOKENS, None, 4, MANY_SEQUENCES)),
 }
 ANY_SIZE: Sizes = (Size(1),)
 # The options by which keys are hidden, of each operator.
