@@ -18,7 +18,7 @@ from torch import Tensor
 from pa_ops.arguments import CHUNK_KEYS, FLASH_SM90, UNCUT, Record, record_of
 from pa_ops.capability import Capability
 from pa_ops.errors import InvalidArgument
-from pa_ops.plan import QUERY_ROWS, columns_of, packed_heads, resident_blocks
+from pa_ops.plan import QUERY_ROWS, box_keys, columns_of, packed_heads, resident_blocks
 from pa_ops.program import Address, Grid, GridRule, Launch, Size, Source, Stride, TensorMap, Value
 from pa_ops.scratch import blocks_of, counters_at, parts_at, posts_at, tickets_at, tiles_at
 from pa_ops.spec import DType, InstanceSpec
@@ -176,10 +176,9 @@ def fields_of(record: Record, sources: dict[str, Source]) -> dict[str, Source]:
 
 
 def _map_sources(spec: InstanceSpec, call: Attention) -> dict[str, Source]:
-    """Tensor maps of q, k and v, and how many keys a box has: as many as divide both a page and the tile, and leave a
-    box for each block of a cluster."""
+    """Tensor maps of q, k and v, and how many keys a box has."""
     keys, dtype = call.keys, DTYPES[spec.dtype]
-    box_rows = min(math.gcd(keys.page_size, spec.tile.n), spec.tile.n // spec.tile.cluster)
+    box_rows = box_keys(spec.tile, keys.page_size)
     packed = packed_heads(spec, call.heads // keys.kv_heads)
     q_sizes = (call.head_dim, call.heads, _tokens(call.q), 1)
     q_box = (columns_of(spec.head_dim), packed, QUERY_ROWS // packed)

@@ -10,7 +10,7 @@ import math
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
-from pa_ops.spec import Family, InstanceSpec, Mask
+from pa_ops.spec import Family, InstanceSpec, Mask, Tile
 
 
 class Work(NamedTuple):
@@ -54,6 +54,14 @@ def packed_heads(spec: InstanceSpec, group: int) -> int:
 def columns_of(head_dim: int) -> int:
     """Elements of a row in a box, which lie side by side in a tile: 128 bytes, or what of them divides a row."""
     return math.gcd(head_dim, WIDEST_COLUMNS)
+
+
+def box_keys(tile: Tile, page_size: int) -> int:
+    """Keys that one copy brings: as many as divide both a page and the tile, and leave each block of a cluster a box.
+
+    page_size: 0 where there are no pages.
+    """
+    return min(math.gcd(page_size, tile.n), tile.n // tile.cluster)
 
 
 def attention_tiles(tokens: int, sequences: int, rows: int, max_seqlen_q: int | None = None) -> int:

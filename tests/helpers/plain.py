@@ -24,6 +24,8 @@ CUTE = {"arch": SimpleNamespace(clz=lambda x: 32 - x.bit_length(), fmin=min), "j
 CUTLASS: dict[str, Any] = {
     **dict.fromkeys(("Int32", "Int64", "Uint32", "Uint64"), int),
     "Float32": float32,
+    "Constexpr": object,
+    "const_expr": bool,
     "min": min,
     "max": max,
     "select_": lambda where, a, b: a if where else b,

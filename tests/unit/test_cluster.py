@@ -1,0 +1,83 @@
+"""Which of two blocks copies what, and when they agree: templates/device/cluster.py itself, with plain numbers."""
+
+from __future__ import annotations
+
+from collections import Counter
+from itertools import product
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from generator.tiles import FLASH_SM90_PAIR_TILES
+from helpers import plain
+from pa_ops.plan import box_keys, ceil_div, columns_of
+
+
+class Blocks:
+    """A grid of them, the one whose turn it is, and the barriers at which each has heard of something."""
+
+    def __init__(self, blocks: int) -> None:
+        self.grid, self.number, self.blocks = 0, 0, blocks
+        self.words, self.told = dict[int, int](), list[tuple[str, int, int]]()
+
+    def run(self) -> Any:
+        """The names of the module."""
+        arch = {
+            "grid_dim": lambda: (self.grid, 1, 1),
+            "block_idx": lambda: (self.number, 0, 0),
+            "block_idx_in_cluster": lambda: self.number % self.blocks,
+        }
+        waits = {
+            "wait_for": lambda barrier, parity: self.told.append(("wait", barrier, parity)),
+            "expect": lambda barrier, count: self.told.append(("expect", barrier, count)),
+        }
+        instructions = {
+            "arrive_in": lambda block, barrier: self.told.append(("arrive", block, barrier)),
+            "send": lambda block, at, barrier, word: self.words.update({at: word}),
+        }
+        modules = {"tma": waits, "ptx": {"ld_shared_32": self.words.__getitem__}, "ptx_cluster": instructions}
+        return SimpleNamespace(**plain.run("cluster", modules, **arch))
+
+
+@pytest.mark.parametrize("blocks", [1, 2])
+def test_the_blocks_of_a_grid_are_shared_out_to_clusters(blocks: int) -> None:
+    device = Blocks(blocks)
+    cluster = device.run().Cluster(blocks)
+    device.grid, places = 132, []
+    for number in range(132):
+        device.number = number
+        places.append((cluster.number(), cluster.mate()))
+    assert places == list(product(range(cluster.count()), range(blocks)))
+    assert cluster.shape() == (None if blocks == 1 else [2, 1, 1])
+
+
+@pytest.mark.parametrize("page_size", [0, 8, 16, 24, 64, 80, 128, 256])
+@pytest.mark.parametrize(("head_dim", "tile"), FLASH_SM90_PAIR_TILES.items(), ids=str)
+def test_each_box_is_copied_by_one_of_two_blocks_and_each_copies_half(head_dim: int, tile: Any, page_size: int) -> None:
+    device = Blocks(tile.cluster)
+    cluster = device.run().Cluster(tile.cluster)
+    keys, columns = box_keys(tile, page_size), head_dim // columns_of(head_dim)
+    assert tile.n % keys == (page_size or keys) % keys == 0 and keys % 8 == 0, "whole boxes, of whole swizzles"
+    copied = Counter[int]()
+    for box, column in product(range(tile.n // keys), range(columns)):
+        owners = []
+        for device.number in range(tile.cluster):
+            owners += [device.number] * cluster.copies(box, column)
+        assert len(owners) == 1, (box, column)
+        copied.update(owners)
+    assert max(copied.values()) <= ceil_div(sum(copied.values()), 2)
+
+
+def test_the_second_block_hears_every_word_of_the_first_and_says_so() -> None:
+    device = Blocks(2)
+    cluster = device.run().Cluster(2)
+    shared = SimpleNamespace(word=100, word_full=8, word_empty=16)
+    for turn, word in enumerate((66, 67, 70)):
+        heard = []
+        for device.number in range(2):
+            heard.append(cluster.agree(1000, shared, turn, word if device.number == 0 else 0))
+        assert heard == [word, word]
+    parities = [(told[1] - 1000, told[2]) for told in device.told if told[0] == "wait"]
+    assert parities == [(16, 1), (8, 0), (16, 0), (8, 1), (16, 1), (8, 0)], "empty before the first word is written"
+    assert device.told.count(("arrive", 0, 1016)) == 3 and device.told.count(("expect", 1008, 4)) == 3
