@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from statistics import median
 
 import torch
 from rich.console import Console
@@ -16,11 +15,10 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from pa_ops import bench_mea, bench_padded, bench_serving, evidence, functions, reference, registry, trace
 from pa_ops.bench_rows import error_cell
+from pa_ops.bench_timers import Timer, looping, one_by_one
 from pa_ops.errors import InvalidArgument
 from pa_ops.evidence import Key, Timed
 
-WARM_UP = 10
-REPEATS = 50
 CHECKED_QUERIES = 64  # the last query rows of each sequence; their scores over 64 Ki keys still fit beside a cache
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16}
 TOLERANCE = {"fp16": 5e-3, "bf16": 2e-2}
@@ -186,20 +184,7 @@ def error_of(case: Case, inputs: Inputs, out: Tensor) -> float:
     return worst
 
 
-def time_of(call: Callable[[], object]) -> float:
-    """Median time of a call on the GPU in microseconds, its launch included."""
-    for _ in range(WARM_UP):
-        call()
-    marks = [torch.cuda.Event(enable_timing=True) for _ in range(2 * REPEATS)]  # type: ignore[no-untyped-call]
-    for begin, end in zip(marks[::2], marks[1::2], strict=True):
-        begin.record()
-        call()
-        end.record()
-    torch.cuda.synchronize()
-    return 1e3 * float(median(b.elapsed_time(e) for b, e in zip(marks[::2], marks[1::2], strict=True)))
-
-
-def measure(case: Case, device: torch.device, timer: Callable[[Callable[[], object]], float] = time_of) -> Row:
+def measure(case: Case, device: torch.device, timer: Timer = one_by_one) -> Row:
     """Run, check and time one case on whatever kernel selection gives it."""
     inputs = inputs_of(case, device)
     call = call_of(case, inputs)
@@ -255,16 +240,23 @@ def run(
     window: int | None,
     num_seqs: int | None,
     dtype: str,
+    loop: float | None,
     output: Path | None,
 ) -> int:
-    """Time the cases, print them, write `output`; 1 where a result is wrong. Raises InvalidArgument without a GPU."""
+    """Time the cases, print them, write `output`; 1 where a result is wrong. Raises InvalidArgument without a GPU.
+
+    loop: seconds of each, back to back; else one call at a time.
+    """
+    timer = one_by_one if loop is None else looping(loop)
+    if loop is not None and case in TABLES:
+        raise InvalidArgument("loop", f"must be for one of {', '.join(CASES)}, all", f"case {case!r}")
     cases = [] if case in TABLES else cases_of(case, ctx=ctx, window=window, num_seqs=num_seqs, dtype=dtype)
     if not torch.cuda.is_available():
         raise InvalidArgument("device", "bench times kernels on an NVIDIA GPU that torch can use", "no such GPU here")
     device = torch.device("cuda", 0)
     if case in TABLES:
         return TABLES[case](console, device, output)
-    rows = [measure(chosen, device) for chosen in cases]
+    rows = [measure(chosen, device, timer) for chosen in cases]
     table = Table("case", "shape", "us", "TFLOP/s", "KV GB/s", "worst error", "best peer / ours", "instance")
     for row in rows:
         rates = (f"{row.microseconds:.1f}", f"{row.tflops:.1f}", f"{row.gigabytes_per_second:.0f}")

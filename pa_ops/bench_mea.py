@@ -21,7 +21,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
 from pa_ops import functions, homes, trace
-from pa_ops.bench_rows import error_cell, publish, time_of
+from pa_ops.bench_rows import error_cell, publish
+from pa_ops.bench_timers import back_to_back
 from pa_ops.environment import homed
 from pa_ops.errors import InvalidArgument
 from pa_ops.manifest import FILE_NAME
@@ -192,8 +193,8 @@ def only(target: str) -> Iterator[None]:
 
 def timed(call: Call) -> float:
     """Microseconds of a call, over as many as fill SECONDS."""
-    once = time_of(call, WARM_UP, 1)
-    return time_of(call, 0, max(3, min(200, int(SECONDS * 1e6 / once))))
+    once = back_to_back(call, WARM_UP, 1)
+    return back_to_back(call, 0, max(3, min(200, int(SECONDS * 1e6 / once))))
 
 
 def measure(case: MeaCase, device: torch.device) -> Iterator[MeaRow]:

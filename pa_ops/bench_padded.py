@@ -17,7 +17,8 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from pa_ops import functions, reference, trace
-from pa_ops.bench_rows import error_cell, publish, time_of
+from pa_ops.bench_rows import error_cell, publish
+from pa_ops.bench_timers import back_to_back
 from pa_ops.padding import BNSH, BSNH
 
 BATCH, HEADS, TOKENS, HEAD_DIM = 8, 32, 2048, 128
@@ -77,7 +78,9 @@ def peer_time(backend: SDPBackend, made: dict[str, Any], mask: Tensor) -> float 
     q, k, v = (made[name] if made["layout"] == BNSH else made[name].transpose(1, 2) for name in "qkv")
     try:
         with sdpa_kernel(backend):
-            return time_of(lambda: torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=mask), *REPEATS)
+            return back_to_back(
+                lambda: torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=mask), *REPEATS
+            )
     except RuntimeError:  # how SDPA says that a backend does not take a call
         return None
 
@@ -99,7 +102,7 @@ def measure(kind: str, layout: str, device: torch.device) -> PaddedRow:
     with trace.recording() as decisions:
         out = functions.attention(**made)[0]
     peers = {name: peer_time(backend, made, mask) for name, backend in PEERS.items()}
-    ours = time_of(lambda: functions.attention(**made), *REPEATS)
+    ours = back_to_back(lambda: functions.attention(**made), *REPEATS)
     return PaddedRow(kind, layout, ours, peers, decisions[-1].instance, error_of(made, out))
 
 

@@ -1,19 +1,15 @@
-"""Turns rows of a benchmark into a table on the console, a JSON file and an exit status; and calls into their time."""
+"""Turns rows of a benchmark into a table on the console, a JSON file and an exit status."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Protocol
 
-import torch
 from rich.console import Console
 from rich.table import Table
-
-WARM_UP = 100
-REPEATS = 500
 
 
 class Row(Protocol):
@@ -44,17 +40,3 @@ def publish(console: Console, table: Table, rows: Sequence[Row], output: Path | 
         output.parent.mkdir(parents=True, exist_ok=True)
         output.write_text(json.dumps([fields_of(row) for row in rows], indent=1) + "\n", encoding="utf-8")
     return 0 if all(row.right for row in rows) else 1
-
-
-def time_of(call: Callable[[], object], warm_up: int = WARM_UP, repeats: int = REPEATS) -> float:
-    """Mean time of back-to-back calls in microseconds, by the GPU's clock."""
-    for _ in range(warm_up):
-        call()
-    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
-    torch.cuda.synchronize()
-    begin.record()
-    for _ in range(repeats):
-        call()
-    end.record()
-    torch.cuda.synchronize()
-    return 1e3 * float(begin.elapsed_time(end)) / repeats

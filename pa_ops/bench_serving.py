@@ -21,7 +21,8 @@ from rich.table import Table
 from torch import Tensor
 
 from pa_ops import reference
-from pa_ops.bench_rows import error_cell, publish, time_of
+from pa_ops.bench_rows import error_cell, publish
+from pa_ops.bench_timers import back_to_back
 from pa_ops.calls import TENSORS, program_of
 from pa_ops.checks import validate
 from pa_ops.plan import attention_tiles, ceil_div
@@ -207,11 +208,11 @@ def measure(case: ServingCase, device: torch.device) -> ServingRow:
 
     return ServingRow(
         case.name,
-        time_of(operator()),
-        time_of(made.call(made.steps[1:])),
-        time_of(heuristic_call(case, emulated)),
-        time_of(host_copy_call(emulated)),
-        time_of(operator(backend=Family.MEA)) if case.short else None,
+        back_to_back(operator()),
+        back_to_back(made.call(made.steps[1:])),
+        back_to_back(heuristic_call(case, emulated)),
+        back_to_back(host_copy_call(emulated)),
+        back_to_back(operator(backend=Family.MEA)) if case.short else None,
         worst,
     )
 

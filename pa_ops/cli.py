@@ -87,6 +87,7 @@ def parser() -> argparse.ArgumentParser:
     bench.add_argument("--window", type=int, metavar="N", help="sliding window")
     bench.add_argument("--num-seqs", type=int, metavar="N", help="sequences")
     bench.add_argument("--dtype", default="bf16", metavar="NAME", help="fp16 or bf16")
+    bench.add_argument("--loop", type=float, metavar="SECONDS", help="call back to back so long, not one at a time")
     bench.add_argument("--json", type=Path, metavar="FILE", help="write the rows for programs")
     table = "time each built kernel instead, into the table that selection ranks by on such a card"
     bench.add_argument("--record", type=Path, nargs="?", const=timings.FILE, metavar="FILE", help=table)
@@ -262,6 +263,7 @@ def run_bench(arguments: argparse.Namespace, console: Console) -> int:
         window=arguments.window,
         num_seqs=arguments.num_seqs,
         dtype=arguments.dtype,
+        loop=arguments.loop,
         output=arguments.json,
     )
 

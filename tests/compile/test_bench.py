@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from pa_ops import bench, cli, evidence
+from pa_ops import bench, bench_timers, cli, evidence
 from pa_ops.bench import Case
 from pa_ops.errors import InvalidArgument
 
@@ -70,6 +70,61 @@ def test_a_peer_computes_the_same(changes: dict[str, int]) -> None:
     assert name == "SDPA" and torch.allclose(got.float(), want.float(), atol=5e-3)
     assert bench.peers_of(SMALL, inputs) == {}, "it has no sliding window"
     assert bench.measure(case, CPU, lambda call: 100.0).peers == {"SDPA": 100.0}
+
+
+class Device:
+    """A GPU that takes 3 ms for each call, and whose clock is asked by the host's."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.calls = 0
+        monkeypatch.setattr(torch.cuda, "Event", lambda enable_timing: Mark(self))
+        monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+        monkeypatch.setattr("pa_ops.bench_timers.perf_counter", lambda: 3e-3 * self.calls)
+
+    def call(self) -> None:
+        self.calls += 1
+
+
+class Mark:
+    """An event of it."""
+
+    def __init__(self, device: Device) -> None:
+        self.device, self.at = device, -1
+
+    def record(self) -> None:
+        self.at = self.device.calls
+
+    def synchronize(self) -> None:
+        assert self.at >= 0, "nobody waits for what was not recorded"
+
+    def elapsed_time(self, end: Mark) -> float:
+        return 3.0 * (end.at - self.at)
+
+
+def test_every_timer_gives_the_microseconds_of_a_call(monkeypatch: pytest.MonkeyPatch) -> None:
+    device = Device(monkeypatch)
+    for timer in (bench_timers.one_by_one, bench_timers.back_to_back, bench_timers.looping(0.5)):
+        assert timer(device.call) == pytest.approx(3000.0)
+
+
+@pytest.mark.parametrize("seconds", [0.01, 0.5, 2.0])
+def test_a_loop_takes_as_long_as_it_is_told(seconds: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    device = Device(monkeypatch)
+    bench_timers.looping(seconds)(device.call)
+    chunk = 3e-3 * bench_timers.CHUNK
+    wanted = sum(max(each, 2 * chunk) for each in (bench_timers.LEAD_SECONDS, seconds))
+    assert wanted <= 3e-3 * device.calls < wanted + 2 * chunk
+
+
+@pytest.mark.parametrize("seconds", [0.0, -1.0, 61.0, float("nan"), float("inf")])
+def test_a_loop_of_no_time_or_too_much_is_refused(seconds: float) -> None:
+    with pytest.raises(InvalidArgument, match=r"^loop: must be seconds, more than 0 and at most 60"):
+        bench_timers.looping(seconds)
+
+
+def test_a_table_has_times_of_its_own(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["bench", "--case", "mea", "--loop", "1"]) == 1
+    assert "loop: must be for one of prefill, chunk, decode, swa, all; got case 'mea'" in capsys.readouterr().err
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="says so only where there is no GPU")

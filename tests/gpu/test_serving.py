@@ -13,7 +13,7 @@ from helpers.profile import traced
 from helpers.served import check, refer, same_cache, serve
 from helpers.serving import images, places, serving, slot_mapping, twin
 from pa_ops import bench_serving
-from pa_ops.bench_rows import time_of
+from pa_ops.bench_timers import back_to_back
 from pa_ops.spec import Family
 
 pytestmark = pytest.mark.gpu
@@ -61,7 +61,7 @@ def test_A11_prefill_costs_its_work(batch: int, device: torch.device) -> None:
     out = torch.empty(case.tokens, width, dtype=torch.float16, device=device)
     emulated = bench_serving.heuristic_call(case, bench_serving.prepare(inputs, out, Family.FLASH_SM80))
     exact, guessed = (
-        time_of(call, warm_up=3, repeats=10)
+        back_to_back(call, warm_up=3, repeats=10)
         for call in (lambda: torch.ops.pa_ops.paged_attention_(*inputs.tensors, **inputs.options), emulated)
     )
     assert exact <= 0.6 * guessed
