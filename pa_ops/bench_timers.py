@@ -7,7 +7,6 @@ card did just before, and two of one kernel differ by up to 14% (docs/performanc
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from statistics import median
 from time import perf_counter
@@ -29,20 +28,25 @@ def one_by_one(call: Callable[[], object]) -> float:
     warm_up, repeats = ONE_BY_ONE
     for _ in range(warm_up):
         call()
-    spans = [(_mark(), call(), _mark()) for _ in range(repeats)]
+    spans = [(_event(), _event()) for _ in range(repeats)]
+    for begin, end in spans:
+        begin.record()
+        call()
+        end.record()
     torch.cuda.synchronize()
-    return 1e3 * float(median(begin.elapsed_time(end) for begin, _, end in spans))
+    return 1e3 * float(median(begin.elapsed_time(end) for begin, end in spans))
 
 
 def back_to_back(call: Callable[[], object], warm_up: int = BACK_TO_BACK[0], repeats: int = BACK_TO_BACK[1]) -> float:
     """The mean time of so many calls."""
     for _ in range(warm_up):
         call()
+    begin, end = _event(), _event()
     torch.cuda.synchronize()
-    begin = _mark()
+    begin.record()
     for _ in range(repeats):
         call()
-    end = _mark()
+    end.record()
     torch.cuda.synchronize()
     return 1e3 * float(begin.elapsed_time(end)) / repeats
 
@@ -52,7 +56,7 @@ def looping(seconds: float) -> Timer:
 
     Raises InvalidArgument, naming the option `loop`.
     """
-    if not 0.0 < seconds <= MOST_SECONDS or math.isnan(seconds):
+    if not 0.0 < seconds <= MOST_SECONDS:
         raise InvalidArgument("loop", f"must be seconds, more than 0 and at most {MOST_SECONDS:.0f}", repr(seconds))
 
     def timer(call: Callable[[], object]) -> float:
@@ -64,18 +68,18 @@ def looping(seconds: float) -> Timer:
 
 def _loop(call: Callable[[], object], seconds: float) -> float:
     """The mean time of calls over so many seconds: a chunk is queued while the one before it runs."""
-    began, marks = perf_counter(), [_mark()]
+    began, marks = perf_counter(), [_event()]
+    marks[0].record()
     while len(marks) < 3 or perf_counter() - began < seconds:
         for _ in range(CHUNK):
             call()
-        marks.append(_mark())
+        marks.append(_event())
+        marks[-1].record()
         marks[-2].synchronize()
     torch.cuda.synchronize()
     return 1e3 * float(marks[0].elapsed_time(marks[-1])) / (CHUNK * (len(marks) - 1))
 
 
-def _mark() -> torch.cuda.Event:
-    """A place in the stream's time."""
-    event = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
-    event.record()
-    return event
+def _event() -> torch.cuda.Event:
+    """A place in the stream's time, once it is recorded."""
+    return torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]

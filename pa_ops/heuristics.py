@@ -46,11 +46,14 @@ TIE = 0.1  # of recorded times: two runs of one kernel differ by up to 5%, on tw
 Cost = tuple[int, int, int, int, bool, int, int, str]
 
 
+def mean_rows(problem: Problem) -> int:
+    """New tokens of the mean sequence."""
+    return ceil_div(problem.tokens, max(problem.batch, 1))
+
+
 def query_rows(problem: Problem) -> int:
     """New tokens of the longest sequence as far as the host knows: its bound, else the mean."""
-    if problem.max_q is not None:
-        return problem.max_q
-    return ceil_div(problem.tokens, max(problem.batch, 1))
+    return mean_rows(problem) if problem.max_q is None else problem.max_q
 
 
 def power_of_two(size: int) -> int:
@@ -103,7 +106,7 @@ def sharing(spec: InstanceSpec, problem: Problem) -> int:
     """
     if spec.tile.cluster == 1:
         return 1
-    mean = ceil_div(problem.tokens, max(problem.batch, 1))
+    mean = mean_rows(problem)
     least = CLUSTER_TILES * spec.tile.cluster * spec.tile.m
     long = mean * packed_heads(spec, problem.group) >= least and likely_keys(problem) >= LONG_KEYS
     return 0 if long and mean > MIXED_TOKENS else 2
@@ -130,7 +133,7 @@ def division(problem: Problem, rows: int) -> Division:
         return Division.PREFILL
     if problem.tokens <= max(few, problem.batch) or (problem.max_q is not None and problem.max_q <= few):
         return Division.DECODE
-    return Division.BOTH if query_rows(replace(problem, max_q=None)) <= MIXED_TOKENS else Division.PREFILL
+    return Division.BOTH if mean_rows(problem) <= MIXED_TOKENS else Division.PREFILL
 
 
 def certain_division(problem: Problem, rows: int) -> Division:

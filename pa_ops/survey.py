@@ -37,8 +37,14 @@ class Size(NamedTuple):
 
     def problem(self, asked: Mapping[str, Any]) -> Problem:
         """The problem of this size that asks for so much else."""
-        sizes: dict[str, Any] = {"page_size": self.page_size, "tokens": self.tokens, "batch": self.batch}
-        return Problem(**asked, **sizes, num_heads=self.group, num_kv_heads=1)
+        return Problem(
+            **asked,
+            page_size=self.page_size,
+            tokens=self.tokens,
+            batch=self.batch,
+            num_heads=self.group,
+            num_kv_heads=1,
+        )
 
 
 Sizes = tuple[Size, ...]

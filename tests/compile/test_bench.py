@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from weakref import WeakSet
 
 import pytest
 import torch
+from torch import Tensor
 
 from pa_ops import bench, bench_timers, cli, evidence
 from pa_ops.bench import Case
@@ -105,6 +107,23 @@ def test_every_timer_gives_the_microseconds_of_a_call(monkeypatch: pytest.Monkey
     device = Device(monkeypatch)
     for timer in (bench_timers.one_by_one, bench_timers.back_to_back, bench_timers.looping(0.5)):
         assert timer(device.call) == pytest.approx(3000.0)
+
+
+def test_no_timer_keeps_results(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A call's may be 134 MB; and where the last one's memory is free, the next one gets it again."""
+    device, kept, most = Device(monkeypatch), WeakSet[Tensor](), 0
+
+    def call() -> Tensor:
+        nonlocal most
+        device.call()
+        result = torch.zeros(1)
+        kept.add(result)
+        most = max(most, len(kept))
+        return result
+
+    for timer in (bench_timers.one_by_one, bench_timers.back_to_back, bench_timers.looping(0.5)):
+        timer(call)
+    assert most == 1
 
 
 @pytest.mark.parametrize("seconds", [0.01, 0.5, 2.0])

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
 import pa_ops
+from helpers import hopper
 from helpers.hopper import MIXED, OPERATORS, SIZES, checked, instances_of, replays
 from helpers.parity import Evidence, expected, repeats
 from helpers.problems import Call, Shape, paged, sinks
 
 pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("hopper")]
 
-MASKS = {"full": {"causal": False}, "causal": {"causal": True}}  # no window: blocks share keys without one alone
+MASKS = {name: options for name, options in hopper.MASKS.items() if "sliding_window" not in options}
 LONG = [*MIXED, (385, 1000), (767, 769), (64, 641), (0, 9), (400, 0)]
 SHARED = {name: sizes for name, sizes in SIZES.items() if "head_dim_v" not in sizes}
 
@@ -21,7 +24,7 @@ def by_twos_and_alone(call: Call) -> tuple[str, str]:
     """The kernels of both kinds for calls like this, with the same tile."""
     specs = [entry.spec for entry in instances_of(call)]
     shared = next(spec for spec in specs if spec.tile.cluster == 2)
-    alone = next(spec for spec in specs if spec.tile.cluster == 1 and str(shared.tile) == f"{spec.tile}c2")
+    alone = next(spec for spec in specs if spec.tile == replace(shared.tile, cluster=1))
     return shared.name, alone.name
 
 
