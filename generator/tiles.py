@@ -58,13 +58,19 @@ FLASH_SM90_PAIR_TILES: dict[int, Tile] = {
     head_dim: replace(tile, cluster=2) for head_dim, tile in {**FLASH_SM90_TILES, **FLASH_SM90_TALL_TILES}.items()
 }
 # Tile where V's head size is smaller, by both sizes: DeepSeek's latent attention, unfolded for prefill. Pairs that it
-# does not hold go to the kernel of the larger size.
+# does not hold go to the kernel of the larger size. And the one for two blocks.
 FLASH_SM90_SPLIT_TILES: dict[tuple[int, int], Tile] = {(192, 128): Tile(128, 128, 2, 12)}
+FLASH_SM90_SPLIT_PAIR_TILES = {sizes: replace(tile, cluster=2) for sizes, tile in FLASH_SM90_SPLIT_TILES.items()}
 # Those whose groups of 64 rows, without a window, leave out blocks of keys that only the other groups see: 6% faster
 # with grouped heads and with pages, at 96 3% faster on 512 tokens; other tiles lose 5% or gain nothing
 # (docs/performance.md). The first of two blocks has no use for the second's last keys, at any head size.
 FLASH_SM90_SKIPPING_TILES: frozenset[Tile] = frozenset(
-    (FLASH_SM90_TILES[96], *FLASH_SM90_TALL_TILES.values(), *FLASH_SM90_PAIR_TILES.values())
+    (
+        FLASH_SM90_TILES[96],
+        *FLASH_SM90_TALL_TILES.values(),
+        *FLASH_SM90_PAIR_TILES.values(),
+        *FLASH_SM90_SPLIT_PAIR_TILES.values(),
+    )
 )
 # The tile with a mask tensor: threads load spans of 32 keys of it, and hold them beside the scores.
 FLASH_SM90_TENSOR_TILES: dict[int, Tile] = {
@@ -119,6 +125,18 @@ def _flash_sm80_tile(cell: Cell, target: str) -> Tile:
     return FLASH_SM80_LARGE_TILES.get(target, {}).get(cell.head_dim, usual)
 
 
+def _flash_sm90_tiles(cell: Cell) -> tuple[Tile, ...]:
+    """The tiles of the family `flash_sm90`, for sizes to choose from."""
+    if cell.head_dim_v:
+        sizes = cell.head_dim, cell.head_dim_v
+        alone, pair = [FLASH_SM90_SPLIT_TILES[sizes]], [FLASH_SM90_SPLIT_PAIR_TILES[sizes]]
+    else:
+        tables = FLASH_SM90_TILES, FLASH_SM90_TALL_TILES
+        alone = [table[cell.head_dim] for table in tables if cell.head_dim in table]
+        pair = [FLASH_SM90_PAIR_TILES[cell.head_dim]]
+    return tuple(alone if cell.mask is Mask.WINDOW else alone + pair)
+
+
 def is_other_tile(spec: InstanceSpec, target: str) -> bool:
     """Whether `target` gets another tile for what `spec` serves."""
     if spec.family is Family.FLASH_SM80:
@@ -132,13 +150,8 @@ def tiles_of(family: Family, cell: Cell) -> tuple[Tile, ...]:
         return tuple(dict.fromkeys(_flash_sm80_tile(cell, target) for target in DECLARED_TARGETS))
     if family is Family.FLASH_SM90 and cell.mask is Mask.TENSOR:
         return (FLASH_SM90_TENSOR_TILES[cell.head_dim],)
-    if family is Family.FLASH_SM90 and cell.head_dim_v:
-        return (FLASH_SM90_SPLIT_TILES[cell.head_dim, cell.head_dim_v],)
     if family is Family.FLASH_SM90:
-        tables = [FLASH_SM90_TILES, FLASH_SM90_TALL_TILES]
-        if cell.mask is not Mask.WINDOW:
-            tables.append(FLASH_SM90_PAIR_TILES)
-        return tuple(table[cell.head_dim] for table in tables if cell.head_dim in table)
+        return _flash_sm90_tiles(cell)
     if family is Family.MEA:
         return tuple(dict.fromkeys(MEA_TILES[cell.head_dim].values()))
     return (TILES[family][cell.head_dim],)

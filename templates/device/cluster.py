@@ -1,7 +1,7 @@
 """Blocks that share keys: turns a block into its place in a cluster, and what it says of itself into what both hear.
 
 Two blocks compute half a tile's rows each. Each copies half of every block of keys into the shared memory of both, so
-that the L2 cache is read half as often: at the power limit energy is time, and those reads are 8 to 14% of it
+that the L2 cache is read half as often: at the power limit energy is time, and those copies are 6 to 12% of it
 (docs/performance.md). A stage is free when no warp of either reads it any more; the first block takes tiles for both.
 """
 

@@ -174,12 +174,15 @@ class Copier:
         places = [(Int32(column), target + self.keys * column * 2) for column in range(0, ring.head_dim, columns)]
         if lane < boxes:
             if cutlass.const_expr(self.cluster.blocks > 1):
-                for number, (column, at) in enumerate(places):
+                for number, place in enumerate(places):
                     if self.cluster.copies(lane, number):
-                        tma.load_box(at, tensor_map, barrier, column, row, kv_head, page, blocks=self.cluster.blocks)
+                        self.load([place], tensor_map, barrier, row, kv_head, page, blocks=self.cluster.blocks)
             elif args.beside != 0:  # decode streams past: other row blocks and heads would read them from memory again
-                for column, at in places:
-                    tma.load_box(at, tensor_map, barrier, column, row, kv_head, page, read_again=True)
+                self.load(places, tensor_map, barrier, row, kv_head, page, read_again=True)
             else:
-                for column, at in places:
-                    tma.load_box(at, tensor_map, barrier, column, row, kv_head, page)
+                self.load(places, tensor_map, barrier, row, kv_head, page)
+
+    def load(self, places, tensor_map, barrier, row, kv_head, page, **options):
+        """Start copying one lane's boxes, of (column, shared address) each."""
+        for column, at in places:
+            tma.load_box(at, tensor_map, barrier, column, row, kv_head, page, **options)

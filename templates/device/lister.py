@@ -10,6 +10,7 @@ from cutlass import Int32, Int64
 
 from pa_ops.templates.device import tma
 from pa_ops.templates.device.mask_tile import keys_of as padded_keys
+from pa_ops.templates.device.order import place_of, sections_of
 from pa_ops.templates.device.packing import pack_bits, token_of
 from pa_ops.templates.device.parts import STATES, Cut, cut_of, part_of, tile_of
 from pa_ops.templates.device.ptx import st_shared_32
@@ -23,7 +24,6 @@ from pa_ops.templates.device.worklist import find_tile, length_at, paged_keys, t
 # Of keys and values that a section of heads may have: blocks of two sections run at a time, and each half of an H200's
 # L2 cache of 50 MB holds what its own SMs read. 24 MB are 1% slower without a mask, and equal with one.
 NEAR_BYTES = 6 << 20
-LATE = 2  # of a causal sequence's row blocks, one in so many comes after all others: the first, which see fewest keys
 
 
 class Lister:
@@ -122,12 +122,7 @@ class Lister:
     @cute.jit
     def tile_at(self, args, cut: Cut, rank: Int32):
         """(sequence, first token in it, first head) of the tile of that rank, number of its part; sequence -1 beyond
-        the last.
-
-        The heads of a sequence go by sections whose keys and values stay in the L2 cache; in a section the last row
-        blocks come first, because in a causal sequence they see most keys. The first ones follow after all sections:
-        few keys, in the cache for all heads, and short tiles fill the end evenly.
-        """
+        the last."""
         bits = pack_bits(args, self.masked)
         tokens = (Int32(self.rows) >> bits) * self.cluster.blocks
         heads = args.heads >> bits  # those that have tiles of their own
@@ -138,25 +133,12 @@ class Lister:
         if sequence >= 0:
             _, q_len = length_at(args.cu_seqlens_q, sequence, args.tokens)
             _, k_len = self.keys_of(args, sequence, q_len)
-            tiles = tiles_of(q_len, tokens)
-            late = Int32(0)
-            if cutlass.const_expr(self.causal):
-                late = tiles // LATE
-            within = block * heads + head
             near = cutlass.max(divided(self.near_keys, cutlass.max(k_len, 1)), 1)
-            section = cutlass.min((args.group >> bits) * near, heads)
-            first, stop = Int32(0), late
-            rest = within - (tiles - late) * heads
-            if rest < 0:
-                first = divided(within, section * (tiles - late)) * section
-                stop = tiles
-                rest = within - first * (tiles - late)
-                section = cutlass.min(section, heads - first)
-            else:
-                section = heads
-            back = divided(rest, section)
-            first_token = (stop - 1 - back) * tokens
-            head = first + rest - back * section
+            order = sections_of(
+                tiles_of(q_len, tokens), heads, args.group >> bits, near, self.cluster.count(), self.causal
+            )
+            row_block, head = place_of(block * heads + head, order)
+            first_token = row_block * tokens
         elif (block * heads + head) * cut.parts + number == self.cluster.count() - 1:
             # Clusters stop at the first rank beyond the last tile, each at one of its own: this is the last one.
             st_global_i32(args.tickets, Int32(0))

@@ -9,6 +9,8 @@ from cutlass import BFloat16, Float32, Int32
 from cutlass._mlir.dialects import llvm
 from cutlass.cutlass_dsl import T, dsl_user_op
 
+MEMORY = "~{memory}"  # a clobber: what surrounds the instruction stays on its side
+
 
 def _asm(result, operands, text, constraints, effects, loc, ip):
     return llvm.inline_asm(

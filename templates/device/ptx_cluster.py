@@ -6,9 +6,7 @@ An address there is this block's own, of the same place, and the number of the b
 from cutlass import Int32
 from cutlass.cutlass_dsl import dsl_user_op
 
-from pa_ops.templates.device.ptx import _asm
-
-MEMORY = "~{memory}"  # a clobber: what surrounds the instruction stays on its side
+from pa_ops.templates.device.ptx import MEMORY, _asm
 
 
 @dsl_user_op

@@ -11,10 +11,9 @@ from cutlass._mlir.dialects import cute_nvgpu
 from cutlass.cute.nvgpu import cpasync, warpgroup
 from cutlass.cutlass_dsl import T, dsl_user_op
 
-from pa_ops.templates.device.ptx import _asm, cache_hint
+from pa_ops.templates.device.ptx import MEMORY, _asm, cache_hint
 
 DESCRIPTOR = "!cute.ptr<!cute_nvgpu.tma_descriptor_tiled, generic, align<64>>"
-MEMORY = "~{memory}"  # a clobber: what surrounds the instruction stays on its side
 
 
 def map_argument():

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from generator.tiles import FLASH_SM90_PAIR_TILES
+from generator.tiles import FLASH_SM90_PAIR_TILES, FLASH_SM90_SPLIT_PAIR_TILES
 from helpers import plain
 from pa_ops.plan import box_keys, ceil_div, columns_of
 
@@ -52,8 +52,14 @@ def test_the_blocks_of_a_grid_are_shared_out_to_clusters(blocks: int) -> None:
     assert cluster.shape() == (None if blocks == 1 else [2, 1, 1])
 
 
+ROWS = [
+    *FLASH_SM90_PAIR_TILES.items(),
+    *((rows, t) for pair, t in FLASH_SM90_SPLIT_PAIR_TILES.items() for rows in pair),
+]
+
+
 @pytest.mark.parametrize("page_size", [0, 8, 16, 24, 64, 80, 128, 256])
-@pytest.mark.parametrize(("head_dim", "tile"), FLASH_SM90_PAIR_TILES.items(), ids=str)
+@pytest.mark.parametrize(("head_dim", "tile"), ROWS, ids=str)
 def test_each_box_is_copied_by_one_of_two_blocks_and_each_copies_half(head_dim: int, tile: Any, page_size: int) -> None:
     device = Blocks(tile.cluster)
     cluster = device.run().Cluster(tile.cluster)

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from generator.tiles import (
     FLASH_SM90_PAIR_TILES,
+    FLASH_SM90_SPLIT_PAIR_TILES,
     FLASH_SM90_SPLIT_TILES,
     FLASH_SM90_TALL_TILES,
     FLASH_SM90_TILES,
@@ -137,7 +138,8 @@ def test_X12_nothing_is_cut_where_the_host_says_so() -> None:
 
 
 OUTPUTS = [pair for table in (FLASH_SM90_TILES, FLASH_SM90_TALL_TILES, FLASH_SM90_PAIR_TILES) for pair in table.items()]
-OUTPUTS += [(head_dim_v, tile) for (_, head_dim_v), tile in FLASH_SM90_SPLIT_TILES.items()]
+for table in (FLASH_SM90_SPLIT_TILES, FLASH_SM90_SPLIT_PAIR_TILES):
+    OUTPUTS += [(head_dim_v, tile) for (_, head_dim_v), tile in table.items()]
 
 
 @pytest.mark.parametrize(("head_dim_v", "tile"), OUTPUTS, ids=str)
