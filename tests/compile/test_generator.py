@@ -28,7 +28,6 @@ from pa_ops.generator.tiles import (
     FLASH_SM80_TILES,
     FLASH_SM90_PAIR_TILES,
     FLASH_SM90_SKIPPING_TILES,
-    FLASH_SM90_SPLIT_PAIR_TILES,
     FLASH_SM90_SPLIT_TILES,
     FLASH_SM90_TALL_TILES,
     FLASH_SM90_TILES,
@@ -59,8 +58,7 @@ def test_presets_nest() -> None:
         plain = len(Layout) * len(PLAIN_MASKS)
         hopper = family is Family.FLASH_SM90
         more = (4, 2 * plain * len({**FLASH_SM90_TALL_TILES, **FLASH_SM90_SPLIT_TILES})) if hopper else (0, 0)
-        paired = {**FLASH_SM90_PAIR_TILES, **FLASH_SM90_SPLIT_PAIR_TILES}
-        pairs = (10, 2 * len(Layout) * 2 * len(paired)) if hopper else (0, 0)  # without a window
+        pairs = (10, 2 * len(Layout) * 2 * len(FLASH_SM90_PAIR_TILES)) if hopper else (0, 0)  # without a window
         # And the mask tensor, where dense.
         usual = (12, len(tiles) * 2 * (plain + 1))
         assert [count[family] for count in counts] == [sum(counted) for counted in zip(usual, more, pairs, strict=True)]

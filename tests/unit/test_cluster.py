@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from generator.tiles import FLASH_SM90_PAIR_TILES, FLASH_SM90_SPLIT_PAIR_TILES
+from generator.tiles import FLASH_SM90_PAIR_TILES
 from helpers import plain
 from pa_ops.plan import box_keys, ceil_div, columns_of
 
@@ -53,8 +53,9 @@ def test_the_blocks_of_a_grid_are_shared_out_to_clusters(blocks: int) -> None:
 
 
 ROWS = [
-    *FLASH_SM90_PAIR_TILES.items(),
-    *((rows, t) for pair, t in FLASH_SM90_SPLIT_PAIR_TILES.items() for rows in pair),
+    (head_dim, tile)
+    for sizes, tile in FLASH_SM90_PAIR_TILES.items()
+    for head_dim in (sizes if isinstance(sizes, tuple) else (sizes,))
 ]
 
 

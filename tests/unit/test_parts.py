@@ -9,13 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from generator.tiles import (
-    FLASH_SM90_PAIR_TILES,
-    FLASH_SM90_SPLIT_PAIR_TILES,
-    FLASH_SM90_SPLIT_TILES,
-    FLASH_SM90_TALL_TILES,
-    FLASH_SM90_TILES,
-)
+from generator.tiles import FLASH_SM90_LONE_TILES, FLASH_SM90_PAIR_TILES
 from helpers import plain
 from pa_ops import scratch
 from pa_ops.launch import CUT_ROUNDS
@@ -137,9 +131,8 @@ def test_X12_nothing_is_cut_where_the_host_says_so() -> None:
     assert cut_of(batch(1, cut_rounds=0), 48, 8) == (0, 1) and not asked
 
 
-OUTPUTS = [pair for table in (FLASH_SM90_TILES, FLASH_SM90_TALL_TILES, FLASH_SM90_PAIR_TILES) for pair in table.items()]
-for table in (FLASH_SM90_SPLIT_TILES, FLASH_SM90_SPLIT_PAIR_TILES):
-    OUTPUTS += [(head_dim_v, tile) for (_, head_dim_v), tile in table.items()]
+TILES = [pair for table in (*FLASH_SM90_LONE_TILES, FLASH_SM90_PAIR_TILES) for pair in table.items()]
+OUTPUTS = [(sizes[1] if isinstance(sizes, tuple) else sizes, tile) for sizes, tile in TILES]
 
 
 @pytest.mark.parametrize(("head_dim_v", "tile"), OUTPUTS, ids=str)
