@@ -228,9 +228,9 @@ def _stages_and_stats(spec: InstanceSpec) -> int:
 
 def _query_stages_and_barriers(spec: InstanceSpec) -> int:
     """The Q tile with two barriers for each 64 rows, every stage of K and of V with its barriers and its word of holes,
-    two slots of the work list, a word that a block may send to another."""
+    two slots of the work list with a word of lost ones, a word that a block may send to another."""
     queries = spec.tile.m * spec.head_dim * spec.dtype.itemsize
-    return queries + _stages(spec) + 36 * spec.tile.stages + spec.tile.m // 64 * 16 + 196
+    return queries + _stages(spec) + 36 * spec.tile.stages + spec.tile.m // 64 * 16 + 220
 
 
 def _query_and_tile_or_state(spec: InstanceSpec) -> int:

@@ -11,7 +11,7 @@ from cutlass import Int32
 
 from pa_ops.templates.device import tma
 from pa_ops.templates.device.ptx import ld_shared_32
-from pa_ops.templates.device.ptx_cluster import arrive_in, send
+from pa_ops.templates.device.ptx_cluster import arrive_in, or_in, send
 
 
 class Cluster:
@@ -62,6 +62,11 @@ class Cluster:
         lane = cute.arch.lane_idx()
         if lane < self.blocks:
             arrive_in(lane, barrier)
+
+    def tell(self, word, bits):
+        """Set bits of a word of all blocks; whoever sees this thread's next arrival sees them."""
+        for block in range(self.blocks):
+            or_in(Int32(block), word, bits)
 
     def copies(self, box, column):
         """Whether this block copies that box of that column of a tile for all: as if they were fields of a chessboard,

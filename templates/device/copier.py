@@ -45,8 +45,8 @@ class Copier:
     copies, which one warp alone started so slowly that they cost 12% more than pages of 64 (docs/performance.md).
     """
 
-    def __init__(self, shared, cluster, head_dim, head_dim_v, paged, masked, keys):
-        self.shared, self.cluster = shared, cluster
+    def __init__(self, shared, cluster, again, head_dim, head_dim_v, paged, masked, keys):
+        self.shared, self.cluster, self.again = shared, cluster, again
         self.paged, self.masked, self.keys = paged, masked, keys
         self.k_ring = Ring(shared.k, shared.k_full, shared.k_empty, shared.k_bytes, head_dim)
         self.v_ring = Ring(shared.v, shared.v_full, shared.v_empty, shared.v_bytes, head_dim_v)
@@ -62,7 +62,7 @@ class Copier:
             if ld_shared_32(slot + STEPS) == 0:
                 self.ask(smem, ring)
             stage, parity = self.copy_blocks(args, smem, ring, tensor_map, slot, stage, parity)
-            self.leave(smem, turn)
+            self.again.leave(smem, turn)
             turn = turn + 1
             slot = self.slot_of(smem, turn)
 
@@ -70,13 +70,6 @@ class Copier:
         """The slot of that turn, when it has been written."""
         tma.wait_for(smem + self.shared.slot_full + turn % SLOTS * BARRIER, turn // SLOTS & 1)
         return smem + self.shared.slots + turn % SLOTS * SLOT
-
-    @cute.jit
-    def leave(self, smem: Int32, turn: Int32):
-        """This warp no longer reads the slot of that turn."""
-        cute.arch.sync_warp()
-        if cute.arch.lane_idx() == 0:
-            tma.arrive_at(smem + self.shared.slot_empty + turn % SLOTS * BARRIER)
 
     @cute.jit
     def ask(self, smem: Int32, ring: cutlass.Constexpr):

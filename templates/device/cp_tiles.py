@@ -7,7 +7,7 @@ import cutlass
 from cutlass import Int32, Int64
 
 from pa_ops.templates.device import pages
-from pa_ops.templates.device.ptx_global import cp_async_16
+from pa_ops.templates.device.ptx_global import cp_async_16, cp_async_there
 
 ANY = 0x7FFFFFFF
 
@@ -53,6 +53,16 @@ class TileCopies:
         for i in range(self.keys // step):
             self._row(args, target, i * step, source, chunk, key_first + row + i * step - first, high - first)
             source = source + token_stride * step
+
+    def whole(self, target, source, token_stride, there):
+        """Start copying a block of K or V of which every row and column is to be seen; nothing where it is not
+        `there`."""
+        shape = self.shape
+        for i in range(self.keys // shape.rows_a_pass):
+            for j in range(shape.chunks_a_lane):
+                column = j * shape.lanes_a_row * 16
+                cp_async_there(target, i * shape.rows_a_pass * shape.pitch + column, source, column, there)
+            source = source + token_stride * shape.rows_a_pass
 
     def _row(self, args, target, rows, source, chunk, position, limit):
         """This thread's chunks of the tile row `rows` below its first: copied where `position` < `limit`, unsigned."""

@@ -11,8 +11,9 @@ import cutlass
 import cutlass.cute as cute
 from cutlass import Float32, Int32, Int64
 
-from pa_ops.templates.device import mask_tile, offsets, pages, products, softmax
+from pa_ops.templates.device import mask_tile, offsets, pages, products, softmax, trust
 from pa_ops.templates.device.cp_tiles import TileCopies
+from pa_ops.templates.device.key_streams import DenseKeys, PagedKeys
 from pa_ops.templates.device.pairs import Pair
 from pa_ops.templates.device.ptx import opaque, rcp
 from pa_ops.templates.device.ptx_grid import start_next_grid, wait_for_grid
@@ -30,6 +31,7 @@ class FlashSm80:
         self.causal, self.window, self.masked = causal, window, masked
         self.rows, self.keys, self.warps = rows, keys, warps
         self.threads = warps * 32
+        self.trusts = trust.is_safe(dtype) and not masked
         self.team = warps // 4  # warps that share rows: each has its part of the keys' scores and of the channels
         self.m_tiles = rows * self.team // (16 * warps)
         self.n_tiles = keys // 8 // self.team
@@ -38,6 +40,7 @@ class FlashSm80:
         self.kept = 4 if head_dim == 64 and not (paged or masked) else 0
         self.shape = TileShape(head_dim, self.threads)
         self.copies = TileCopies(self.shape, rows, keys, ranged=window or masked)
+        self.streams = (PagedKeys if paged else DenseKeys)(self.copies, keys * head_dim * 2)
         self.out = RowStore(dtype, self.shape, self.m_tiles, self.d_tiles)
         self.q_bytes = rows * head_dim * 2
         self.kv_bytes = keys * head_dim * 2
@@ -63,13 +66,18 @@ class FlashSm80:
     def kernel(self, args):
         wait_for_grid(self.chained)
         start_next_grid(self.chained)
-        rank, head, _ = cute.arch.block_idx()
-        sequence, block = find_tile(args, self.rows, rank)
-        if sequence >= 0:
-            self.run_tile(args, sequence, block, head)
+        trusting, lost = Int32(self.trusts), Int32(1)
+        while lost != 0:
+            # All of it is found anew in a second turn, so that nothing is kept for that through the first.
+            lost = Int32(0)
+            rank, head, _ = cute.arch.block_idx()
+            sequence, block = find_tile(args, self.rows, rank)
+            if sequence >= 0:
+                lost = self.run_tile(args, sequence, block, head, trusting)
+            trusting = Int32(0)
 
     @cute.jit
-    def run_tile(self, args, sequence: Int32, block: Int32, head: Int32):
+    def run_tile(self, args, sequence: Int32, block: Int32, head: Int32, trusting: Int32):
         tid, _, _ = cute.arch.thread_idx()
         lane = cute.arch.lane_idx()
         warp = cute.arch.make_warp_uniform(cute.arch.warp_idx())
@@ -135,27 +143,15 @@ class FlashSm80:
         pair = Pair(s_mask, warp, lane, self.dtype, self.m_tiles, self.n_tiles, self.d_tiles)
         acc_s = cute.make_rmem_tensor((self.m_tiles * self.n_tiles * 4,), Float32)
         acc_o, row_offset, row_sum = offsets.fresh(self.m_tiles, self.d_tiles)
-        bits_a_unit = 1.0 / args.log2_scale
-        live_pages = pages.page_registers(self.keys)
-
-        # Of dense keys: this thread's first chunk of a block in global memory, and where it goes.
-        row, chunk = self.copies.place(tid)
-        target = pinned(self.shape.address(s_k, row, chunk), lane)
-        first = (block_end - 1) * self.keys + row
-        k_from = k_base + Int64(first) * args.k_token_stride + Int64(chunk * 16)
-        v_from = v_base + Int64(first) * args.v_token_stride + Int64(chunk * 16)
-
+        stream = self.streams.open(args, (k_base, v_base), sequence, block_end, s_k, tid, lane)
         count = row_last - row_first + 1
         if steps > 0:
             self.copies.queries(args, s_q, q_rows, count, tid)
             if cutlass.const_expr(self.kept > 0):
                 cute.arch.cp_async_commit_group()
             key_first = (block_end - 1) * self.keys
-            if cutlass.const_expr(self.paged):
-                pages.look_up(args, live_pages, sequence, key_first, low, high, lane)
-                self.copies.found(args, s_k, k_base, args.k_page_stride, args.k_token_stride, live_pages, tid)
-            else:
-                self.copies.next(args, target, k_from, args.k_token_stride, key_first, low, high, tid)
+            self.streams.look_up(args, stream, key_first, low, high, lane)
+            self.streams.keys(args, stream, key_first, low, high, tid)
             if cutlass.const_expr(self.masked):
                 mask_base = self.mask_tile.base(args, sequence, row_first, head)
                 self.mask_tile.load(args, s_mask, mask_base, key_first, count, k_len, tid)
@@ -165,74 +161,101 @@ class FlashSm80:
             cute.arch.cp_async_wait_group(1)
             cute.arch.barrier()
             kept = [self.queries(frag_q, column * 16) for column in range(self.kept)]
+        # Blocks whose last key comes before this are trusted: every row has seen a key, and their scores are plain.
+        trusted_end = Int32(-1)
+        if cutlass.const_expr(self.trusts):
+            plain = (trusting != 0) & (args.softcap_in == 0.0) & (args.head_dim == self.head_dim)
+            trusted_end = opaque(cutlass.select_(plain, safe_high, Int32(-1)))
 
-        for step in cutlass.range(steps, unroll=1):
-            key_first = (block_end - 1 - step) * self.keys
+        left = steps
+        while left > 0:
+            key_first = (block_first + left - 1) * self.keys
             cute.arch.cp_async_wait_group(0)
             cute.arch.barrier()
+            trusted = key_first + self.keys < trusted_end
+            if cutlass.const_expr(self.window):
+                trusted = trusted & (key_first >= safe_low)
             if cutlass.const_expr(self.paged):
-                self.copies.found(args, s_v, v_base, args.v_page_stride, args.v_token_stride, live_pages, tid)
-            else:
-                v_target = target + self.kv_bytes
-                self.copies.next(args, v_target, v_from, args.v_token_stride, key_first, low, high, tid)
-            cute.arch.cp_async_commit_group()
-            self.scores(frag_q, frag_k, acc_s, kept)
-
-            # Loops of one turn or none: a plain `if` around arithmetic is turned into predicated instructions, and
-            # interior blocks then issue the mask and the softcap's exponentials for nothing.
-            for _ in cutlass.range(opaque(args.softcap_in > 0.0), unroll=1):
-                softmax.cap(acc_s, args.softcap_in)
-            if cutlass.const_expr(self.masked):
-                safe_low, safe_high = self.safe_keys(args, k_len, shift + row_first, shift + row_last)
-            edge = key_first + self.keys > safe_high
-            if cutlass.const_expr(self.masked):
-                self.mask_tile.apply(args, s_mask, acc_s, warp_row + (lane >> 2), lane, self.m_tiles, self.n_tiles)
-            if cutlass.const_expr(self.window or self.masked):
-                edge = edge | (key_first < safe_low)
-            if cutlass.const_expr(self.paged):
-                edge = edge | pages.has_hole(live_pages)
-            for turn in cutlass.range(opaque(edge), unroll=1):
-                # The turn is 0; it keeps the comparisons inside the loop. `high` is as good an end as that of the keys.
-                top = shift + row_first + warp_row + (lane >> 2) + turn
-                self.mask(args, acc_s, top, key_first + team_keys + (lane & 3) * 2, high, live_pages, lane)
-
-            grown = offsets.may_outgrow(acc_s, row_offset, self.unit(args, bits_a_unit), self.n_tiles)
-            cute.arch.cp_async_wait_group(0)
-            if cutlass.const_expr(self.team > 1):
-                grown = meet_and_vote(grown)
-            else:
-                cute.arch.barrier()
-            k_from = k_from - args.k_token_stride * self.keys
-            v_from = v_from - args.v_token_stride * self.keys
-            if step + 1 < steps:
-                key_next = key_first - self.keys
-                if cutlass.const_expr(self.paged):
-                    pages.look_up(args, live_pages, sequence, key_next, low, high, lane)
-                    self.copies.found(args, s_k, k_base, args.k_page_stride, args.k_token_stride, live_pages, tid)
-                else:
-                    self.copies.next(args, target, k_from, args.k_token_stride, key_next, low, high, tid)
-                if cutlass.const_expr(self.masked):
-                    mask_base = self.mask_tile.base(args, sequence, row_first, head)
-                    self.mask_tile.load(args, s_mask, mask_base, key_next, count, k_len, tid)
+                trusted = trusted & ~pages.has_hole(stream.pages)
+            if trusted:
+                self.streams.values(args, stream, key_first, low, high, tid, whole=True)
                 cute.arch.cp_async_commit_group()
-            for _ in cutlass.range(opaque(cute.arch.vote_any_sync(grown != 0)), unroll=1):
-                for _ in cutlass.range(opaque(self.outgrown(args, acc_s, row_offset)), unroll=1):
-                    self.rescale(args, pair, acc_s, acc_o, row_offset, row_sum)
-            offsets.exponentiate(acc_s, row_offset, row_sum, args.log2_scale, self.n_tiles)
-            self.accumulate(pair, team, frag_v, acc_s, acc_o)
+                self.streams.look_up(args, stream, key_first - self.keys, low, high, lane)
+                self.scores(frag_q, frag_k, acc_s, kept)
+                cute.arch.cp_async_wait_group(0)
+                cute.arch.barrier()
+                self.streams.keys(args, stream, key_first - self.keys, low, high, tid, whole=True)
+                cute.arch.cp_async_commit_group()
+                offsets.exponentiate(acc_s, row_offset, row_sum, args.log2_scale, self.n_tiles)
+                self.accumulate(pair, team, frag_v, acc_s, acc_o)
+            else:
+                key_first = (block_first + opaque(left) - 1) * self.keys
+                self.streams.values(args, stream, key_first, low, high, tid)
+                cute.arch.cp_async_commit_group()
+                self.scores(frag_q, frag_k, acc_s, kept)
+                # Loops of one turn or none: a plain `if` around arithmetic is turned into predicated instructions, and
+                # interior blocks then issue the mask and the softcap's exponentials for nothing.
+                for _ in cutlass.range(opaque(args.softcap_in > 0.0), unroll=1):
+                    softmax.cap(acc_s, args.softcap_in)
+                if cutlass.const_expr(self.masked):
+                    safe_low, safe_high = self.safe_keys(args, k_len, shift + row_first, shift + row_last)
+                if cutlass.const_expr(self.causal or self.window):
+                    safe_high = cutlass.min(high, opaque(shift + row_first) + 1)  # found anew, as its end is
+                key_first = (block_first + opaque(left) - 1) * self.keys
+                edge = key_first + self.keys > safe_high
+                if cutlass.const_expr(self.masked):
+                    self.mask_tile.apply(args, s_mask, acc_s, warp_row + (lane >> 2), lane, self.m_tiles, self.n_tiles)
+                if cutlass.const_expr(self.window or self.masked):
+                    edge = edge | (key_first < safe_low)
+                if cutlass.const_expr(self.paged):
+                    edge = edge | pages.has_hole(stream.pages)
+                for turn in cutlass.range(opaque(edge), unroll=1):
+                    # The turn is 0; it keeps the comparisons inside the loop. `high` is as good an end as any.
+                    thread = opaque(tid) + turn
+                    top = shift + row_first + thread // (32 * self.team) * (16 * self.m_tiles) + (thread >> 2) % 8
+                    column = key_first + thread // 32 % self.team * (self.n_tiles * 8) + thread % 4 * 2
+                    self.mask(args, acc_s, top, column, high, stream, lane)
+                grown = offsets.may_outgrow(acc_s, row_offset, self.unit(args), self.n_tiles)
+                cute.arch.cp_async_wait_group(0)
+                if cutlass.const_expr(self.team > 1):
+                    grown = meet_and_vote(grown)
+                else:
+                    cute.arch.barrier()
+                if opaque(left) > 1:
+                    key_next = (block_first + opaque(left) - 2) * self.keys
+                    self.streams.look_up(args, stream, key_next, low, high, lane)
+                    self.streams.keys(args, stream, key_next, low, high, tid)
+                    if cutlass.const_expr(self.masked):
+                        mask_base = self.mask_tile.base(args, sequence, row_first, head)
+                        self.mask_tile.load(args, s_mask, mask_base, key_next, count, k_len, tid)
+                    cute.arch.cp_async_commit_group()
+                for _ in cutlass.range(opaque(cute.arch.vote_any_sync(grown != 0)), unroll=1):
+                    for _ in cutlass.range(opaque(self.outgrown(args, acc_s, row_offset)), unroll=1):
+                        self.rescale(args, pair, acc_s, acc_o, row_offset, row_sum)
+                offsets.exponentiate(acc_s, row_offset, row_sum, args.log2_scale, self.n_tiles)
+                self.accumulate(pair, team, frag_v, acc_s, acc_o)
+            left = left - 1
 
-        if cutlass.const_expr(self.team > 1):
-            cute.arch.barrier()
-            pair.join(row_sum)
-        sink = Float32(-Float32.inf)
-        if args.sinks != 0:
-            sink = softmax.sink_of(self.dtype, args, head) * softmax.LOG2_E
-        factors = offsets.ended(row_offset, row_sum, sink, self.m_tiles)
-        self.out.store(args, s_q, acc_o, factors, q_start + row_first, count, head, warp_row, team, lane)
+        lost = Int32(0)
+        if cutlass.const_expr(self.trusts):
+            cute.arch.cp_async_wait_group(0)  # the block before the first: zeros, which a second turn must not meet
+            rows = [row_sum[row] for row in range(self.m_tiles * 2)]
+            values = rows + [acc_o[i] for i in range(self.m_tiles * self.d_tiles * 4)]
+            some = Int32(trust.extraordinary(rows)) & Int32(trusted_end >= 0)
+            for _ in cutlass.range(opaque(meet_and_vote(some)), unroll=1):
+                lost = meet_and_vote(trust.infinite(values))
+        if lost == 0:
+            self.join(pair, row_sum)
+            sink = Float32(-Float32.inf)
+            if args.sinks != 0:
+                sink = softmax.sink_of(self.dtype, args, head) * softmax.LOG2_E
+            factors = offsets.ended(row_offset, row_sum, sink, self.m_tiles)
+            self.out.store(args, s_q, acc_o, factors, q_start + row_first, count, head, warp_row, team, lane)
+        return lost
 
-    def unit(self, args, bits_a_unit):
-        """`bits_a_unit`, 1 / scale; found anew where its register would be one too many."""
-        return rcp(opaque(args.log2_scale.bitcast(Int32)).bitcast(Float32)) if self.team > 1 else bits_a_unit
+    def unit(self, args):
+        """1 / scale, found anew: its register would be one too many."""
+        return rcp(opaque(args.log2_scale.bitcast(Int32)).bitcast(Float32))
 
     def outgrown(self, args, acc_s, row_offset):
         """Whether some row outgrew its maximum indeed. Warps that share rows have to agree, and believe that it may."""
@@ -244,6 +267,12 @@ class FlashSm80:
         """Move outputs and sums to the maxima of the rows, this block included."""
         tops = pair.tops(acc_s) if self.team > 1 else offsets.warp_tops(acc_s, self.m_tiles * 2, self.n_tiles)
         offsets.rescale(acc_o, row_offset, row_sum, tops, args.log2_scale, self.d_tiles)
+
+    def join(self, pair, row_sum):
+        """Sums over all keys of the rows."""
+        if self.team > 1:
+            cute.arch.barrier()
+            pair.join(row_sum)
 
     def accumulate(self, pair, team, frag_v, acc_s, acc_o):
         """acc_o += P V for the block's keys and this warp's rows and channels."""
@@ -275,10 +304,10 @@ class FlashSm80:
 
         products.scores(self.dtype, queries, frag_k, self.head_dim, self.m_tiles, self.n_tiles, acc_s)
 
-    def mask(self, args, acc_s, position, column, high, live_pages, lane):
+    def mask(self, args, acc_s, position, column, high, stream, lane):
         """-inf wherever a row (first at `position`) must not see a key (this thread's first at `column`)."""
         hidden = Float32(-Float32.inf)
-        holes = pages.holes(live_pages, lane) if self.paged else None
+        holes = pages.holes(stream.pages, lane) if self.paged else None
         for mt in range(self.m_tiles):
             for r in range(2):
                 here = position + (mt * 16 + r * 8)

@@ -13,7 +13,8 @@ import cutlass.cute as cute
 from cutlass import Float32, Int32, Int64
 from cutlass.cute.nvgpu import warpgroup
 
-from pa_ops.templates.device import softmax, tma
+from pa_ops.templates.device import softmax, tma, trust
+from pa_ops.templates.device.again import Again
 from pa_ops.templates.device.cluster import Cluster
 from pa_ops.templates.device.copier import Copier
 from pa_ops.templates.device.group_store import GroupStore
@@ -21,9 +22,10 @@ from pa_ops.templates.device.hiding import WINDOW_OFF, Hiding
 from pa_ops.templates.device.lister import Lister
 from pa_ops.templates.device.mask_words import MaskWords
 from pa_ops.templates.device.part_states import PartStates
-from pa_ops.templates.device.ptx import ld_shared_32, opaque, st_shared_128
+from pa_ops.templates.device.ptx import ld_shared_32, opaque, rcp, st_shared_32, st_shared_128
 from pa_ops.templates.device.ptx_grid import start_next_grid, wait_for_grid
 from pa_ops.templates.device.shared_sm90 import (
+    AGAIN,
     BARRIER,
     END,
     GROUP_WARPS,
@@ -35,6 +37,7 @@ from pa_ops.templates.device.shared_sm90 import (
     SLOT,
     SLOTS,
     STEPS,
+    TURN,
     Shared,
     columns_of,
 )
@@ -61,15 +64,16 @@ class FlashSm90:
         self.n_tiles, self.d_tiles = keys // 8, head_dim_v // 8
         self.products = Products(dtype, head_dim, head_dim_v, self.groups, keys)
         self.cluster = Cluster(blocks)
-        self.shared = Shared(
-            rows * head_dim * 2, keys * head_dim * 2, keys * head_dim_v * 2, stages, self.groups, blocks
-        )
+        self.trusts = trust.is_safe(dtype) and not masked
+        tiles = rows * head_dim * 2, keys * head_dim * 2, keys * head_dim_v * 2
+        self.shared = Shared(*tiles, stages, self.groups, blocks, self.trusts)
+        self.again = Again(self.shared, self.cluster, self.trusts)
         # At 256 the products are three quarters of the work: waiting for turns costs 4%, but keeps two blocks in step.
         self.turns = Turns(self.groups, taken=head_dim <= 192 or blocks > 1)
-        sight = Sight(causal, window, masked, keys)
+        sight = Sight(causal, window, masked, keys, self.trusts)
         self.walk = OwnRows(self.shared, sight, self.turns, self.cluster) if skipping else WholeTile()
-        self.lister = Lister(self.shared, self.cluster, sight, head_dim, head_dim_v, paged, rows, chained)
-        self.copier = Copier(self.shared, self.cluster, head_dim, head_dim_v, paged, masked, keys)
+        self.lister = Lister(self.shared, self.cluster, sight, self.again, head_dim, head_dim_v, paged, rows, chained)
+        self.copier = Copier(self.shared, self.cluster, self.again, head_dim, head_dim_v, paged, masked, keys)
         self.hiding = Hiding(causal, window, masked, keys)
         self.mask_words = MaskWords(dtype, keys)
         self.part_states = PartStates(self.d_tiles, self.shared.warps, taken=not masked)
@@ -97,6 +101,8 @@ class FlashSm90:
         if tid == 0:
             for barrier, arrivals in self.shared.barriers():
                 tma.init_barrier(smem + barrier, arrivals)
+            for number in range(SLOTS):
+                st_shared_32(smem + self.shared.lost + number * 4, Int32(0))
             tma.publish_barriers()
         if args.beside == 0:  # else the grid before this one has waited for what this one reads
             wait_for_grid(self.chained)
@@ -141,12 +147,20 @@ class FlashSm90:
             else:
                 tma.release(smem + self.shared.q_empty + group * BARRIER)
             thread, _, _ = cute.arch.thread_idx()  # not `warp` and `lane`, of which 256 columns leave room for one
-            if self.part_states.join(args, slot, acc_o, row_max, row_sum, thread) != 0:
-                self.row_store.store(args, slot, acc_o, row_max, row_sum, thread)
-            tma.release(smem + self.shared.slot_empty + turn % SLOTS * BARRIER)
+            if self.again.settle(smem, slot, acc_o, row_max, row_sum, thread) != 0:
+                self.give(args, slot, acc_o, row_max, row_sum, thread)
+            if cutlass.const_expr(self.head_dim > 192):  # no register is left to keep it in
+                turn = ld_shared_32(slot + TURN)
+            self.again.leave(smem, turn)
             turn = turn + 1
             tma.wait_for(smem + self.shared.slot_full + turn % SLOTS * BARRIER, turn // SLOTS & 1)
             slot = smem + self.shared.slots + turn % SLOTS * SLOT
+
+    @cute.jit
+    def give(self, args, slot: Int32, acc_o, row_max, row_sum, thread: Int32):
+        """Give a warp's state away: to the other parts of its tile, or to memory."""
+        if self.part_states.join(args, slot, acc_o, row_max, row_sum, thread) != 0:
+            self.row_store.store(args, slot, acc_o, row_max, row_sum, thread)
 
     def silence(self, slot, row_max, thread):
         """Rows past the tile's last hold another sequence's queries, or NaN. No score outgrows +inf: they have no say
@@ -184,6 +198,8 @@ class FlashSm90:
 
         steps = ld_shared_32(slot + STEPS)
         edges, inner = self.walk.edges(args, slot, group)
+        if cutlass.const_expr(self.trusts):
+            edges = Int32(cutlass.select_(ld_shared_32(slot + AGAIN) != 0, steps, edges))
         tma.wait_for(smem + self.shared.k_full + stage * BARRIER, parity)
         self.products.start_scores(s_q, s_k, stage, group, acc_s)
         if cutlass.const_expr(self.masked):
@@ -193,7 +209,7 @@ class FlashSm90:
         self.cluster.release(smem + self.shared.k_empty + stage * BARRIER)
         self.treat(args, acc_s, slot, Int32(unseen), edges, inner, hole, words)
         softmax.start(acc_s, row_max, row_sum, args.log2_scale, self.n_tiles)
-        limits[0], limits[1] = softmax.limits_of(row_max, args.log2_scale)
+        limits[0], limits[1] = softmax.limits_of(row_max, self.unit(args))
         self.products.round(acc_s, probabilities)
         self.clear_tail(smem, slot, Int32(unseen), stage, parity, group)
 
@@ -211,19 +227,29 @@ class FlashSm90:
             warpgroup.wait_group(1)
             hole = self.take_holes(smem, stage)
             self.cluster.release(smem + self.shared.k_empty + stage * BARRIER)
-            self.treat(args, acc_s, slot, i, edges, inner, hole, words)
-            outgrown = softmax.outgrown_beyond(limits, acc_s, row_max, args.log2_scale, self.n_tiles)
-            for _ in cutlass.range(opaque(outgrown), unroll=1):
-                raised = softmax.raise_maxima(acc_s, row_max, row_sum, args.log2_scale, self.n_tiles)
-                factors[0], factors[1] = raised
-                limits[0], limits[1] = softmax.limits_of(row_max, args.log2_scale)
-            # Before the exponentials, under which the next products of the other groups run: so they are rounded one by
-            # one as they come, where the registers of the last ones are free.
-            warpgroup.wait_group(0)
-            self.cluster.release(smem + self.shared.v_empty + last * BARRIER)
-            for _ in cutlass.range(opaque(outgrown), unroll=1):
-                softmax.scale_rows(acc_o, [factors[0], factors[1]], self.d_tiles)
-            softmax.exponentiate(acc_s, row_max, row_sum, args.log2_scale, self.n_tiles)
+            outgrown = self.examine(args, acc_s, slot, i, edges, inner, hole, words, limits, row_max)
+            if cutlass.const_expr(self.trusts):
+                for _ in cutlass.range(opaque(outgrown != 0), unroll=1):
+                    warpgroup.wait_group(0)
+                    raised = softmax.raise_maxima(acc_s, row_max, row_sum, args.log2_scale, self.n_tiles)
+                    softmax.scale_rows(acc_o, raised, self.d_tiles)
+                # The products of the block before run meanwhile, for without maxima nothing else is left to hide them.
+                softmax.exponentiate(acc_s, row_max, row_sum, args.log2_scale, self.n_tiles)
+                softmax.done(row_sum)
+                warpgroup.wait_group(0)
+                self.cluster.release(smem + self.shared.v_empty + last * BARRIER)
+            else:
+                for _ in cutlass.range(opaque(outgrown != 0), unroll=1):
+                    raised = softmax.raise_maxima(acc_s, row_max, row_sum, args.log2_scale, self.n_tiles)
+                    factors[0], factors[1] = raised
+                    limits[0], limits[1] = softmax.limits_of(row_max, self.unit(args))
+                # Before the exponentials, under which the next products of the other groups run: so they are rounded
+                # one by one as they come, where the registers of the last ones are free.
+                warpgroup.wait_group(0)
+                self.cluster.release(smem + self.shared.v_empty + last * BARRIER)
+                for _ in cutlass.range(opaque(outgrown != 0), unroll=1):
+                    softmax.scale_rows(acc_o, [factors[0], factors[1]], self.d_tiles)
+                softmax.exponentiate(acc_s, row_max, row_sum, args.log2_scale, self.n_tiles)
             self.products.round(acc_s, probabilities)
 
         # While the last block's values are still to be multiplied.
@@ -278,14 +304,39 @@ class FlashSm90:
             cute.arch.barrier(barrier_id=TAILS + group, number_of_threads=GROUP_THREADS)
 
     @cute.jit
+    def examine(
+        self, args, acc_s, slot: Int32, i: Int32, edges: Int32, inner: Int32, hole: Int32, words, limits, row_max
+    ):
+        """Treat the scores of block `i`; whether some row outgrew its maximum, which is asked of plain blocks only
+        where no maximum is taken on trust (trust.py)."""
+        self.treat(args, acc_s, slot, i, edges, inner, hole, words)
+        outgrown = Int32(0)
+        if cutlass.const_expr(self.trusts):
+            careful = self.is_edge(i, edges, inner) | (args.softcap_in > 0.0) | (hole != 0)
+            for _ in cutlass.range(opaque(careful), unroll=1):
+                here = softmax.limits_of(row_max, self.unit(args))
+                outgrown = Int32(softmax.outgrown_beyond(here, acc_s, row_max, args.log2_scale, self.n_tiles))
+        else:
+            outgrown = Int32(softmax.outgrown_beyond(limits, acc_s, row_max, args.log2_scale, self.n_tiles))
+        return outgrown
+
+    def unit(self, args):
+        """1 / scale; found anew where no register is left to keep it in."""
+        if self.head_dim > 192:
+            return rcp(opaque(args.log2_scale.bitcast(Int32)).bitcast(Float32))
+        return 1.0 / args.log2_scale
+
+    def is_edge(self, i, edges, inner):
+        """Whether some row does not see all keys of block `i`."""
+        return (i < edges) | (i >= inner) if self.window or self.masked else i < edges
+
+    @cute.jit
     def treat(self, args, acc_s, slot: Int32, i: Int32, edges: Int32, inner: Int32, hole: Int32, words):
         """Cap the scores of block `i`, and -inf where a row must not see a key; nothing in the middle ones.
 
         One branch for all of it, taken over code that a block in the middle does not run.
         """
-        edge = i < edges
-        if cutlass.const_expr(self.window or self.masked):
-            edge = edge | (i >= inner)
+        edge = self.is_edge(i, edges, inner)
         if cutlass.const_expr(self.masked):
             for _ in cutlass.range(opaque(args.softcap_in > 0.0), unroll=1):
                 softmax.cap(acc_s, args.softcap_in)

@@ -13,11 +13,11 @@ from pa_ops.templates.device.mask_tile import keys_of as padded_keys
 from pa_ops.templates.device.order import place_of, sections_of
 from pa_ops.templates.device.packing import pack_bits, token_of
 from pa_ops.templates.device.parts import STATES, Cut, cut_of, part_of, tile_of
-from pa_ops.templates.device.ptx import st_shared_32
+from pa_ops.templates.device.ptx import ld_shared_32, st_shared_32
 from pa_ops.templates.device.ptx_global import st_global_i32, take
 from pa_ops.templates.device.ptx_grid import wait_for_grid
 from pa_ops.templates.device.quotients import divided
-from pa_ops.templates.device.shared_sm90 import BARRIER, SLOT, SLOTS, columns_of
+from pa_ops.templates.device.shared_sm90 import BARRIER, HEAD, SLOT, SLOTS, TOKEN, columns_of
 from pa_ops.templates.device.warpgroup import GROUP_ROWS
 from pa_ops.templates.device.worklist import find_tile, length_at, paged_keys, tiles_of
 
@@ -29,8 +29,8 @@ NEAR_BYTES = 6 << 20
 class Lister:
     """Lists tiles of `rows` query rows a block, and the blocks of keys that `sight` finds for them, in parts."""
 
-    def __init__(self, shared, cluster, sight, head_dim, head_dim_v, paged, rows, chained):
-        self.shared, self.cluster, self.sight = shared, cluster, sight
+    def __init__(self, shared, cluster, sight, again, head_dim, head_dim_v, paged, rows, chained):
+        self.shared, self.cluster, self.sight, self.again = shared, cluster, sight, again
         self.paged, self.rows, self.chained = paged, rows, chained
         self.causal, self.masked = sight.causal, sight.masked
         self.head_dim, self.columns, self.q_bytes = head_dim, columns_of(head_dim), GROUP_ROWS * head_dim * 2
@@ -60,23 +60,49 @@ class Lister:
             part = part_of(cut, rank, number, steps)
             ahead = self.cluster.mate() * tokens_here
             first, position, tokens = first + ahead, position + ahead, cutlass.min(tokens - ahead, tokens_here)
+            if cutlass.const_expr(self.again.trusts and self.cluster.blocks > 1):
+                # Whose maxima are found is seen in the bits: edges are those that the rows would have by themselves.
+                _, _, _, own_end, own_edges, _ = self.sight.blocks(args, position, tokens, k_len)
+                edges = end - own_end + own_edges
             state = part.state + self.cluster.mate() * (self.cluster.count() * STATES)
             if (part.begin < part.stop) | (part.number == 0):
                 rows = (sequence, q_start + first, tokens << bits, head, position, k_len, first_key, low, high)
                 blocks = (part.stop - part.begin, *(number - part.begin for number in (end, edges, inner)))
-                self.fill(smem, turn, (Int32(1), *rows, *blocks, part.number, part.of, state))
+                self.fill(smem, turn, (Int32(1), *rows, *blocks, part.number, part.of, state, Int32(0), turn))
                 if cutlass.const_expr(self.masked):
                     self.copy_queries(args, smem, q_map, turn, head, first, sequence)
                 else:
                     self.copy_queries(args, smem, q_map, turn, head, q_start + first, Int32(0))
                 tma.wait_for(smem + self.shared.asked, turn & 1)
-                turn = turn + 1
+                turn = self.list_lost(args, smem, q_map, turn + 1)
             rank = self.take_ticket(args, smem, taken)
             taken = taken + 1
             sequence, first, head, number = self.tile_at(args, cut, rank)
+        turn = self.list_lost(args, smem, q_map, turn, last=True)
         self.fill(smem, turn, (Int32(0),))
         if args.beside != 0:  # who waits for this grid waits for that one too
             wait_for_grid(self.chained)
+
+    @cute.jit
+    def list_lost(self, args, smem: Int32, q_map: Int64, turn: Int32, last: cutlass.Constexpr = False):
+        """List again what has been lost by the time that the slot of that turn is empty, or the `last` tile is done;
+        the turn that follows."""
+        if cutlass.const_expr(self.again.trusts):
+            source = turn
+            lost = self.again.lost(smem, source)
+            if lost == (0 if last else -1):
+                source = turn + 1  # the slot of the tile before
+                lost = self.again.lost(smem, source)
+            while lost != 0:
+                slot = smem + self.shared.slots + source % SLOTS * SLOT
+                head, token = ld_shared_32(slot + HEAD), ld_shared_32(slot + TOKEN)
+                self.again.list(smem, source, turn, lost)
+                self.copy_queries(args, smem, q_map, turn, head, token, Int32(0))
+                tma.wait_for(smem + self.shared.asked, turn & 1)
+                turn = turn + 1
+                source = turn
+                lost = self.again.lost(smem, source)
+        return turn
 
     @cute.jit
     def copy_queries(self, args, smem: Int32, q_map: Int64, turn: Int32, head: Int32, token: Int32, sequence: Int32):
@@ -94,9 +120,11 @@ class Lister:
             cute.arch.sync_warp()
 
     def fill(self, smem, turn, words):
-        """Write the first words of the slot of that turn, when it has been read."""
+        """Write the first words of the slot of that turn, when it has been read: of what may be lost, `list_lost` has
+        seen to that."""
         slot = turn % SLOTS
-        tma.wait_for(smem + self.shared.slot_empty + slot * BARRIER, (turn // SLOTS + 1) & 1)
+        if not self.again.trusts:
+            tma.wait_for(smem + self.shared.slot_empty + slot * BARRIER, (turn // SLOTS + 1) & 1)
         self.write(smem + self.shared.slots + slot * SLOT, smem + self.shared.slot_full + slot * BARRIER, words)
 
     @cute.jit

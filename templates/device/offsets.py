@@ -11,9 +11,16 @@ import cutlass.cute as cute
 from cutlass import Float32, Int32
 
 from pa_ops.templates.device.ptx import ex2, fma
-from pa_ops.templates.device.softmax import RESCALE_BITS, finish, fresh_state, largest, quad, row_elements, scale_rows
-
-UNSEEN = 3.0e38
+from pa_ops.templates.device.softmax import (
+    RESCALE_BITS,
+    UNSEEN,
+    finish,
+    fresh_state,
+    largest,
+    quad,
+    row_elements,
+    scale_rows,
+)
 
 
 def fresh(m_tiles, d_tiles):

@@ -9,7 +9,7 @@ import cutlass.cute as cute
 from cutlass import Float32, Int32
 
 from pa_ops.templates.device import offsets, products, softmax
-from pa_ops.templates.device.ptx import ld_shared_32, ld_shared_128, st_shared_32, st_shared_128
+from pa_ops.templates.device.ptx import ld_shared_32, ld_shared_128, opaque, st_shared_32, st_shared_128
 
 FRAGMENT_BYTES = 512  # 16 x 16 of 16 bits
 STATISTICS_BYTES = 256  # a warp's; fp32 by row
@@ -23,15 +23,16 @@ class Pair:
         warp_bytes = m_tiles * (n_tiles // 2) * FRAGMENT_BYTES
         self.mine = base + warp * warp_bytes + lane * 16
         self.theirs = base + (warp ^ 1) * warp_bytes + lane * 16
-        self.my_rows = base + warp * STATISTICS_BYTES + (lane >> 2) * 4
-        self.their_rows = base + (warp ^ 1) * STATISTICS_BYTES + (lane >> 2) * 4
+        self.base, self.warp, self.lane = base, warp, lane
 
     def trade(self, values):
         """The partner's values of the same rows; all threads of the block meet twice."""
+        at = self.base + (opaque(self.lane) >> 2) * 4  # found anew: seldom needed, and registers are scarce
+        mine, partners = (at + warp * STATISTICS_BYTES for warp in (self.warp, self.warp ^ 1))
         for row, value in enumerate(values):
-            st_shared_32(self.my_rows + row * 32, value.bitcast(Int32))
+            st_shared_32(mine + row * 32, value.bitcast(Int32))
         cute.arch.barrier()
-        theirs = [ld_shared_32(self.their_rows + row * 32).bitcast(Float32) for row in range(len(values))]
+        theirs = [ld_shared_32(partners + row * 32).bitcast(Float32) for row in range(len(values))]
         cute.arch.barrier()
         return theirs
 

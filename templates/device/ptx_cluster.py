@@ -30,3 +30,14 @@ def send(block, shared, barrier, word, *, loc=None, ip=None):
         "st.async.shared::cluster.mbarrier::complete_tx::bytes.b32 [there], $3, [told]; }"
     )
     _asm(None, operands, text, f"r,r,r,r,{MEMORY}", True, loc, ip)
+
+
+@dsl_user_op
+def or_in(block, shared, bits, *, loc=None, ip=None):
+    """Set bits of a word of a block's shared memory, before whatever this thread writes there next."""
+    operands = [Int32(x).ir_value(loc=loc, ip=ip) for x in (block, shared, bits)]
+    text = (
+        "{ .reg .b32 there; mapa.shared::cluster.u32 there, $1, $0; "
+        "red.relaxed.cluster.shared::cluster.or.b32 [there], $2; fence.acq_rel.cluster; }"
+    )
+    _asm(None, operands, text, f"r,r,r,{MEMORY}", True, loc, ip)

@@ -35,6 +35,19 @@ def cp_async_16(shared, source, position, limit, *, loc=None, ip=None):
 
 
 @dsl_user_op
+def cp_async_there(shared, apart, source, offset, there, *, loc=None, ip=None):
+    """Start a 16-byte copy from `source` + `offset` to shared memory at `shared` + `apart`, both constants; none where
+    not `there`."""
+    operands = [Int32(shared).ir_value(loc=loc, ip=ip), Int64(source).ir_value(loc=loc, ip=ip)]
+    copy = f"cp.async.cg.shared.global.L2::128B [$0 + {apart}], [$1 + {offset}], 16;"
+    if there is True:
+        _asm(None, operands, copy, "r,l", True, loc, ip)
+        return
+    operands.append(Int32(there).ir_value(loc=loc, ip=ip))
+    _asm(None, operands, f"{{ .reg .pred here; setp.ne.s32 here, $2, 0; @here {copy} }}", "r,l,r", True, loc, ip)
+
+
+@dsl_user_op
 def cp_async_twice(shared, apart, sources, offset, limit, number, read_once, *, loc=None, ip=None):
     """Start two 16-byte copies from `offset` bytes behind two sources, `apart` bytes from each other in shared memory,
     where bit `number` of `limit` is 0; zeros elsewhere, where no source is read.

@@ -15,9 +15,9 @@ BARRIER = 8  # bytes
 COPYING_WARPS = 2
 GROUP_WARPS = 4  # of a warpgroup
 SLOTS = 2  # one that is computed, one that is copied
-SLOT = 68  # bytes
+SLOT = 76  # bytes
 THERE, SEQUENCE, TOKEN, LIVE, HEAD, POSITION, KEYS, FIRST_KEY, LOW, HIGH = range(0, 40, 4)
-STEPS, END, EDGES, INNER, PART, PARTS, STATE = range(40, SLOT, 4)
+STEPS, END, EDGES, INNER, PART, PARTS, STATE, AGAIN, TURN = range(40, SLOT, 4)
 
 
 def columns_of(head_dim):
@@ -33,12 +33,14 @@ class Shared:
     head, position of the first row; the sequence's keys, the first of them where they are dense, and the keys [low,
     high) that some row sees; the blocks of keys to compute, of those that hold these, from the last, before `end`, to
     the first. Every row sees all keys of those numbered [edges, inner). Then which part of the tile's keys that is, of
-    how many, and the number of its state (parts.py). Blocks of keys are those of all rows of a cluster's tile.
+    how many, the number of its state (parts.py), a bit for each warp for which it is listed again (again.py), and the
+    slot's turn. Blocks of keys are those of all rows of a cluster's tile.
     """
 
-    def __init__(self, q_bytes, k_bytes, v_bytes, stages, groups, blocks):
+    def __init__(self, q_bytes, k_bytes, v_bytes, stages, groups, blocks, trusts):
         self.stages, self.groups, self.warps = stages, groups, groups * GROUP_WARPS
         self.readers = self.warps * blocks  # warps that read a stage before it is copied to again
+        self.leavers = (self.warps + COPYING_WARPS) * (blocks if trusts else 1)  # warps that leave a slot
         self.k_bytes, self.v_bytes = k_bytes, v_bytes  # of a stage
         self.k = q_bytes
         self.v = self.k + stages * k_bytes
@@ -56,10 +58,12 @@ class Shared:
         self.word = self.word_empty + BARRIER
         self.holes = self.word + 4
         self.slots = self.holes + stages * 4
-        self.bytes = self.slots + SLOTS * SLOT
+        self.lost = self.slots + SLOTS * SLOT
+        self.bytes = self.lost + SLOTS * 4
 
     def barriers(self):
-        """(offset, arrivals a phase) of every barrier; a computing warp arrives once, at slots the copying ones too."""
+        """(offset, arrivals a phase) of every barrier. A computing warp arrives once; at slots the copying ones do too,
+        and where a tile may be listed again, those of all blocks."""
         yield from ((self.asked, 1), (self.word_full, 1), (self.word_empty, 1))
         for group in range(self.groups):
             at = group * BARRIER
@@ -70,7 +74,7 @@ class Shared:
             yield from ((self.v_full + at, 1), (self.v_empty + at, self.readers))
         for slot in range(SLOTS):
             at = slot * BARRIER
-            yield from ((self.slot_full + at, 1), (self.slot_empty + at, self.warps + COPYING_WARPS))
+            yield from ((self.slot_full + at, 1), (self.slot_empty + at, self.leavers))
 
     @cute.jit
     def after(self, stage: Int32, parity: Int32):

@@ -18,15 +18,16 @@ from pa_ops.templates.device.warpgroup import GROUP_ROWS
 class Sight:
     """What a mask lets rows see, in blocks of `keys` keys."""
 
-    def __init__(self, causal, window, masked, keys):
+    def __init__(self, causal, window, masked, keys, trusts):
         self.causal, self.window, self.masked, self.keys = causal, window, masked, keys
+        self.before = 1 if trusts else 0
 
     @cute.jit
     def blocks(self, args, position: Int32, live: Int32, k_len: Int32):
         """(low, high, steps, end, edges, inner) of `live` tokens, the first at `position`, of a sequence of keys.
 
         Some row sees keys [low, high): `steps` blocks, the last before `end`. Numbered from that one, every row sees
-        all keys of blocks [edges, inner).
+        all keys of blocks [edges, inner); where maxima are taken on trust (trust.py), and one before them.
         """
         low, safe_low, high, safe_high = Int32(0), Int32(0), k_len, k_len  # every row sees [safe_low, safe_high)
         if cutlass.const_expr(self.causal or self.window):
@@ -44,7 +45,7 @@ class Sight:
                 safe_low = cutlass.max(position + live - args.window, 0)
         end = (high + (self.keys - 1)) // self.keys
         steps = cutlass.max(end - low // self.keys, 0)
-        edges = end - cutlass.max(safe_high, 0) // self.keys
+        edges = end - cutlass.max(safe_high - self.before, 0) // self.keys
         inner = end - (safe_low + (self.keys - 1)) // self.keys
         return low, high, steps, end, edges, inner
 

@@ -7,13 +7,14 @@ import cutlass
 import cutlass.cute as cute
 from cutlass import Float32, Int32, Int64
 
-from pa_ops.templates.device.ptx import ex2, fma, lg2, pack_pair, rcp
+from pa_ops.templates.device.ptx import ex2, fma, lg2, opaque, pack_pair, rcp
 from pa_ops.templates.device.ptx_global import ld_global_f32, ld_global_half
 
 LOG2_E = 1.4426950408889634
 LN_2 = 0.6931471805599453
 RESCALE_BITS = 8.0
 NO_LIMIT = 0x7FFFFFFF
+UNSEEN = 3.0e38  # the offset of exponents of a row that has seen no key: -inf stays -inf, and else it is infinite
 
 
 def fresh_state(m_tiles, d_tiles):
@@ -75,11 +76,12 @@ def outgrown(acc_s, row_max, log2_scale, n_tiles):
     return cute.arch.vote_any_sync(some)
 
 
-def limits_of(row_max, log2_scale):
-    """Bits of the score at which each row outgrows its maximum; what nothing exceeds for a row without a say."""
+def limits_of(row_max, unit):
+    """Bits of the score at which each row outgrows its maximum, `unit` being 1 / scale; what nothing exceeds for a row
+    without a say."""
     limits = []
     for row in range(cute.size(row_max)):
-        limit = (row_max[row] + RESCALE_BITS / log2_scale).bitcast(Int32)
+        limit = fma(Float32(RESCALE_BITS), unit, row_max[row]).bitcast(Int32)
         limits.append(cutlass.select_(row_max[row] == Float32.inf, Int32(NO_LIMIT), limit))
     return limits
 
@@ -145,15 +147,25 @@ def start(acc_s, row_max, row_sum, log2_scale, n_tiles):
 
 
 def exponentiate(acc_s, row_max, row_sum, log2_scale, n_tiles):
-    """Replace scores by exp2(s * log2_scale - base), and add them to the row sums."""
+    """Replace scores by exp2(s * log2_scale + base), and add them to the row sums."""
     for row in range(cute.size(row_max)):
-        base = -base_of(row_max[row]) * log2_scale
+        base = Float32(cutlass.select_(row_max[row] == -Float32.inf, Float32(UNSEEN), -row_max[row] * log2_scale))
         total = row_sum[row]
         for i in row_elements(row, n_tiles):
             p = ex2(fma(acc_s[i], log2_scale, base))
             acc_s[i] = p
             total = total + p
         row_sum[row] = total
+
+
+@cute.jit
+def done(row_sum):
+    """A branch, never taken, on the sums of the rows: what follows stays behind them.
+
+    The assembler moves a wait for wgmma to the top of its basic block, over work that is to hide what it waits for.
+    """
+    for _ in cutlass.range(opaque(row_sum[0] < 0.0), unroll=1):
+        row_sum[0] = -row_sum[0]
 
 
 @cute.jit

@@ -27,6 +27,7 @@ MASKS: dict[str, dict[str, Any]] = {
     "window": {"causal": True, "sliding_window": 63},
 }
 WINDOWS = (1, 16, 17, 64, 65, 1000, 5000)
+LN_2 = 0.6931471805599453
 EXTRAS = tuple(product((0.0, 5.0), (False, True)))  # softcap, sinks
 OPERATORS = {"paged": paged, "dense": varlen}
 
@@ -112,6 +113,27 @@ def test_logits_that_overflow_without_a_maximum(dtype: torch.dtype, device: torc
     for operator in OPERATORS.values():
         call = operator([(70, 300), (1, 129)], Shape(128, dtype=dtype), device)
         check_each(call.with_options(softmax_scale=8.0), BACKENDS, evidence, "scale 8")
+
+
+def test_scores_that_outgrow_every_exponent(dtype: torch.dtype, device: torch.device, evidence: Evidence) -> None:
+    """Of a row's last block of keys and all others: a kernel that trusts the maxima of the one has to notice."""
+    pairs = [(300, 900), (1, 129), (200, 200)]
+    for head_dim, (name, operator) in product((64, 96, 128, 256), OPERATORS.items()):
+        for options in ({"causal": True}, {"causal": False}, {"causal": True, "sliding_window": 500}):
+            call = operator(pairs, Shape(head_dim, dtype=dtype), device, softmax_scale=24.0, **options)
+            if name == "dense":
+                bits = 24.0 / LN_2 * call.tensors["q"][:300, 0].float() @ call.tensors["k"][:900, 0].float().T
+                assert (bits[:, :700].amax(1) - bits[:, 700:].amax(1)).max() > 128
+            check_each(call, BACKENDS, evidence, f"{name}, head size {head_dim}, {options}")
+
+
+def test_outputs_that_overflow_before_their_sums(device: torch.device, evidence: Evidence) -> None:
+    for head_dim, operator in product((64, 128, 256), OPERATORS.values()):
+        call = operator([(300, 900), (1, 129)], Shape(head_dim, dtype=torch.bfloat16), device, softmax_scale=3.0)
+        values = [tensor for name, tensor in call.tensors.items() if name.startswith("v")]
+        assert len(values) == 1
+        values[0].abs_().mul_(1e30)
+        check_each(call, BACKENDS, evidence, f"head size {head_dim}")
 
 
 def test_unmapped_pages_in_the_middle_are_masked(dtype: torch.dtype, device: torch.device, evidence: Evidence) -> None:
