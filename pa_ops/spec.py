@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import Enum
 from functools import cached_property, lru_cache
 from typing import TypeVar
@@ -151,6 +151,11 @@ class Tile:
     def __str__(self) -> str:
         shared = f"c{self.cluster}" if self.cluster > 1 else ""
         return f"m{self.m}n{self.n}s{self.stages}w{self.warps}{shared}"
+
+    @property
+    def alone(self) -> Tile:
+        """The same tile for a block that shares its keys with none."""
+        return replace(self, cluster=1)
 
 
 @dataclass(frozen=True, order=True)

@@ -53,7 +53,21 @@ class FlashSm90:
     """One instance: the compile-time choices and the code that they specialise."""
 
     def __init__(
-        self, dtype, head_dim, head_dim_v, paged, causal, window, masked, rows, keys, stages, blocks, skipping, chained
+        self,
+        dtype,
+        head_dim,
+        head_dim_v,
+        paged,
+        causal,
+        window,
+        masked,
+        rows,
+        keys,
+        stages,
+        blocks,
+        skipping,
+        alone_skipping,
+        chained,
     ):
         self.dtype, self.head_dim, self.head_dim_v = dtype, head_dim, head_dim_v
         self.paged, self.chained = paged, chained
@@ -71,7 +85,9 @@ class FlashSm90:
         # At 256 the products are three quarters of the work: waiting for turns costs 4%, but keeps two blocks in step.
         self.turns = Turns(self.groups, taken=head_dim <= 192 or blocks > 1)
         sight = Sight(causal, window, masked, keys, self.trusts)
-        self.walk = OwnRows(self.shared, sight, self.turns, self.cluster) if skipping else WholeTile()
+        # Whose maxima are found is seen in the bits: of blocks that share keys it is as of one by itself.
+        whole = self.trusts and not alone_skipping
+        self.walk = OwnRows(self.shared, sight, self.turns, self.cluster, whole) if skipping else WholeTile()
         self.lister = Lister(self.shared, self.cluster, sight, self.again, head_dim, head_dim_v, paged, rows, chained)
         self.copier = Copier(self.shared, self.cluster, self.again, head_dim, head_dim_v, paged, masked, keys)
         self.hiding = Hiding(causal, window, masked, keys)

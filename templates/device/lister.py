@@ -61,7 +61,7 @@ class Lister:
             ahead = self.cluster.mate() * tokens_here
             first, position, tokens = first + ahead, position + ahead, cutlass.min(tokens - ahead, tokens_here)
             if cutlass.const_expr(self.again.trusts and self.cluster.blocks > 1):
-                # Whose maxima are found is seen in the bits: edges are those that the rows would have by themselves.
+                # Edges are those that the rows would have by themselves: see `FlashSm90.walk`.
                 _, _, _, own_end, own_edges, _ = self.sight.blocks(args, position, tokens, k_len)
                 edges = end - own_end + own_edges
             state = part.state + self.cluster.mate() * (self.cluster.count() * STATES)

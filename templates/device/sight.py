@@ -74,8 +74,9 @@ class OwnRows:
     less than they need.
     """
 
-    def __init__(self, shared, sight, turns, cluster):
+    def __init__(self, shared, sight, turns, cluster, whole):
         self.shared, self.sight, self.turns, self.cluster = shared, sight, turns, cluster
+        self.whole = whole  # whether blocks are edges that the tile's other rows do not see, too
         if sight.window or sight.masked:
             raise ValueError("groups leave out blocks at the end of a tile only: there must be no window")
 
@@ -94,8 +95,10 @@ class OwnRows:
 
     def edges(self, args, slot, group):
         """(edges, inner): every row of the group sees all keys of the tile's blocks [edges, inner), from the last."""
-        (_, _, _, own_end, edges, _), _ = self.own(args, slot, group)
         end = ld_shared_32(slot + END)
+        if self.whole:
+            return ld_shared_32(slot + EDGES), end
+        (_, _, _, own_end, edges, _), _ = self.own(args, slot, group)
         return end - own_end + edges, end
 
     @cute.jit
