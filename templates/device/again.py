@@ -1,6 +1,6 @@
-"""Tiles that are computed again: turns states that trust has made infinite (trust.py) into a second listing of a tile.
+"""Tiles that are computed again: turns states that trust has broken (trust.py) into a second listing of their tile.
 
-A warp that finds its state infinite gives nothing away, and leaves its bit in a word of the tile's slot, in all blocks
+A warp that finds its state broken gives nothing away, and leaves its bit in a word of the tile's slot, in all blocks
 of the cluster. When the slot is empty, and so all have said what they had to say, the warp that lists tiles lists that
 one once more, for those warps alone and with every block of keys an edge, whose maxima are found.
 """
@@ -26,7 +26,7 @@ class Again:
 
     @cute.jit
     def settle(self, smem: Int32, slot: Int32, acc_o, row_max, row_sum, thread: Int32):
-        """Whether the warp's state of the tile in `slot` is its to give away; if it is infinite, its bit says so."""
+        """Whether the warp's state of the tile in `slot` is its to give away; if it is broken, its bit says so."""
         own = Int32(1)
         if cutlass.const_expr(self.trusts):
             again = ld_shared_32(slot + AGAIN)
@@ -37,9 +37,9 @@ class Again:
             there = [row_max[r] != Float32.inf for r in range(2)]
             sums = [Float32(cutlass.select_(there[r], row_sum[r], Float32(0.0))) for r in range(2)]
             if cute.arch.vote_any_sync(trust.extraordinary(sums)) & (again == 0):
-                values = [[acc_o[i] for i in row_elements(r, cute.size(acc_o) // 4)] + [row_sum[r]] for r in range(2)]
-                infinite = [there[r] & (trust.infinite(values[r]) != 0) for r in range(2)]
-                if cute.arch.vote_any_sync(infinite[0] | infinite[1]):
+                outputs = [[acc_o[i] for i in row_elements(r, cute.size(acc_o) // 4)] for r in range(2)]
+                broken = [there[r] & trust.broken([row_sum[r]], outputs[r]) for r in range(2)]
+                if cute.arch.vote_any_sync(broken[0] | broken[1]):
                     own = Int32(0)
                     if cute.arch.lane_idx() == 0:
                         self.cluster.tell(smem + self.shared.lost + ld_shared_32(slot + TURN) % SLOTS * 4, bit)

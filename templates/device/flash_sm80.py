@@ -240,10 +240,10 @@ class FlashSm80:
         if cutlass.const_expr(self.trusts):
             cute.arch.cp_async_wait_group(0)  # the block before the first: zeros, which a second turn must not meet
             rows = [row_sum[row] for row in range(self.m_tiles * 2)]
-            values = rows + [acc_o[i] for i in range(self.m_tiles * self.d_tiles * 4)]
+            outputs = [acc_o[i] for i in range(self.m_tiles * self.d_tiles * 4)]
             some = Int32(trust.extraordinary(rows)) & Int32(trusted_end >= 0)
             for _ in cutlass.range(opaque(meet_and_vote(some)), unroll=1):
-                lost = meet_and_vote(trust.infinite(values))
+                lost = meet_and_vote(Int32(trust.broken(rows, outputs)))
         if lost == 0:
             self.join(pair, row_sum)
             sink = Float32(-Float32.inf)
