@@ -96,19 +96,7 @@ class FlashSm80:
         row_last = cutlass.min(row_first + self.rows, q_len) - 1
         shift = args.position if self.masked else k_len - q_len
 
-        # [low, high): keys that some row sees; [safe_low, safe_high): keys that every row sees.
-        low, safe_low, high, safe_high = Int32(0), Int32(0), k_len, k_len
-        if cutlass.const_expr(self.causal or self.window):
-            high = cutlass.max(cutlass.min(k_len, shift + row_last + 1), 0)
-            safe_high = cutlass.min(k_len, shift + row_first + 1)
-        if cutlass.const_expr(self.window):
-            low = cutlass.max(shift + row_first - args.window + 1, 0)
-            safe_low = shift + row_last - args.window + 1
-        if cutlass.const_expr(self.masked):
-            if args.causal != 0:
-                high = cutlass.max(cutlass.min(k_len, shift + row_last + 1), 0)
-            if args.window > 0:
-                low = cutlass.max(shift + row_first - args.window + 1, 0)
+        low, safe_low, high, safe_high = self.sight(args, shift + row_first, shift + row_last, k_len)
         block_first = low // self.keys
         block_end = (high + (self.keys - 1)) // self.keys
         steps = cutlass.max(block_end - block_first, 0)
@@ -119,19 +107,7 @@ class FlashSm80:
         s_v = s_k + self.kv_bytes
         s_mask = s_v + self.kv_bytes
 
-        kv_head = head // args.group
-        q_rows = args.q + Int64(q_start + row_first) * args.q_token_stride + Int64(head) * args.q_head_stride
-        k_base = args.k + Int64(kv_head) * args.k_head_stride
-        v_base = args.v + Int64(kv_head) * args.v_head_stride
-        if cutlass.const_expr(self.masked):
-            q_rows = args.q + Int64(sequence) * args.q_sequence_stride + Int64(row_first) * args.q_token_stride
-            q_rows = q_rows + Int64(head) * args.q_head_stride
-            k_base = k_base + Int64(sequence) * args.k_page_stride
-            v_base = v_base + Int64(sequence) * args.v_page_stride
-        elif cutlass.const_expr(not self.paged):
-            k_base = k_base + Int64(k_start) * args.k_token_stride
-            v_base = v_base + Int64(k_start) * args.v_token_stride
-
+        q_rows, *bases = self.bases(args, sequence, q_start, row_first, k_start, head)
         team = warp % self.team
         warp_row = warp // self.team * (16 * self.m_tiles)
         team_keys = team * (self.n_tiles * 8)
@@ -143,7 +119,7 @@ class FlashSm80:
         pair = Pair(s_mask, warp, lane, self.dtype, self.m_tiles, self.n_tiles, self.d_tiles)
         acc_s = cute.make_rmem_tensor((self.m_tiles * self.n_tiles * 4,), Float32)
         acc_o, row_offset, row_sum = offsets.fresh(self.m_tiles, self.d_tiles)
-        stream = self.streams.open(args, (k_base, v_base), sequence, block_end, s_k, tid, lane)
+        stream = self.streams.open(args, bases, sequence, block_end, s_k, tid, lane)
         count = row_last - row_first + 1
         if steps > 0:
             self.copies.queries(args, s_q, q_rows, count, tid)
@@ -178,14 +154,9 @@ class FlashSm80:
             if cutlass.const_expr(self.paged):
                 trusted = trusted & ~pages.has_hole(stream.pages)
             if trusted:
-                self.streams.values(args, stream, key_first, low, high, tid, whole=True)
-                cute.arch.cp_async_commit_group()
-                self.streams.look_up(args, stream, key_first - self.keys, low, high, lane)
+                self.start_plain(args, stream, key_first, low, high, tid, lane)
                 self.scores(frag_q, frag_k, acc_s, kept)
-                cute.arch.cp_async_wait_group(0)
-                cute.arch.barrier()
-                self.streams.keys(args, stream, key_first - self.keys, low, high, tid, whole=True)
-                cute.arch.cp_async_commit_group()
+                self.start_next(args, stream, key_first - self.keys, low, high, tid)
                 offsets.exponentiate(acc_s, row_offset, row_sum, args.log2_scale, self.n_tiles)
                 self.accumulate(pair, team, frag_v, acc_s, acc_o)
             else:
@@ -252,6 +223,53 @@ class FlashSm80:
             factors = offsets.ended(row_offset, row_sum, sink, self.m_tiles)
             self.out.store(args, s_q, acc_o, factors, q_start + row_first, count, head, warp_row, team, lane)
         return lost
+
+    @cute.jit
+    def sight(self, args, first: Int32, last: Int32, k_len: Int32):
+        """(low, safe_low, high, safe_high) of rows that stand at [first, last]: some row sees keys [low, high), every
+        row sees [safe_low, safe_high)."""
+        low, safe_low, high, safe_high = Int32(0), Int32(0), k_len, k_len
+        if cutlass.const_expr(self.causal or self.window):
+            high = cutlass.max(cutlass.min(k_len, last + 1), 0)
+            safe_high = cutlass.min(k_len, first + 1)
+        if cutlass.const_expr(self.window):
+            low = cutlass.max(first - args.window + 1, 0)
+            safe_low = last - args.window + 1
+        if cutlass.const_expr(self.masked):
+            if args.causal != 0:
+                high = cutlass.max(cutlass.min(k_len, last + 1), 0)
+            if args.window > 0:
+                low = cutlass.max(first - args.window + 1, 0)
+        return low, safe_low, high, safe_high
+
+    def bases(self, args, sequence, q_start, row_first, k_start, head):
+        """Where the tile's queries begin, and its head's keys and values."""
+        kv_head = head // args.group
+        q_rows = args.q + Int64(q_start + row_first) * args.q_token_stride + Int64(head) * args.q_head_stride
+        k_base = args.k + Int64(kv_head) * args.k_head_stride
+        v_base = args.v + Int64(kv_head) * args.v_head_stride
+        if self.masked:
+            q_rows = args.q + Int64(sequence) * args.q_sequence_stride + Int64(row_first) * args.q_token_stride
+            q_rows = q_rows + Int64(head) * args.q_head_stride
+            k_base = k_base + Int64(sequence) * args.k_page_stride
+            v_base = v_base + Int64(sequence) * args.v_page_stride
+        elif not self.paged:
+            k_base = k_base + Int64(k_start) * args.k_token_stride
+            v_base = v_base + Int64(k_start) * args.v_token_stride
+        return q_rows, k_base, v_base
+
+    def start_plain(self, args, stream, key_first, low, high, tid, lane):
+        """Start copying a trusted block's values; of the next block's pages, ask for them."""
+        self.streams.values(args, stream, key_first, low, high, tid, whole=True)
+        cute.arch.cp_async_commit_group()
+        self.streams.look_up(args, stream, key_first - self.keys, low, high, lane)
+
+    def start_next(self, args, stream, key_first, low, high, tid):
+        """When the trusted block's values are there and its keys have been read, start copying the next one's keys."""
+        cute.arch.cp_async_wait_group(0)
+        cute.arch.barrier()
+        self.streams.keys(args, stream, key_first, low, high, tid, whole=True)
+        cute.arch.cp_async_commit_group()
 
     def unit(self, args):
         """1 / scale, found anew: its register would be one too many."""
