@@ -336,12 +336,19 @@ def test_rendering_binds_the_spec_and_hides_its_statements() -> None:
 
 def test_groups_leave_out_blocks_of_keys_by_some_tiles_where_no_window_cuts_them() -> None:
     wgmma = [spec for spec in declared("full", ("sm_90a",)) if spec.family is Family.FLASH_SM90]
-    found = {spec for spec in wgmma if "skipping=True" in Renderer().render(spec)}
+    found = {spec for spec in wgmma if " skipping=True" in Renderer().render(spec)}
     alone = {(spec.head_dim, spec.mask) for spec in found if spec.tile.cluster == 1}
     assert alone == set(product((96, 128), (Mask.CAUSAL, Mask.FULL)))
     assert all(spec in found for spec in wgmma if spec.tile.cluster > 1)
     able = {spec for spec in wgmma if spec.tile in FLASH_SM90_SKIPPING_TILES}
     assert found == {spec for spec in able if spec.mask is not Mask.WINDOW}
+
+
+def test_blocks_that_share_keys_know_whether_one_by_itself_leaves_any_out() -> None:
+    wgmma = [spec for spec in declared("full", ("sm_90a",)) if spec.family is Family.FLASH_SM90]
+    told = {spec for spec in wgmma if "alone_skipping=True" in Renderer().render(spec)}
+    assert {spec.head_dim for spec in told if spec.tile.cluster > 1} == {96, 128}
+    assert told == {spec for spec in wgmma if replace(spec.tile, cluster=1) in FLASH_SM90_SKIPPING_TILES}
 
 
 def test_cuda_sources_declare_the_fields_of_their_record_in_order() -> None:
