@@ -30,7 +30,7 @@ class Again:
         own = Int32(1)
         if cutlass.const_expr(self.trusts):
             again = ld_shared_32(slot + AGAIN)
-            warp = (thread >> 5) - GROUP_WARPS  # found anew for each tile, as is its bit
+            warp = (thread >> 5) - GROUP_WARPS
             bit = Int32(1) << (warp + self.cluster.mate() * BLOCK_BITS)
             own = Int32((again == 0) | ((again & bit) != 0))
             # Rows past the tile's last, of +inf, hold what is another's.

@@ -126,12 +126,8 @@ class FlashSm80:
             if cutlass.const_expr(self.kept > 0):
                 cute.arch.cp_async_commit_group()
             key_first = (block_end - 1) * self.keys
-            self.streams.look_up(args, stream, key_first, low, high, lane)
-            self.streams.keys(args, stream, key_first, low, high, tid)
-            if cutlass.const_expr(self.masked):
-                mask_base = self.mask_tile.base(args, sequence, row_first, head)
-                self.mask_tile.load(args, s_mask, mask_base, key_first, count, k_len, tid)
-            cute.arch.cp_async_commit_group()
+            rows = s_mask, sequence, row_first, head, count, k_len
+            self.start_keys(args, stream, rows, key_first, low, high, tid, lane)
         kept = []
         if cutlass.const_expr(self.kept > 0):
             cute.arch.cp_async_wait_group(1)
@@ -194,12 +190,8 @@ class FlashSm80:
                     cute.arch.barrier()
                 if opaque(left) > 1:
                     key_next = (block_first + opaque(left) - 2) * self.keys
-                    self.streams.look_up(args, stream, key_next, low, high, lane)
-                    self.streams.keys(args, stream, key_next, low, high, tid)
-                    if cutlass.const_expr(self.masked):
-                        mask_base = self.mask_tile.base(args, sequence, row_first, head)
-                        self.mask_tile.load(args, s_mask, mask_base, key_next, count, k_len, tid)
-                    cute.arch.cp_async_commit_group()
+                    rows = s_mask, sequence, row_first, head, count, k_len
+                    self.start_keys(args, stream, rows, key_next, low, high, tid, lane)
                 for _ in cutlass.range(opaque(cute.arch.vote_any_sync(grown != 0)), unroll=1):
                     for _ in cutlass.range(opaque(self.outgrown(args, acc_s, row_offset)), unroll=1):
                         self.rescale(args, pair, acc_s, acc_o, row_offset, row_sum)
@@ -257,6 +249,16 @@ class FlashSm80:
             k_base = k_base + Int64(k_start) * args.k_token_stride
             v_base = v_base + Int64(k_start) * args.v_token_stride
         return q_rows, k_base, v_base
+
+    def start_keys(self, args, stream, rows, key_first, low, high, tid, lane):
+        """Start copying the keys of a block, and what a mask tensor says of them for the tile's `rows`."""
+        self.streams.look_up(args, stream, key_first, low, high, lane)
+        self.streams.keys(args, stream, key_first, low, high, tid)
+        if self.masked:
+            s_mask, sequence, row_first, head, count, k_len = rows
+            base = self.mask_tile.base(args, sequence, row_first, head)
+            self.mask_tile.load(args, s_mask, base, key_first, count, k_len, tid)
+        cute.arch.cp_async_commit_group()
 
     def start_plain(self, args, stream, key_first, low, high, tid, lane):
         """Start copying a trusted block's values; of the next block's pages, ask for them."""
