@@ -173,7 +173,9 @@ class FlashSm80:
         return opaque(cutlass.select_(plain, tile.safe_high, Int32(-1)))
 
     def is_trusted(self, tile, stream, key_first, trusted_end):
-        """Whether the block at `key_first` is one of those."""
+        """Whether the block at `key_first` is one of those; where none is, there is no code for them."""
+        if not self.trusts:
+            return False
         trusted = key_first + self.keys < trusted_end
         if self.window:
             trusted = trusted & (key_first >= tile.safe_low)
