@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import pytest
 import torch
 
@@ -23,7 +21,7 @@ def by_twos_and_alone(call: Call) -> tuple[str, str]:
     """The kernels of both kinds for calls like this, with the same tile."""
     specs = [entry.spec for entry in instances_of(call)]
     shared = next(spec for spec in specs if spec.tile.cluster == 2 and spec.head_dim_v == specs[0].head_dim_v)
-    alone = next(spec for spec in specs if spec.tile == replace(shared.tile, cluster=1))
+    alone = next(spec for spec in specs if spec.tile == shared.tile.alone)
     return shared.name, alone.name
 
 

@@ -19,7 +19,7 @@ class Blocks:
 
     def __init__(self, blocks: int) -> None:
         self.grid, self.number, self.blocks = 0, 0, blocks
-        self.words, self.told = dict[int, int](), list[tuple[str, int, int]]()
+        self.words, self.told = dict[int, int](), list[tuple[Any, ...]]()
 
     def run(self) -> Any:
         """The names of the module."""
@@ -34,7 +34,7 @@ class Blocks:
         }
         instructions = {
             "arrive_in": lambda block, barrier: self.told.append(("arrive", block, barrier)),
-            "or_in": lambda block, at, bits: self.words.update({at: self.words.get(at, 0) | bits}),
+            "or_in": lambda block, at, bits: self.told.append(("or", block, at, bits)),
             "send": lambda block, at, barrier, word: self.words.update({at: word}),
         }
         modules = {"tma": waits, "ptx": {"ld_shared_32": self.words.__getitem__}, "ptx_cluster": instructions}
@@ -91,14 +91,8 @@ def test_the_second_block_hears_every_word_of_the_first_and_says_so() -> None:
     assert device.told.count(("arrive", 0, 1016)) == 3 and device.told.count(("expect", 1008, 4)) == 3
 
 
-def test_what_a_warp_tells_is_a_word_of_every_block() -> None:
-    told = list[tuple[int, int, int]]()
-    instructions = {"or_in": lambda block, at, bits: told.append((block, at, bits))}
-    names = plain.run(
-        "cluster",
-        {"tma": {}, "ptx": {"ld_shared_32": None}, "ptx_cluster": {**instructions, "arrive_in": None, "send": None}},
-    )
-    names["Cluster"](2).tell(40, 1 << 18)
-    assert told == [(0, 40, 1 << 18), (1, 40, 1 << 18)]
-    names["Cluster"](1).tell(44, 1)
-    assert told[2:] == [(0, 44, 1)]
+@pytest.mark.parametrize("blocks", [1, 2])
+def test_what_a_warp_tells_is_a_word_of_every_block(blocks: int) -> None:
+    device = Blocks(blocks)
+    device.run().Cluster(blocks).tell(40, 1 << 18)
+    assert device.told == [("or", block, 40, 1 << 18) for block in range(blocks)]
