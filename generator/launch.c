@@ -39,6 +39,7 @@ static struct {
     int (*cuLibraryGetKernel)(handle *, handle, const char *);
     int (*cuKernelSetAttribute)(int, int, handle, int);
     int (*cuLaunchKernelEx)(const struct config *, handle, void **, void **);
+    int (*cuOccupancyMaxActiveClusters)(int *, handle, const struct config *);
     int (*cuTensorMapEncodeTiled)(void *, int, uint32_t, void *, const uint64_t *, const uint64_t *, const uint32_t *,
                                   const uint32_t *, int, int, int, int);
 } driver;
@@ -78,7 +79,7 @@ static int open_driver(void)
     static const char *const names[] = {
         "cuGetErrorName",    "cuGetErrorString",   "cuDevicePrimaryCtxRetain", "cuCtxGetCurrent", "cuCtxSetCurrent",
         "cuLibraryLoadData", "cuLibraryGetKernel", "cuKernelSetAttribute",     "cuLaunchKernelEx",
-        "cuTensorMapEncodeTiled"};
+        "cuOccupancyMaxActiveClusters", "cuTensorMapEncodeTiled"};
     void *library = dlopen("libcuda.so.1", RTLD_NOW);
     if (library == NULL)
         return pa_fail("RuntimeError", "no NVIDIA driver", dlerror());
@@ -154,29 +155,24 @@ int pa_encode(void *map, const struct pa_tensor *tensor)
     return 0;
 }
 
-static int launch(struct pa_kernel *kernel, void *stream, const void *record, unsigned x, unsigned y)
+/* The launch of a kernel on a stream, with attributes in the room that is given. */
+static struct config configured(const struct pa_kernel *kernel, void *stream, unsigned x, unsigned y,
+                                struct attribute attributes[2])
 {
     enum { CLUSTER_DIMENSION = 4, PROGRAMMATIC_STREAM_SERIALIZATION = 6 };
-    struct attribute attributes[2];
     unsigned count = 0;
     if (kernel->chained)
         attributes[count++] = (struct attribute){PROGRAMMATIC_STREAM_SERIALIZATION, {1}};
     if (kernel->cluster > 1) /* three extents of 32 bits */
         attributes[count++] = (struct attribute){CLUSTER_DIMENSION, {kernel->cluster | UINT64_C(1) << 32, 1}};
-    const struct config config = {
-        {x, y, 1}, {kernel->threads, 1, 1}, kernel->smem, stream, attributes, count};
-    size_t size = kernel->arguments;
-    void *extra[] = {BUFFER, (void *)record, BUFFER_SIZE, &size, BUFFER_END};
-    CHECK(cuLaunchKernelEx(&config, kernel->handle, NULL, extra), kernel->entry);
-    return 0;
+    return (struct config){{x, y, 1}, {kernel->threads, 1, 1}, kernel->smem, stream, attributes, count};
 }
 
-int pa_launch(struct pa_kernel *kernel, int device, void *stream, const void *record, unsigned x, unsigned y)
+/* Have the kernel ready, and its device's context current; `before` is what leave() makes current again, or null. */
+static int enter(struct pa_kernel *kernel, int device, handle *before)
 {
     if (device < 0 || device >= DEVICES)
         return pa_fail("ValueError", kernel->entry, "the device must be in [0, 64)");
-    if (x == 0 || y == 0)
-        return 0;
     if (!(atomic_load(&kernel->prepared) >> device & 1) || contexts[device] == NULL) {
         pthread_mutex_lock(&lock);
         int status = prepare(kernel, device);
@@ -186,11 +182,63 @@ int pa_launch(struct pa_kernel *kernel, int device, void *stream, const void *re
     }
     handle current;
     CHECK(cuCtxGetCurrent(&current), kernel->entry);
+    *before = NULL;
     if (current == contexts[device])
-        return launch(kernel, stream, record, x, y);
+        return 0;
+    *before = current;
     CHECK(cuCtxSetCurrent(contexts[device]), kernel->entry);
-    int status = launch(kernel, stream, record, x, y);
-    if (current != NULL)
-        CHECK(cuCtxSetCurrent(current), kernel->entry);
-    return status;
+    return 0;
+}
+
+static int leave(const struct pa_kernel *kernel, handle before)
+{
+    if (before != NULL)
+        CHECK(cuCtxSetCurrent(before), kernel->entry);
+    return 0;
+}
+
+static int launch(struct pa_kernel *kernel, void *stream, const void *record, unsigned x, unsigned y)
+{
+    struct attribute attributes[2];
+    const struct config config = configured(kernel, stream, x, y, attributes);
+    size_t size = kernel->arguments;
+    void *extra[] = {BUFFER, (void *)record, BUFFER_SIZE, &size, BUFFER_END};
+    CHECK(cuLaunchKernelEx(&config, kernel->handle, NULL, extra), kernel->entry);
+    return 0;
+}
+
+int pa_launch(struct pa_kernel *kernel, int device, void *stream, const void *record, unsigned x, unsigned y)
+{
+    if (x == 0 || y == 0)
+        return 0;
+    handle before;
+    if (enter(kernel, device, &before))
+        return -1;
+    int status = launch(kernel, stream, record, x, y), left = leave(kernel, before);
+    return status ? status : left;
+}
+
+static int most_clusters(const struct pa_kernel *kernel, int *clusters)
+{
+    struct attribute attributes[2];
+    const struct config config = configured(kernel, NULL, kernel->cluster, 1, attributes);
+    CHECK(cuOccupancyMaxActiveClusters(clusters, kernel->handle, &config), kernel->entry);
+    return 0;
+}
+
+/* pa_clusters(kernel's address, device) -> how many of its clusters the device holds at a time. */
+PA_EXPORT int __tvm_ffi_pa_clusters(void *self, const TVMFFIAny *args, int32_t count, TVMFFIAny *result)
+{
+    (void)self;
+    if (count != 2 || args[0].type_index != kTVMFFIInt || args[1].type_index != kTVMFFIInt)
+        return pa_fail("TypeError", "pa_clusters", "takes a kernel's address and a device");
+    struct pa_kernel *kernel = (struct pa_kernel *)(intptr_t)args[0].v_int64;
+    handle before;
+    int clusters = 0;
+    if (enter(kernel, (int)args[1].v_int64, &before))
+        return -1;
+    int status = most_clusters(kernel, &clusters), left = leave(kernel, before);
+    result->type_index = kTVMFFIInt;
+    result->v_int64 = clusters;
+    return status ? status : left;
 }

@@ -99,17 +99,18 @@ def prolonged(problem: Problem) -> Problem:
 
 
 def sharing(spec: InstanceSpec, problem: Problem) -> int:
-    """The place of a tile by whether its blocks share keys: 0 where they do and that pays, 2 where it does not.
+    """The place of a tile by how many blocks share its keys: the more of them the better where it pays, and the worse
+    where it does not.
 
     It pays in long sequences, if none has so few query rows that decode may have it, beside which blocks start one by
     one.
     """
-    if spec.tile.cluster == 1:
-        return 1
-    mean = mean_rows(problem)
-    least = CLUSTER_TILES * spec.tile.cluster * spec.tile.m
+    cluster, mean = spec.tile.cluster, mean_rows(problem)
+    if cluster == 1:
+        return 0
+    least = CLUSTER_TILES * cluster * spec.tile.m
     long = mean * packed_heads(spec, problem.group) >= least and likely_keys(problem) >= LONG_KEYS
-    return 0 if long and mean > MIXED_TOKENS else 2
+    return -cluster if long and mean > MIXED_TOKENS else cluster
 
 
 class Division(Word):

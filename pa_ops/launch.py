@@ -19,8 +19,9 @@ from pa_ops.arguments import CHUNK_KEYS, FLASH_SM90, UNCUT, Record, record_of
 from pa_ops.capability import Capability
 from pa_ops.errors import InvalidArgument
 from pa_ops.plan import QUERY_ROWS, box_keys, columns_of, packed_heads, resident_blocks
+from pa_ops.portions import Portion
 from pa_ops.program import Address, Grid, GridRule, Launch, Size, Source, Stride, TensorMap, Value
-from pa_ops.scratch import blocks_of, counters_at, parts_at, posts_at, tickets_at, tiles_at
+from pa_ops.scratch import blocks_of, counters_at, parts_at, posts_at, tickets_at
 from pa_ops.spec import DType, InstanceSpec
 
 LOG2_E = math.log2(math.e)
@@ -133,11 +134,12 @@ class Attention:
 
 
 class Setting(NamedTuple):
-    """Where a launch for many query rows stands: sequences of `skip_up_to` tokens or fewer are left to `decode_launch`,
-    which comes just before, and runs at the same time where this one is `beside` it. invariant: a sequence's bits must
-    not depend on others."""
+    """Where a launch for many query rows stands: which tiles are its `portion`, where they are shared out to grids.
+    Sequences of `skip_up_to` tokens or fewer are left to `decode_launch`, which comes just before, and runs at the same
+    time where this one is `beside` it. invariant: a sequence's bits must not depend on others."""
 
     num_sms: int
+    portion: Portion
     skip_up_to: int = 0
     beside: bool = False
     invariant: bool = False
@@ -153,21 +155,23 @@ def attention_launch(kernel: int, spec: InstanceSpec, call: Attention, setting: 
 
 
 def persistent_launch(kernel: int, spec: InstanceSpec, call: Attention, setting: Setting) -> Launch:
-    """Attend by one block an SM that lists its tiles itself, or two together, and shares out the keys of the last."""
+    """Attend by one block an SM that lists its tiles itself, or several together, and shares out the keys of the last;
+    those tiles that are the grid's portion."""
+    portion = setting.portion
     sources: dict[str, Source] = {
         **call.sources(),
         **_map_sources(spec, call),
-        "tickets": Address("workspace", tiles_at(setting.num_sms)),
+        "tickets": Address("workspace", portion.tickets_at(setting.num_sms)),
         # Decode's place for chunks of a sequence, of which it has none where it runs at the same time.
         "partials": Address("workspace"),
         "part_counters": Address("workspace", parts_at(setting.num_sms)),
         "cut_rounds": 0 if setting.invariant else CUT_BESIDE if setting.beside else CUT_ROUNDS,
         "skip_up_to": setting.skip_up_to,
         "page_factor": factor_of(max(call.keys.page_size, 1)),
-        "beside": int(setting.beside),
+        "beside": int(setting.beside or portion.second),
+        **portion.fields(),
     }
-    blocks = setting.num_sms // spec.tile.cluster * spec.tile.cluster
-    return Launch(kernel, FLASH_SM90, fields_of(FLASH_SM90, sources), Grid(GridRule.FIXED, blocks, 1))
+    return Launch(kernel, FLASH_SM90, fields_of(FLASH_SM90, sources), Grid(GridRule.FIXED, portion.blocks, 1))
 
 
 def fields_of(record: Record, sources: dict[str, Source]) -> dict[str, Source]:

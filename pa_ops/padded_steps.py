@@ -11,6 +11,7 @@ from pa_ops.arguments import record_of
 from pa_ops.checks import Arguments, Sizes
 from pa_ops.launch import ALIGNMENT, DTYPES, HALF, Attention, Keys, Rows, axis_strides, fields_of, rows_of_keys
 from pa_ops.plan import QUERY_ROWS, columns_of
+from pa_ops.portions import whole
 from pa_ops.problem import Problem
 from pa_ops.program import Address, Grid, GridRule, Launch, Size, Source, Stride, TensorMap
 from pa_ops.registry import Registry
@@ -77,6 +78,7 @@ def _launch(kernel: int, spec: InstanceSpec, call: Attention, arguments: Argumen
             "boxes": 1,
             "page_factor": 0,
             "beside": 0,
+            **whole(num_sms).fields(),
         }
         grid = Grid(GridRule.FIXED, num_sms, 1)
     return Launch(kernel, record, fields_of(record, sources), grid)

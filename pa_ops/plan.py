@@ -24,6 +24,7 @@ class Work(NamedTuple):
 
 QUERY_ROWS = 64  # of a box of queries: those of one warpgroup
 WIDEST_COLUMNS = 64  # the 128 bytes that a copy swizzles at most
+SWIZZLED_KEYS = 8  # that a copy swizzles together
 RESERVED_BYTES = 1024  # of shared memory: the system's in each block, and so much more than a block may have in an SM
 
 
@@ -61,7 +62,7 @@ def box_keys(tile: Tile, page_size: int) -> int:
 
     page_size: 0 where there are no pages.
     """
-    return min(math.gcd(page_size, tile.n), tile.n // tile.cluster)
+    return min(math.gcd(page_size, tile.n), tile.n // tile.cluster // SWIZZLED_KEYS * SWIZZLED_KEYS)
 
 
 def attention_tiles(tokens: int, sequences: int, rows: int, max_seqlen_q: int | None = None) -> int:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import warnings
 from collections.abc import Callable
+from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from pa_ops.selection import AUTO, Selection, select_entry
 from pa_ops.spec import Family
 
 CALLER = "pa_call"
+COUNTER = "pa_clusters"
 COMPILERS = ("cutlass_dsl", "cuda", "nvrtc")  # what a manifest calls the tools that decide a kernel's bytes
 
 
@@ -64,6 +66,7 @@ class Registry:
         self._selections: dict[tuple[object, ...], Selection] = {}
         self._found: dict[tuple[object, ...], Selection | None] = {}
         self._kernels: dict[str, int] = {}
+        self._clusters: dict[tuple[str, int], int] = {}
         self._loaded: dict[Path, Any] = {}
         for text in map(str, self.unusable):
             if text not in self._told:
@@ -110,6 +113,20 @@ class Registry:
         if found is None:
             found = self._kernels[entry.name] = self._whole_library(entry)[entry.symbol]()
         return found
+
+    def sibling(self, entry: Entry, cluster: int) -> Entry | None:
+        """The same kernel for clusters of so many blocks; None where it is not built."""
+        spec = entry.spec
+        name = replace(spec, tile=replace(spec.tile, cluster=cluster)).name
+        return self._owners[name][0] if name in self._owners else None
+
+    def clusters(self, entry: Entry, device: int) -> int:
+        """How many clusters of the kernel of `entry` the CUDA device holds at a time, as its driver tells: parts of one
+        name differ in which SMs can be in one cluster."""
+        key = entry.name, device
+        if key not in self._clusters:
+            self._clusters[key] = self._whole_library(entry)[COUNTER](self.kernel(entry), device)
+        return self._clusters[key]
 
     def _whole_library(self, entry: Entry) -> Any:
         for attempt in self._fetch, self._refetch:

@@ -51,9 +51,14 @@ def tiles_at(num_sms: int) -> int:
     return tickets_at(num_sms) + 4
 
 
+def second_tiles_at(num_sms: int) -> int:
+    """Where the counter of tiles lies for the second of two grids that share a batch out, in bytes."""
+    return tiles_at(num_sms) + 4
+
+
 def parts_at(num_sms: int) -> int:
     """Where the counters begin at which warps with parts of a tile's keys arrive, in bytes."""
-    return tiles_at(num_sms) + 4
+    return second_tiles_at(num_sms) + 4
 
 
 def workspace_words(num_sms: int) -> int:

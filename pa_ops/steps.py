@@ -6,6 +6,7 @@ Paged attention is one launch, or two that share a batch's sequences out; the se
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
@@ -28,6 +29,7 @@ from pa_ops.launch import (
 from pa_ops.launch_rows import Rotary, append_launch, gather_launch, merge_launch
 from pa_ops.manifest import Entry
 from pa_ops.overrides import policy
+from pa_ops.portions import FOUR, PAIR, Portion, shared_out, whole
 from pa_ops.problem import Problem
 from pa_ops.program import Launch
 from pa_ops.registry import Registry
@@ -97,7 +99,8 @@ def _attend(
     *,
     stored: bool,
 ) -> Iterator[Step]:
-    """One launch, or two that share the sequences of a paged batch out: those of few query rows, and the others.
+    """One launch, or two that share the sequences of a paged batch out: those of few query rows, and the others. These
+    may be two again, that share their tiles out.
 
     stored: the launch before them stores this call's keys, and nothing else that they read.
     """
@@ -119,9 +122,22 @@ def _attend(
         )
         yield Step(launch, _decision(op, few), aligned)
     if many is not None:
-        kernel, spec = registry.kernel(many.entry), many.entry.spec
-        launch = LAUNCHES[spec.family](kernel, spec, call, Setting(sms, limit, beside, invariant))
-        yield Step(launch, _decision(op, many), aligned)
+        for entry, portion in _grids(many.entry, registry, arguments[call.keys.k].device.index or 0):
+            kernel, setting = registry.kernel(entry), Setting(sms, portion, limit, beside, invariant)
+            launch = LAUNCHES[entry.spec.family](kernel, entry.spec, call, setting)
+            yield Step(launch, _decision(op, replace(many, entry=entry)), aligned)
+
+
+def _grids(entry: Entry, registry: Registry, device: int) -> Iterator[tuple[Entry, Portion]]:
+    """The kernels that share the tiles out, and the portion of each: one with all of them, or clusters of four and
+    pairs beside them, where those are built."""
+    sms, tile = registry.capability.num_sms, entry.spec.tile
+    pairs = registry.sibling(entry, PAIR) if tile.cluster == FOUR else None
+    if pairs is None:
+        yield entry, whole(sms, tile.cluster)
+        return
+    for portion in shared_out(sms, registry.clusters(entry, device)):
+        yield (entry if portion.cluster == FOUR else pairs), portion
 
 
 def _division(problem: Problem, arguments: Arguments, registry: Registry) -> tuple[Selection | None, Selection | None]:

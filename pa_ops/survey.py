@@ -49,8 +49,9 @@ class Size(NamedTuple):
 
 Sizes = tuple[Size, ...]
 # Few query rows, which have a family of their own, many, very many of one sequence, whose keys blocks share, as many of
-# short ones with grouped heads, which have a tile of their own, with a window, too, and a page that not every family
-# takes. Sizes rank and never refuse, so that page need not be met with each.
+# some, whose keys fewer share, and of short ones with grouped heads, which have a tile of their own, with a window,
+# too, and a page that not every family takes. Sizes rank and never refuse, so that page need not be met with each.
+SOME_SEQUENCES = MANY_TOKENS // 6144
 MANY_SEQUENCES = MANY_TOKENS // MIXED_TOKENS
 SIZES: dict[Op, Sizes] = {
     Op.PAGED_ATTENTION: (
@@ -58,9 +59,15 @@ SIZES: dict[Op, Sizes] = {
         Size(512, 16),
         Size(512, 1),
         Size(MANY_TOKENS, 16),
+        Size(MANY_TOKENS, 16, 1, SOME_SEQUENCES),
         Size(MANY_TOKENS, 16, 4, MANY_SEQUENCES),
     ),
-    Op.VARLEN_ATTENTION: (Size(1), Size(MANY_TOKENS), Size(MANY_TOKENS, None, 4, MANY_SEQUENCES)),
+    Op.VARLEN_ATTENTION: (
+        Size(1),
+        Size(MANY_TOKENS),
+        Size(MANY_TOKENS, None, 1, SOME_SEQUENCES),
+        Size(MANY_TOKENS, None, 4, MANY_SEQUENCES),
+    ),
 }
 ANY_SIZE: Sizes = (Size(1),)
 # The options by which keys are hidden, of each operator.

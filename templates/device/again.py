@@ -14,8 +14,7 @@ from pa_ops.templates.device.ptx import ld_shared_32, st_shared_32
 from pa_ops.templates.device.shared_sm90 import AGAIN, BARRIER, GROUP_WARPS, SLOT, SLOTS, TURN
 from pa_ops.templates.device.softmax import row_elements
 
-LANES = 32
-BLOCK_BITS = 16  # of the word, for the warps of one block
+WORD_BITS = 32  # shared out to the blocks of a cluster: a bit a warp
 
 
 class Again:
@@ -23,6 +22,7 @@ class Again:
 
     def __init__(self, shared, cluster, trusts):
         self.shared, self.cluster, self.trusts = shared, cluster, trusts
+        self.block_bits = WORD_BITS // cluster.blocks
 
     @cute.jit
     def settle(self, smem: Int32, slot: Int32, acc_o, row_max, row_sum, thread: Int32):
@@ -31,7 +31,7 @@ class Again:
         if cutlass.const_expr(self.trusts):
             again = ld_shared_32(slot + AGAIN)
             warp = (thread >> 5) - GROUP_WARPS
-            bit = Int32(1) << (warp + self.cluster.mate() * BLOCK_BITS)
+            bit = Int32(1) << (warp + self.cluster.mate() * self.block_bits)
             own = Int32((again == 0) | ((again & bit) != 0))
             # Rows past the tile's last, of +inf, hold what is another's.
             there = [row_max[r] != Float32.inf for r in range(2)]

@@ -1,8 +1,9 @@
-"""Blocks that share keys: turns a block into its place in a cluster, and what it says of itself into what both hear.
+"""Blocks that share keys: turns a block into its place in a cluster, and what it says of itself into what all hear.
 
-Two blocks compute half a tile's rows each. Each copies half of every block of keys into the shared memory of both, so
-that the L2 cache is read half as often: at the power limit energy is time, and those copies are 6 to 12% of it
-(docs/performance.md). A stage is free when no warp of either reads it any more; the first block takes tiles for both.
+Two blocks, or four, compute a part of a tile's rows each. Each copies its part of every block of keys into the shared
+memory of all, so that the L2 cache is read so much less often: at the power limit energy is time, and those copies are
+6 to 12% of it (docs/performance.md). A stage is free when no warp of any reads it any more; the first block takes tiles
+for all.
 """
 
 import cutlass
@@ -15,7 +16,7 @@ from pa_ops.templates.device.ptx_cluster import arrive_in, or_in, send
 
 
 class Cluster:
-    """Clusters of `blocks` blocks, one or two, in a row of the grid."""
+    """Clusters of `blocks` blocks, one, two or four, in a row of the grid."""
 
     def __init__(self, blocks):
         self.blocks = blocks
@@ -45,12 +46,12 @@ class Cluster:
             cute.arch.barrier()
 
     def leave(self):
-        """Every thread's last act: a block must not end while the other may write to its shared memory."""
+        """Every thread's last act: a block must not end while another may write to its shared memory."""
         if self.blocks > 1:
             self.meet()
 
     def release(self, barrier):
-        """This warp no longer reads the stage that the barrier guards, nor what either block has copied there."""
+        """This warp no longer reads the stage that the barrier guards, nor what any block has copied there."""
         if self.blocks > 1:
             self._release_everywhere(barrier)
         else:
@@ -70,7 +71,7 @@ class Cluster:
 
     def copies(self, box, column):
         """Whether this block copies that box of that column of a tile for all: as if they were fields of a chessboard,
-        so that both have as many, whether there is one box or one column."""
+        so that all have as many, whether there is one box or one column."""
         return (box + column) % self.blocks == self.mate()
 
     @cute.jit
@@ -80,7 +81,8 @@ class Cluster:
             full, empty = smem + shared.word_full, smem + shared.word_empty
             if self.mate() == 0:
                 tma.wait_for(empty, (turn + 1) & 1)
-                send(Int32(1), smem + shared.word, full, word)
+                for mate in cutlass.range_constexpr(1, self.blocks):
+                    send(Int32(mate), smem + shared.word, full, word)
             else:
                 tma.expect(full, 4)
                 tma.wait_for(full, turn & 1)

@@ -18,7 +18,7 @@ from pa_ops.templates.device.cp_tiles import TileCopies
 from pa_ops.templates.device.key_streams import DenseKeys, PagedKeys
 from pa_ops.templates.device.mask_tile import MaskTile
 from pa_ops.templates.device.pairs import Pair
-from pa_ops.templates.device.ptx import opaque, rcp
+from pa_ops.templates.device.ptx import opaque
 from pa_ops.templates.device.ptx_grid import start_next_grid, wait_for_grid
 from pa_ops.templates.device.ptx_warp import meet_and_vote, pinned
 from pa_ops.templates.device.row_store import RowStore
@@ -224,7 +224,7 @@ class FlashSm80:
         for turn in cutlass.range(opaque(edge), unroll=1):
             # The turn is 0; it keeps the comparisons inside the loop.
             self.hide(args, tile, part, stream, state, key_first, opaque(part.tid) + turn)
-        grown = offsets.may_outgrow(state.scores, state.offsets, self.unit(args), self.n_tiles)
+        grown = offsets.may_outgrow(state.scores, state.offsets, softmax.unit_anew(args.log2_scale), self.n_tiles)
         cute.arch.cp_async_wait_group(0)
         if cutlass.const_expr(self.team > 1):
             grown = meet_and_vote(grown)
@@ -293,10 +293,6 @@ class FlashSm80:
         tiles = self.m_tiles, self.n_tiles
         # The end of what the tile sees is as good as any.
         self.tiles.hide(args, state.scores, tile.position + row, column, tile.high, stream, part.lane, *tiles)
-
-    def unit(self, args):
-        """1 / scale, found anew: its register would be one too many."""
-        return rcp(opaque(args.log2_scale.bitcast(Int32)).bitcast(Float32))
 
     def outgrown(self, args, state):
         """Whether some row outgrew its maximum indeed. Warps that share rows have to agree, and believe that it may."""

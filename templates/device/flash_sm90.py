@@ -22,7 +22,7 @@ from pa_ops.templates.device.hiding import WINDOW_OFF, Hiding
 from pa_ops.templates.device.lister import Lister
 from pa_ops.templates.device.mask_words import MaskWords
 from pa_ops.templates.device.part_states import PartStates
-from pa_ops.templates.device.ptx import ld_shared_32, opaque, rcp, st_shared_32, st_shared_128
+from pa_ops.templates.device.ptx import ld_shared_32, opaque, st_shared_32, st_shared_128
 from pa_ops.templates.device.ptx_grid import start_next_grid, wait_for_grid
 from pa_ops.templates.device.shared_sm90 import (
     AGAIN,
@@ -337,10 +337,8 @@ class FlashSm90:
         return outgrown
 
     def unit(self, args):
-        """1 / scale; found anew where no register is left to keep it in."""
-        if self.head_dim > 192:
-            return rcp(opaque(args.log2_scale.bitcast(Int32)).bitcast(Float32))
-        return 1.0 / args.log2_scale
+        """1 / scale; at 256 no register is left to keep it in."""
+        return softmax.unit_anew(args.log2_scale) if self.head_dim > 192 else 1.0 / args.log2_scale
 
     def is_edge(self, i, edges, inner):
         """Whether some row does not see all keys of block `i`."""

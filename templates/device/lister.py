@@ -13,6 +13,7 @@ from pa_ops.templates.device.mask_tile import keys_of as padded_keys
 from pa_ops.templates.device.order import place_of, sections_of
 from pa_ops.templates.device.packing import pack_bits, token_of
 from pa_ops.templates.device.parts import STATES, Cut, cut_of, part_of, tile_of
+from pa_ops.templates.device.portions import tiles_among, unit_of
 from pa_ops.templates.device.ptx import ld_shared_32, st_shared_32
 from pa_ops.templates.device.ptx_global import st_global_i32, take
 from pa_ops.templates.device.ptx_grid import wait_for_grid
@@ -49,12 +50,14 @@ class Lister:
             taken = taken + 1
         cut = Cut(Int32(0), Int32(1))
         if cutlass.const_expr(not self.masked):
-            cut = cut_of(args, tokens_here * self.cluster.blocks, args.heads >> bits, self.cluster.count())
+            unit = (tokens_here * self.cluster.blocks) << args.halves
+            cut = cut_of(args, unit, args.heads >> bits, self.cluster.count())
         sequence, first, head, number = self.tile_at(args, cut, rank)
         while sequence >= 0:
             q_start, q_len = length_at(args.cu_seqlens_q, sequence, args.tokens)
             first_key, k_len = self.keys_of(args, sequence, q_len)
             tokens = cutlass.min(q_len - first, tokens_here * self.cluster.blocks)
+            there = tokens > 0  # a unit's second half may have no rows
             position = first + (args.position if self.masked else k_len - q_len)
             low, high, steps, end, edges, inner = self.sight.blocks(args, position, tokens, k_len)
             part = part_of(cut, rank, number, steps)
@@ -64,8 +67,8 @@ class Lister:
                 # Edges are those that the rows would have by themselves: see `FlashSm90.walk`.
                 _, _, _, own_end, own_edges, _ = self.sight.blocks(args, position, tokens, k_len)
                 edges = end - own_end + own_edges
-            state = part.state + self.cluster.mate() * (self.cluster.count() * STATES)
-            if (part.begin < part.stop) | (part.number == 0):
+            state = args.first_state + part.state + self.cluster.mate() * (self.cluster.count() * STATES)
+            if ((part.begin < part.stop) | (part.number == 0)) & there:
                 rows = (sequence, q_start + first, tokens << bits, head, position, k_len, first_key, low, high)
                 blocks = (part.stop - part.begin, *(number - part.begin for number in (end, edges, inner)))
                 self.fill(smem, turn, (Int32(1), *rows, *blocks, part.number, part.of, state, Int32(0), turn))
@@ -149,25 +152,26 @@ class Lister:
 
     @cute.jit
     def tile_at(self, args, cut: Cut, rank: Int32):
-        """(sequence, first token in it, first head) of the tile of that rank, number of its part; sequence -1 beyond
-        the last."""
+        """(sequence, first token in it, first head) of this grid's tile of that rank, number of its part; sequence -1
+        beyond the last."""
         bits = pack_bits(args, self.masked)
         tokens = (Int32(self.rows) >> bits) * self.cluster.blocks
         heads = args.heads >> bits  # those that have tiles of their own
         tile, number = tile_of(cut, rank)
-        place = divided(tile, heads)
-        sequence, block = find_tile(args, tokens, place)
-        first_token, head = Int32(0), tile - place * heads
+        unit, half = unit_of(args, tile)
+        unit_tokens = tokens << args.halves
+        place = divided(unit, heads)
+        sequence, block = find_tile(args, unit_tokens, place)
+        first_token, head = Int32(0), unit - place * heads
         if sequence >= 0:
             _, q_len = length_at(args.cu_seqlens_q, sequence, args.tokens)
             _, k_len = self.keys_of(args, sequence, q_len)
             near = cutlass.max(divided(self.near_keys, cutlass.max(k_len, 1)), 1)
-            order = sections_of(
-                tiles_of(q_len, tokens), heads, args.group >> bits, near, self.cluster.count(), self.causal
-            )
+            units = tiles_of(q_len, unit_tokens)
+            order = sections_of(units, heads, args.group >> bits, near, args.at_once, self.causal)
             row_block, head = place_of(block * heads + head, order)
-            first_token = row_block * tokens
-        elif (block * heads + head) * cut.parts + number == self.cluster.count() - 1:
+            first_token = row_block * unit_tokens + half * tokens
+        elif (tile - tiles_among(args, unit - (block * heads + head))) * cut.parts + number == self.cluster.count() - 1:
             # Clusters stop at the first rank beyond the last tile, each at one of its own: this is the last one.
             st_global_i32(args.tickets, Int32(0))
         return sequence, first_token, head << bits, number

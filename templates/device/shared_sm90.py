@@ -1,8 +1,8 @@
 """The shared memory of a warp-specialised block: where its tiles, barriers and slots lie, and how stages follow.
 
 Barriers come in pairs: "full" ends a phase when what it guards has been written, "empty" when it has been read. By
-"asked" the warp that copies keys wants the next tile. Stages are empty when both blocks of a cluster have read them,
-and by the "word" the first block tells the second something.
+"asked" the warp that copies keys wants the next tile. Stages are empty when all blocks of a cluster have read them,
+and by the "word" the first block tells the others something.
 """
 
 import math
@@ -39,6 +39,7 @@ class Shared:
 
     def __init__(self, q_bytes, k_bytes, v_bytes, stages, groups, blocks, trusts):
         self.stages, self.groups, self.warps = stages, groups, groups * GROUP_WARPS
+        self.listeners = max(blocks - 1, 1)  # blocks that hear the word
         self.readers = self.warps * blocks  # warps that read a stage before it is copied to again
         self.leavers = (self.warps + COPYING_WARPS) * (blocks if trusts else 1)  # warps that leave a slot
         self.k_bytes, self.v_bytes = k_bytes, v_bytes  # of a stage
@@ -64,7 +65,7 @@ class Shared:
     def barriers(self):
         """(offset, arrivals a phase) of every barrier. A computing warp arrives once; at slots the copying ones do too,
         and where a tile may be listed again, those of all blocks."""
-        yield from ((self.asked, 1), (self.word_full, 1), (self.word_empty, 1))
+        yield from ((self.asked, 1), (self.word_full, 1), (self.word_empty, self.listeners))
         for group in range(self.groups):
             at = group * BARRIER
             yield from ((self.q_full + at, 1), (self.q_empty + at, GROUP_WARPS))

@@ -28,6 +28,11 @@ def fresh_state(m_tiles, d_tiles):
     return acc_o, row_max, row_sum
 
 
+def unit_anew(log2_scale):
+    """1 / scale, found anew wherever it is asked for: a register to keep it in would be one too many."""
+    return rcp(opaque(log2_scale.bitcast(Int32)).bitcast(Float32))
+
+
 def quad(value, combine):
     """Combine one value over the four lanes that share a row."""
     value = combine(value, cute.arch.shuffle_sync_bfly(value, 1))

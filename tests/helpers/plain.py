@@ -26,6 +26,7 @@ CUTLASS: dict[str, Any] = {
     "Float32": float32,
     "Constexpr": object,
     "const_expr": bool,
+    "range_constexpr": range,
     "min": min,
     "max": max,
     "select_": lambda where, a, b: a if where else b,

@@ -54,11 +54,12 @@ def lister(work: Work) -> Any:
     """A listing warp of that work."""
     ptx = {"ld_shared_32": lambda at: 0, "st_shared_32": lambda at, word: None}
     names = ("cut_of", "part_of", "tile_of", "place_of", "sections_of", "pack_bits", "token_of", "divided", "take")
-    others = dict.fromkeys((*names, "keys_of", "wait_for_grid", "find_tile", "length_at", "paged_keys", "tiles_of"))
+    more = ("keys_of", "wait_for_grid", "find_tile", "length_at", "paged_keys", "tiles_of", "tiles_among", "unit_of")
+    others = dict.fromkeys((*names, *more))
     others |= {"STATES": 4, "Cut": tuple, "GROUP_ROWS": 64, "columns_of": None, "st_global_i32": None}
-    modules = ("mask_tile", "order", "packing", "parts", "ptx_global", "ptx_grid", "quotients", "warpgroup", "worklist")
+    modules = ("mask_tile", "order", "packing", "parts", "portions", "ptx_global", "ptx_grid", "quotients", "warpgroup")
     shared = {"BARRIER": BARRIER, "SLOT": SLOT, "SLOTS": SLOTS, **PLACES, **others}
-    imported = {"tma": NOTHING, "ptx": ptx, "shared_sm90": shared, **dict.fromkeys(modules, others)}
+    imported = {"tma": NOTHING, "ptx": ptx, "shared_sm90": shared, **dict.fromkeys((*modules, "worklist"), others)}
     kind = plain.run("lister", imported)["Lister"]
     made = kind.__new__(kind)
     vars(made).update(again=work, shared=SHARED, copy_queries=lambda *words: None)
@@ -92,7 +93,7 @@ def test_a_slot_that_is_listed_again_is_the_same_but_for_its_turn_and_its_warps(
         "softmax": softmax,
     }
     names = plain.run("again", modules, lane_idx=lambda: warp.lane, sync_warp=lambda: None)
-    again = names["Again"](SHARED, None, trusts=True)
+    again = names["Again"](SHARED, SimpleNamespace(blocks=2), trusts=True)
     assert again.lost(0, 3) == 0b11
     for warp.lane in reversed(range(32)):  # the first lane says that all have written
         again.list(0, 3, 4, 0b11)

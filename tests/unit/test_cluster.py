@@ -1,4 +1,4 @@
-"""Which of two blocks copies what, and when they agree: templates/device/cluster.py itself, with plain numbers."""
+"""Which block of a cluster copies what, and when all agree: templates/device/cluster.py itself, with plain numbers."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from generator.tiles import FLASH_SM90_PAIR_TILES
+from generator.tiles import FLASH_SM90_FOUR_TILES, FLASH_SM90_PAIR_TILES
 from helpers import plain
 from pa_ops.plan import box_keys, ceil_div, columns_of
 
@@ -19,7 +19,12 @@ class Blocks:
 
     def __init__(self, blocks: int) -> None:
         self.grid, self.number, self.blocks = 0, 0, blocks
-        self.words, self.told = dict[int, int](), list[tuple[Any, ...]]()
+        self.words, self.told, self.sent = dict[int, int](), list[tuple[Any, ...]](), list[int]()
+
+    def send(self, block: int, at: int, barrier: int, word: int) -> None:
+        """Note whom a word is for; all blocks have the same address of it."""
+        self.sent.append(block)
+        self.words[at] = word
 
     def run(self) -> Any:
         """The names of the module."""
@@ -35,13 +40,13 @@ class Blocks:
         instructions = {
             "arrive_in": lambda block, barrier: self.told.append(("arrive", block, barrier)),
             "or_in": lambda block, at, bits: self.told.append(("or", block, at, bits)),
-            "send": lambda block, at, barrier, word: self.words.update({at: word}),
+            "send": self.send,
         }
         modules = {"tma": waits, "ptx": {"ld_shared_32": self.words.__getitem__}, "ptx_cluster": instructions}
         return SimpleNamespace(**plain.run("cluster", modules, **arch))
 
 
-@pytest.mark.parametrize("blocks", [1, 2])
+@pytest.mark.parametrize("blocks", [1, 2, 4])
 def test_the_blocks_of_a_grid_are_shared_out_to_clusters(blocks: int) -> None:
     device = Blocks(blocks)
     cluster = device.run().Cluster(blocks)
@@ -50,19 +55,19 @@ def test_the_blocks_of_a_grid_are_shared_out_to_clusters(blocks: int) -> None:
         device.number = number
         places.append((cluster.number(), cluster.mate()))
     assert places == list(product(range(cluster.count()), range(blocks)))
-    assert cluster.shape() == (None if blocks == 1 else [2, 1, 1])
+    assert cluster.shape() == (None if blocks == 1 else [blocks, 1, 1])
 
 
 ROWS = [
     (head_dim, tile)
-    for sizes, tile in FLASH_SM90_PAIR_TILES.items()
+    for sizes, tile in (*FLASH_SM90_PAIR_TILES.items(), *FLASH_SM90_FOUR_TILES.items())
     for head_dim in (sizes if isinstance(sizes, tuple) else (sizes,))
 ]
 
 
 @pytest.mark.parametrize("page_size", [0, 8, 16, 24, 64, 80, 128, 256])
 @pytest.mark.parametrize(("head_dim", "tile"), ROWS, ids=str)
-def test_each_box_is_copied_by_one_of_two_blocks_and_each_copies_half(head_dim: int, tile: Any, page_size: int) -> None:
+def test_each_box_is_copied_by_one_block_and_all_copy_as_many(head_dim: int, tile: Any, page_size: int) -> None:
     device = Blocks(tile.cluster)
     cluster = device.run().Cluster(tile.cluster)
     keys, columns = box_keys(tile, page_size), head_dim // columns_of(head_dim)
@@ -74,21 +79,26 @@ def test_each_box_is_copied_by_one_of_two_blocks_and_each_copies_half(head_dim: 
             owners += [device.number] * cluster.copies(box, column)
         assert len(owners) == 1, (box, column)
         copied.update(owners)
-    assert max(copied.values()) <= ceil_div(sum(copied.values()), 2)
+    assert max(copied.values()) <= ceil_div(sum(copied.values()), tile.cluster)
 
 
-def test_the_second_block_hears_every_word_of_the_first_and_says_so() -> None:
-    device = Blocks(2)
-    cluster = device.run().Cluster(2)
+@pytest.mark.parametrize("blocks", [2, 4])
+def test_the_others_hear_every_word_of_the_first_block_and_say_so(blocks: int) -> None:
+    device = Blocks(blocks)
+    cluster = device.run().Cluster(blocks)
     shared = SimpleNamespace(word=100, word_full=8, word_empty=16)
     for turn, word in enumerate((66, 67, 70)):
         heard = []
-        for device.number in range(2):
+        for device.number in range(blocks):
             heard.append(cluster.agree(1000, shared, turn, word if device.number == 0 else 0))
-        assert heard == [word, word]
+        assert heard == [word] * blocks
+        assert device.sent[-blocks + 1 :] == [*range(1, blocks)], "to each of the others"
+    others = blocks - 1
     parities = [(told[1] - 1000, told[2]) for told in device.told if told[0] == "wait"]
-    assert parities == [(16, 1), (8, 0), (16, 0), (8, 1), (16, 1), (8, 0)], "empty before the first word is written"
-    assert device.told.count(("arrive", 0, 1016)) == 3 and device.told.count(("expect", 1008, 4)) == 3
+    wanted = [wait for turn in range(3) for wait in ((16, (turn + 1) & 1), *[(8, turn & 1)] * others)]
+    assert parities == wanted, "empty before the first word is written"
+    told = ("arrive", 0, 1016), ("expect", 1008, 4)
+    assert [device.told.count(each) for each in told] == [3 * others] * 2
 
 
 @pytest.mark.parametrize("blocks", [1, 2])

@@ -17,7 +17,7 @@ from pa_ops.generator.tiles import FLASH_SM90_SPLIT_TILES
 from pa_ops.heuristics import MANY_TOKENS
 from pa_ops.manifest import Entry, Manifest
 from pa_ops.spec import Family, InstanceSpec, Layout, Mask, Op, Tile
-from pa_ops.survey import HEAD_DIMS, MANY_SEQUENCES, Reach, Size, _asked, domain, questions, survey
+from pa_ops.survey import HEAD_DIMS, MANY_SEQUENCES, SOME_SEQUENCES, Reach, Size, _asked, domain, questions, survey
 
 SMALL = [row for row in declared_rows() if row.target == "sm_90a"][:4]
 PAIRS = [(row.spec, row.target) for row in SMALL]
@@ -111,17 +111,18 @@ def test_G4_the_domain_holds_every_option() -> None:
 
 
 @pytest.mark.parametrize(
-    ("size", "family", "tall"),
+    ("size", "family", "tall", "clusters"),
     [
-        (Size(1, 16), Family.DECODE, set()),
-        (Size(512, 16), Family.FLASH_SM90, set()),
-        (Size(MANY_TOKENS, 16), Family.FLASH_SM90, {Mask.FULL, Mask.CAUSAL}),
-        (Size(MANY_TOKENS, 16, 4, MANY_SEQUENCES), Family.FLASH_SM90, {Mask.FULL, Mask.CAUSAL, Mask.WINDOW}),
-        (Size(512, 1), Family.FLASH_SM80, set()),
+        (Size(1, 16), Family.DECODE, set(), {1}),
+        (Size(512, 16), Family.FLASH_SM90, set(), {1}),
+        (Size(MANY_TOKENS, 16), Family.FLASH_SM90, {Mask.FULL, Mask.CAUSAL}, {1, 2, 4}),
+        (Size(MANY_TOKENS, 16, 1, SOME_SEQUENCES), Family.FLASH_SM90, {Mask.FULL, Mask.CAUSAL}, {1, 2}),
+        (Size(MANY_TOKENS, 16, 4, MANY_SEQUENCES), Family.FLASH_SM90, {Mask.FULL, Mask.CAUSAL, Mask.WINDOW}, {1}),
+        (Size(512, 1), Family.FLASH_SM80, set(), {1}),
     ],
 )
 def test_G4_each_size_of_the_domain_has_kernels_of_its_own(
-    size: Size, family: Family, tall: set[Mask], monkeypatch: pytest.MonkeyPatch
+    size: Size, family: Family, tall: set[Mask], clusters: set[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     families = (Family.DECODE, Family.FLASH_SM90, Family.FLASH_SM80)
     rows = [row for row in declared_rows() if row.target == "sm_90a" and row.spec.layout is Layout.GATHER]
@@ -137,13 +138,11 @@ def test_G4_each_size_of_the_domain_has_kernels_of_its_own(
     for row in rows:
         if row.spec.family is family:
             tiles[replace(row.spec, tile=Tile(0, 0, 0, 0))].append(row.spec.tile)
-    alone = size.batch > 1 or size.tokens < MANY_TOKENS  # blocks by themselves, not by twos
-    fitting = {
-        spec: (max if spec.mask in tall else min)(
-            [tile for tile in several if (tile.cluster == 1) == alone] or several, key=lambda tile: tile.m
-        )
-        for spec, several in tiles.items()
-    }
+    fitting = {}
+    for spec, several in tiles.items():  # as many blocks as can share keys, then the tile that fits
+        most = max(tile.cluster for tile in several if tile.cluster in clusters)
+        shared = [tile for tile in several if tile.cluster == most]
+        fitting[spec] = (max if spec.mask in tall else min)(shared, key=lambda tile: tile.m)
     assert best == {replace(spec, tile=tile).name for spec, tile in fitting.items()}
 
 

@@ -13,14 +13,15 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import pa_ops
-from helpers.launches import SM90, Launches, write_product
+from helpers.launches import FOURS, SM90, Launches, write_product
 from pa_ops import Capability, InvalidArgument, NoInstance, cuda, heuristics, registry, trace
 from pa_ops.arguments import CHUNK_KEYS, CONSTANT_BASE, MAP_ALIGNMENT, MAP_BYTES, RECORDS, STATES_A_BLOCK, UNCUT
 from pa_ops.checks import INT32_MAX
 from pa_ops.generator import tiles
 from pa_ops.launch import CUT_BESIDE, CUT_ROUNDS, factor_of
 from pa_ops.launch_rows import FILLING_BLOCKS
-from pa_ops.scratch import MAX_POST_WORDS, MAX_STATE_WORDS, blocks_of, tickets_at
+from pa_ops.portions import whole
+from pa_ops.scratch import MAX_POST_WORDS, MAX_STATE_WORDS, PARTS_AN_SM, blocks_of, tickets_at
 from pa_ops.spec import Family, InstanceSpec
 
 
@@ -286,6 +287,7 @@ def test_a_mixed_batch_is_append_and_two_launches_that_share_it(
     differ = {"tickets"} if maps else set()  # they run at the same time
     assert {name for name in shared if many[name] != few[name]} == differ, "all else is one call's"
     own = {"box_rows", "boxes", "beside", "pack_bits", "part_counters", "cut_rounds", "head_dim_v"} if maps else set()
+    own |= whole(1).fields().keys() if maps else set()
     assert many.keys() - shared == {"heads", "skip_up_to"} | own
     assert few["most_given"] == (SM90.num_sms // 4 if maps else 0) and many.get("beside", 0) == bool(maps)
     assert few["chunk_bits"] == UNCUT, "decode leaves no state where parts of tiles may"
@@ -307,6 +309,46 @@ def test_X12_the_last_tiles_are_cut_but_under_batch_invariance(
         call("paged_attention", *batch(1, 1, 40, 1))
     found = [made.fields["cut_rounds"] for made in launches if made.maps]
     assert found == [CUT_ROUNDS, CUT_BESIDE, 0, 0] and CUT_ROUNDS > CUT_BESIDE > 0
+
+
+FOUR_BLOCKS = "pa_attn_flash_sm90_fp16_kvfp16_d256v256_gather_full_m128n80s2w12c4"
+
+
+def test_X12_clusters_of_four_leave_every_eleventh_tile_to_pairs_on_the_other_sms(launches: Launches) -> None:
+    """All else of the two launches is one call's, and their rooms in the workspace are two."""
+    arguments = {"causal": False, "backend": FOUR_BLOCKS}
+    with trace.recording() as decisions:
+        call("paged_attention", *batch(40, dim=256), **arguments)
+    fours, pairs = launches
+    assert [made.symbol for made in launches] == [made.instance for made in decisions]
+    assert [made.symbol for made in launches] == [FOUR_BLOCKS, FOUR_BLOCKS.replace("c4", "c2")]
+    assert [(made.x, made.y) for made in launches] == [(4 * FOURS, 1), (SM90.num_sms - 4 * FOURS, 1)]
+    differ = {name: (fours.fields[name], pairs.fields[name]) for name in fours.fields}
+    differ = {name: values for name, values in differ.items() if values[0] != values[1]}
+    tickets = differ.pop("tickets")
+    assert differ == {"beside": (0, 1), "halves": (0, 1), "first_state": (0, 4 * FOURS * PARTS_AN_SM)}
+    assert tickets[1] == tickets[0] + 4 and fours.maps == pairs.maps
+    assert (fours.fields["every"], fours.fields["at_once"]) == (11, 33)
+
+
+@pytest.mark.parametrize("held", [0, SM90.num_sms // 4])
+def test_where_all_sms_are_of_one_kind_there_is_one_launch(
+    launches: Launches, held: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("helpers.launches.FOURS", held)
+    call("paged_attention", *batch(40, dim=256), causal=False, backend=FOUR_BLOCKS)
+    [made] = launches
+    assert made.symbol.endswith("c4" if held else "c2") and made.x == SM90.num_sms
+    assert [made.fields[name] for name in ("every", "halves", "beside", "first_state")] == [0] * 4
+
+
+def test_clusters_of_four_have_all_tiles_where_pairs_are_not_built(
+    launches: Launches, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(registry.Registry, "sibling", lambda *_: None)
+    call("paged_attention", *batch(40, dim=256), causal=False, backend=FOUR_BLOCKS)
+    [made] = launches
+    assert (made.symbol, made.x, made.fields["every"]) == (FOUR_BLOCKS, SM90.num_sms, 0)
 
 
 @pytest.mark.parametrize("news", [(1, 1, 1, 1), (1, 1, 40, 1), (40,), (3,)])

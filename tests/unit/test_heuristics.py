@@ -196,6 +196,24 @@ def test_blocks_share_keys_in_long_sequences(op: str, sizes: dict[str, Any], blo
     assert steady.entry.spec.tile.cluster == 1
 
 
+@pytest.mark.parametrize(
+    ("sizes", "blocks"),
+    [
+        ({"tokens": 8192, "causal": False}, 4),
+        ({"tokens": 16384, "batch": 2, "causal": False}, 4),
+        ({"tokens": 8191, "causal": False}, 2),
+        ({"tokens": 4096, "causal": False, "num_kv_heads": 2}, 4),
+        ({"tokens": 16384, "causal": True}, 2),
+        ({"tokens": 16384, "batch": 16, "causal": False}, 1),
+    ],
+)
+@pytest.mark.parametrize("op", ["varlen_attention", "paged_attention"])
+def test_four_blocks_share_keys_at_256_where_all_rows_see_the_same(op: str, sizes: dict[str, Any], blocks: int) -> None:
+    problem = Problem(op=op, dtype="bf16", head_dim=256, num_heads=8, **sizes)
+    for entries in (declared_rows(), tuple(reversed(declared_rows()))):
+        assert select_entry(entries, problem, Capability.of_sm(90)).entry.spec.tile.cluster == blocks
+
+
 def test_none_shares_keys_beside_decode() -> None:
     """There blocks start one by one, when decode's leave their SMs: a cluster would wait for two beside each other."""
     for tokens, batch, max_q in product((64, 1 << 10, 1 << 12, 1 << 16), (1, 2, 16, 64), (None, 4096)):

@@ -16,6 +16,7 @@ from pa_ops.checks import RULES, Rule
 from pa_ops.launch import Attention, Keys, Rows, Scores, Setting, attention_launch, persistent_launch
 from pa_ops.launch_rows import gather_launch
 from pa_ops.plan import attention_tiles, work_list
+from pa_ops.portions import whole
 from pa_ops.program import Guard, Launch, Program
 from pa_ops.scratch import workspace_words
 from pa_ops.spec import InstanceSpec
@@ -66,7 +67,7 @@ def test_B18_sixteen_billion_elements_of_ragged_attention(family: str, rows: Ten
     )
     spec = InstanceSpec.parse(name)
     if family == "flash_sm90":
-        launch = persistent_launch(3, spec, call, Setting(NUM_SMS))
+        launch = persistent_launch(3, spec, call, Setting(NUM_SMS, whole(NUM_SMS)))
         given["workspace"] = torch.zeros(workspace_words(NUM_SMS), dtype=torch.int32)
         made = launched("varlen_attention.out", launch, given)
         for name, found in programs.maps_of(FLASH_SM90, made.record).items():
@@ -78,7 +79,7 @@ def test_B18_sixteen_billion_elements_of_ragged_attention(family: str, rows: Ten
             assert found.strides[at] * (found.sizes[1 + at] - 1) == LAST_ROW > 2**34
         assert (made.x, made.y) == (NUM_SMS, 1)
         return
-    made = launched("varlen_attention.out", attention_launch(3, spec, call, Setting(NUM_SMS)), given)
+    made = launched("varlen_attention.out", attention_launch(3, spec, call, Setting(NUM_SMS, whole(NUM_SMS))), given)
     fields = MEA.unpack(made.record)
     assert (fields["tokens"], fields["keys"]) == (TOKENS, TOKENS)
     assert all(fields[f"{each}_token_stride"] * (TOKENS - 1) == LAST_ROW for each in ("q", "k", "v", "out"))

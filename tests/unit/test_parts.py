@@ -9,11 +9,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from generator.tiles import FLASH_SM90_LONE_TILES, FLASH_SM90_PAIR_TILES
+from generator.tiles import FLASH_SM90_FOUR_TILES, FLASH_SM90_LONE_TILES, FLASH_SM90_PAIR_TILES
 from helpers import plain
 from pa_ops import scratch
 from pa_ops.launch import CUT_ROUNDS
 from pa_ops.plan import ceil_div, work_list
+from pa_ops.portions import shared_out, whole
 
 BLOCKS = 132
 NEVER = 1 << 30
@@ -56,7 +57,11 @@ warp = Warp()
 parts = SimpleNamespace(
     **plain.run(
         "parts",
-        {"quotients": plain.run("quotients", {}), "worklist": {"find_tile": find_tile}},
+        {
+            "quotients": plain.run("quotients", {}),
+            "worklist": {"find_tile": find_tile},
+            "portions": plain.run("portions", {"quotients": plain.run("quotients", {})}),
+        },
         lane_idx=lambda: warp.lane,
         warp_redux_sync=warp.reduced,
     )
@@ -66,7 +71,7 @@ parts = SimpleNamespace(
 def batch(*lengths: int, **args: int) -> Any:
     """A kernel's arguments."""
     usual = {"tokens": sum(lengths), "sequences": len(lengths), "skip_up_to": 0, "cut_rounds": CUT_ROUNDS}
-    return SimpleNamespace(lengths=lengths, **{**usual, **args})
+    return SimpleNamespace(lengths=lengths, **{**usual, **whole(BLOCKS).fields(), **args})
 
 
 def cut_of(args: Any, tokens: int, heads: int) -> Any:
@@ -116,6 +121,14 @@ def test_parts_of_some_batches(tiles: int, whole: int, cut: int) -> None:
     assert cut_of(batch(*[48] * tiles), 48, 1) == (whole, cut)
 
 
+def test_two_grids_cut_the_last_rounds_of_their_own_tiles() -> None:
+    """As an H200 does 16k rows of eight heads, by tiles of 512: 233 of 256 units are the fours', and of the pairs' 46
+    tiles four are left for six."""
+    args = [batch(16384, **portion.fields()) for portion in shared_out(BLOCKS, 30)]
+    cuts = [warp.run(parts.cut_of, each, 512, 8, clusters) for each, clusters in zip(args, (30, 6), strict=True)]
+    assert cuts == [(210, 5), (42, 3)]
+
+
 def test_lengths_are_not_read_where_there_are_many_rows() -> None:
     asked.clear()
     limit = BLOCKS * CUT_ROUNDS // 8 * 48
@@ -131,7 +144,8 @@ def test_X12_nothing_is_cut_where_the_host_says_so() -> None:
     assert cut_of(batch(1, cut_rounds=0), 48, 8) == (0, 1) and not asked
 
 
-TILES = [pair for table in (*FLASH_SM90_LONE_TILES, FLASH_SM90_PAIR_TILES) for pair in table.items()]
+TABLES = *FLASH_SM90_LONE_TILES, FLASH_SM90_PAIR_TILES, FLASH_SM90_FOUR_TILES
+TILES = [pair for table in TABLES for pair in table.items()]
 OUTPUTS = [(sizes[1] if isinstance(sizes, tuple) else sizes, tile) for sizes, tile in TILES]
 
 

@@ -52,17 +52,18 @@ def test_a_stream_keeps_its_own_and_waits_once(device: Device) -> None:
     assert scratch.workspace(0) is first
     for room in (first, second):
         arrivals = scratch.blocks_of(NUM_SMS) + NUM_SMS * scratch.PARTS_AN_SM * scratch.MOST_WARPS
-        assert room.numel() == COUNTERS + arrivals + 2 and not room[COUNTERS:].any()
+        assert room.numel() == COUNTERS + arrivals + 3 and not room[COUNTERS:].any()
         assert (room[POSTS:COUNTERS] == -1).all(), "posts are empty"
 
 
 def test_counters_follow_each_other_to_the_last_word(device: Device) -> None:
-    """One a share, two of tickets, one for each warp of each SM's part of a tile."""
+    """One a share, three of tickets, one for each warp of each SM's part of a tile."""
     size = 4 * scratch.workspace(0).numel()
     parts, tickets = scratch.parts_at(NUM_SMS), scratch.tickets_at(NUM_SMS)
-    assert tickets == parts - 8 == scratch.counters_at(NUM_SMS) + 4 * scratch.blocks_of(NUM_SMS)
+    assert tickets == parts - 12 == scratch.counters_at(NUM_SMS) + 4 * scratch.blocks_of(NUM_SMS)
     assert size == parts + 4 * NUM_SMS * scratch.PARTS_AN_SM * scratch.MOST_WARPS
-    assert scratch.tiles_at(NUM_SMS) == parts - 4, "grids that run at the same time count by themselves"
+    tiles = scratch.tiles_at(NUM_SMS), scratch.second_tiles_at(NUM_SMS)
+    assert tiles == (parts - 8, parts - 4), "grids that run at the same time count by themselves"
 
 
 def test_X6_a_stream_met_under_capture_gets_the_spare_and_shares_it_with_later_graphs(device: Device) -> None:

@@ -18,6 +18,7 @@ from pa_ops.arguments import CONSTANT_BASE, FLASH_SM90, MAP_ALIGNMENT, MAP_BYTES
 from pa_ops.checks import RULES, Rule
 from pa_ops.launch import Attention, Keys, Rows, Scores, Setting, persistent_launch
 from pa_ops.plan import columns_of
+from pa_ops.portions import whole
 from pa_ops.program import (
     MAP_DTYPES,
     Address,
@@ -101,7 +102,7 @@ def maps_of(
     keys = Keys(k_name, v_name, lengths, k.shape[-2], k.shape[1] if layout == "gather" else 0)
     rows = Rows.of("q"), Rows.of("out")
     call = Attention(*rows, keys, q.shape[1], q.shape[2], v.shape[-1], Scores(0.1, 0, 0.0, None), None, None)
-    launch = persistent_launch(3, spec, call, Setting(NUM_SMS))
+    launch = persistent_launch(3, spec, call, Setting(NUM_SMS, whole(NUM_SMS)))
     ends, room = torch.zeros(3, dtype=torch.int32), torch.zeros(workspace_words(NUM_SMS), dtype=torch.int32)
     given: dict[str, Any] = {
         "q": q,

@@ -1,0 +1,62 @@
+"""How two grids share a batch's tiles out: pa_ops/portions.py, and templates/device/portions.py with plain numbers."""
+
+from __future__ import annotations
+
+from collections import Counter
+from types import SimpleNamespace
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from helpers import plain
+from pa_ops.portions import FOUR, PAIR, Portion, shared_out, whole
+from pa_ops.scratch import PARTS_AN_SM, parts_at, tiles_at
+
+device = SimpleNamespace(**plain.run("portions", {"quotients": plain.run("quotients", {})}))
+
+
+def halves_of(portion: Portion, units: int) -> Counter[tuple[int, int]]:
+    """The halves of units, of so many, that a grid computes, by the ranks that it counts."""
+    args, found = SimpleNamespace(**portion.fields()), Counter[tuple[int, int]]()
+    tiles = device.tiles_among(args, units)
+    ranks = [device.unit_of(args, tile) for tile in range(tiles + 3)]
+    assert all(unit < units for unit, _ in ranks[:tiles]) and all(unit >= units for unit, _ in ranks[tiles:])
+    for unit, half in ranks[:tiles]:
+        found.update([(unit, half)] if portion.second else [(unit, 0), (unit, 1)])
+    return found
+
+
+@given(st.integers(2, 200), st.integers(0, 40), st.integers(0, 3000))
+def test_every_tile_is_one_grids_and_no_sm_has_two_blocks(num_sms: int, fours: int, units: int) -> None:
+    portions = shared_out(num_sms, min(fours, num_sms // FOUR))
+    found = sum((halves_of(portion, units) for portion in portions), Counter())
+    assert found == dict.fromkeys([(unit, half) for unit in range(units) for half in (0, 1)], 1)
+    assert sum(portion.blocks for portion in portions) <= num_sms
+    assert len({portion.at_once for portion in portions}) == 1, "both find the same order of tiles"
+    if len(portions) == 2:
+        assert [portion.cluster for portion in portions] == [FOUR, PAIR]
+        assert [portion.second for portion in portions] == [False, True]
+        assert portions[1].first_state == portions[0].blocks * PARTS_AN_SM, "states are kept apart"
+        assert len({portion.tickets_at(num_sms) for portion in portions}) == 2, "and so are tickets"
+
+
+@pytest.mark.parametrize(
+    ("num_sms", "fours", "blocks"),
+    [(132, 30, [120, 12]), (132, 33, [132]), (132, 0, [132]), (114, 27, [108, 6]), (78, 19, [76]), (16, 2, [8, 8])],
+)
+def test_pairs_have_the_sms_that_fours_cannot(num_sms: int, fours: int, blocks: list[int]) -> None:
+    portions = shared_out(num_sms, fours)
+    assert [portion.blocks for portion in portions] == blocks
+    units = 10_000
+    shares = [sum(halves_of(portion, units).values()) / (2 * units) for portion in portions]
+    assert shares == pytest.approx([count / sum(blocks) for count in blocks], abs=0.01), "as many as they have SMs"
+
+
+@pytest.mark.parametrize("cluster", [1, 2, 4])
+def test_a_grid_by_itself_has_every_tile(cluster: int) -> None:
+    portion = whole(132, cluster)
+    assert (portion.blocks, portion.at_once) == (132, 132 // cluster)
+    assert portion.fields() == {"at_once": 132 // cluster, "every": 0, "halves": 0, "first_state": 0}
+    assert portion.tickets_at(132) == tiles_at(132) < parts_at(132)
+    assert len(halves_of(portion, 57)) == 2 * 57
