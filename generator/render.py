@@ -12,7 +12,7 @@ from pa_ops.errors import BuildError
 from pa_ops.spec import InstanceSpec
 
 from .language import Language, language_of
-from .tiles import FLASH_SM90_SKIPPING_TILES
+from .tiles import FLASH_SM90_PORTION_TILES, FLASH_SM90_SKIPPING_TILES
 
 CUDA_TYPES = {ADDRESS: "unsigned long long", INT64: "long long", INT32: "int", FLOAT32: "float"}
 
@@ -54,8 +54,8 @@ class Renderer:
         """The source of one instance; raises BuildError with the template's line where it cannot be rendered."""
         try:
             template = self._environments[language_of(spec)].get_template(template_name(spec))
-            tiles = FLASH_SM90_SKIPPING_TILES
-            return template.render(spec=spec, members=members_of(spec), skipping_tiles=tiles)
+            tiles = {"skipping_tiles": FLASH_SM90_SKIPPING_TILES, "portion_tiles": FLASH_SM90_PORTION_TILES}
+            return template.render(spec=spec, members=members_of(spec), **tiles)
         except TemplateError as error:
             line = f", line {error.lineno}" if isinstance(error, TemplateSyntaxError) else ""
             raise BuildError(spec.name, f"render {template_name(spec)}{line}", f"{error}") from error

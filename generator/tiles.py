@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from pa_ops.capability import parse_target
-from pa_ops.spec import Family, InstanceSpec, Layout, Mask, Tile
+from pa_ops.spec import FOUR, PAIR, Family, InstanceSpec, Layout, Mask, Tile
 
 from .targets import DECLARED_TARGETS
 
@@ -62,11 +62,15 @@ FLASH_SM90_LONE_TILES: tuple[Mapping[Any, Tile], ...] = FLASH_SM90_TILES, FLASH_
 # The tallest again for two blocks that share keys, in long sequences that have no window: 1 to 5% faster, by the energy
 # that their reads take.
 FLASH_SM90_PAIR_TILES: dict[int | tuple[int, int], Tile] = {
-    sizes: replace(tile, cluster=2) for table in FLASH_SM90_LONE_TILES for sizes, tile in table.items()
+    sizes: replace(tile, cluster=PAIR) for table in FLASH_SM90_LONE_TILES for sizes, tile in table.items()
 }
 # And for four, beside pairs on the SMs that no four can have (pa_ops/portions.py), where all rows see the same keys: 3%
 # faster at 256, where half of the reads that are left are worth most.
-FLASH_SM90_FOUR_TILES: dict[int | tuple[int, int], Tile] = {256: replace(FLASH_SM90_TILES[256], cluster=4)}
+FLASH_SM90_FOUR_TILES: dict[int | tuple[int, int], Tile] = {256: replace(FLASH_SM90_TILES[256], cluster=FOUR)}
+# Those of the two grids that share a batch's tiles out.
+FLASH_SM90_PORTION_TILES: frozenset[Tile] = frozenset(
+    replace(tile, cluster=cluster) for tile in FLASH_SM90_FOUR_TILES.values() for cluster in (PAIR, FOUR)
+)
 # Those whose groups of 64 rows, without a window, leave out blocks of keys that only the other groups see: 6% faster
 # with grouped heads and with pages, at 96 3% faster on 512 tokens; other tiles lose 5% or gain nothing
 # (docs/performance.md). The first of two blocks has no use for the second's last keys, at any head size.

@@ -9,8 +9,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 from pa_ops.scratch import PARTS_AN_SM, second_tiles_at, tiles_at
-
-PAIR, FOUR = 2, 4  # blocks of a cluster
+from pa_ops.spec import FOUR, PAIR
 
 
 class Portion(NamedTuple):

@@ -130,6 +130,9 @@ def _natural(argument: str, value: object, *, least: int = 0) -> None:
         raise InvalidArgument(argument, f"must be an integer >= {least}", repr(value))
 
 
+PAIR, FOUR = 2, 4  # blocks that share keys
+
+
 @dataclass(frozen=True, order=True)
 class Tile:
     """The work of one thread block: m query rows by n keys a step, K/V stages in flight, warps; zeros = run time.

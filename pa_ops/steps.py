@@ -29,13 +29,13 @@ from pa_ops.launch import (
 from pa_ops.launch_rows import Rotary, append_launch, gather_launch, merge_launch
 from pa_ops.manifest import Entry
 from pa_ops.overrides import policy
-from pa_ops.portions import FOUR, PAIR, Portion, shared_out, whole
+from pa_ops.portions import Portion, shared_out, whole
 from pa_ops.problem import Problem
 from pa_ops.program import Launch
 from pa_ops.registry import Registry
 from pa_ops.schema import base_of
 from pa_ops.selection import AUTO, Selection
-from pa_ops.spec import Family
+from pa_ops.spec import FOUR, PAIR, Family
 from pa_ops.trace import Decision
 
 WORD = {

@@ -22,6 +22,7 @@ from pa_ops.templates.device.hiding import WINDOW_OFF, Hiding
 from pa_ops.templates.device.lister import Lister
 from pa_ops.templates.device.mask_words import MaskWords
 from pa_ops.templates.device.part_states import PartStates
+from pa_ops.templates.device.portions import Portions
 from pa_ops.templates.device.ptx import ld_shared_32, opaque, st_shared_32, st_shared_128
 from pa_ops.templates.device.ptx_grid import start_next_grid, wait_for_grid
 from pa_ops.templates.device.shared_sm90 import (
@@ -67,6 +68,7 @@ class FlashSm90:
         blocks,
         skipping,
         alone_skipping,
+        shared_out,
         chained,
     ):
         self.dtype, self.head_dim, self.head_dim_v = dtype, head_dim, head_dim_v
@@ -88,7 +90,10 @@ class FlashSm90:
         # Whose maxima are found is seen in the bits: of blocks that share keys it is as of one by itself.
         whole = self.trusts and not alone_skipping
         self.walk = OwnRows(self.shared, sight, self.turns, self.cluster, whole) if skipping else WholeTile()
-        self.lister = Lister(self.shared, self.cluster, sight, self.again, head_dim, head_dim_v, paged, rows, chained)
+        portions = Portions(self.cluster, taken=shared_out)
+        self.lister = Lister(
+            self.shared, self.cluster, portions, sight, self.again, head_dim, head_dim_v, paged, rows, chained
+        )
         self.copier = Copier(self.shared, self.cluster, self.again, head_dim, head_dim_v, paged, masked, keys)
         self.hiding = Hiding(causal, window, masked, keys)
         self.mask_words = MaskWords(dtype, keys)

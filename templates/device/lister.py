@@ -13,7 +13,6 @@ from pa_ops.templates.device.mask_tile import keys_of as padded_keys
 from pa_ops.templates.device.order import place_of, sections_of
 from pa_ops.templates.device.packing import pack_bits, token_of
 from pa_ops.templates.device.parts import STATES, Cut, cut_of, part_of, tile_of
-from pa_ops.templates.device.portions import tiles_among, unit_of
 from pa_ops.templates.device.ptx import ld_shared_32, st_shared_32
 from pa_ops.templates.device.ptx_global import st_global_i32, take
 from pa_ops.templates.device.ptx_grid import wait_for_grid
@@ -28,10 +27,11 @@ NEAR_BYTES = 6 << 20
 
 
 class Lister:
-    """Lists tiles of `rows` query rows a block, and the blocks of keys that `sight` finds for them, in parts."""
+    """Lists tiles of `rows` query rows a block, the grid's of `portions`, and the blocks of keys that `sight` finds for
+    them, in parts."""
 
-    def __init__(self, shared, cluster, sight, again, head_dim, head_dim_v, paged, rows, chained):
-        self.shared, self.cluster, self.sight, self.again = shared, cluster, sight, again
+    def __init__(self, shared, cluster, portions, sight, again, head_dim, head_dim_v, paged, rows, chained):
+        self.shared, self.cluster, self.portions, self.sight, self.again = shared, cluster, portions, sight, again
         self.paged, self.rows, self.chained = paged, rows, chained
         self.causal, self.masked = sight.causal, sight.masked
         self.head_dim, self.columns, self.q_bytes = head_dim, columns_of(head_dim), GROUP_ROWS * head_dim * 2
@@ -50,14 +50,13 @@ class Lister:
             taken = taken + 1
         cut = Cut(Int32(0), Int32(1))
         if cutlass.const_expr(not self.masked):
-            unit = (tokens_here * self.cluster.blocks) << args.halves
-            cut = cut_of(args, unit, args.heads >> bits, self.cluster.count())
+            cluster = self.cluster
+            cut = cut_of(args, self.portions, tokens_here * cluster.blocks, args.heads >> bits, cluster.count())
         sequence, first, head, number = self.tile_at(args, cut, rank)
         while sequence >= 0:
             q_start, q_len = length_at(args.cu_seqlens_q, sequence, args.tokens)
             first_key, k_len = self.keys_of(args, sequence, q_len)
             tokens = cutlass.min(q_len - first, tokens_here * self.cluster.blocks)
-            there = tokens > 0  # a unit's second half may have no rows
             position = first + (args.position if self.masked else k_len - q_len)
             low, high, steps, end, edges, inner = self.sight.blocks(args, position, tokens, k_len)
             part = part_of(cut, rank, number, steps)
@@ -67,8 +66,12 @@ class Lister:
                 # Edges are those that the rows would have by themselves: see `FlashSm90.walk`.
                 _, _, _, own_end, own_edges, _ = self.sight.blocks(args, position, tokens, k_len)
                 edges = end - own_end + own_edges
-            state = args.first_state + part.state + self.cluster.mate() * (self.cluster.count() * STATES)
-            if ((part.begin < part.stop) | (part.number == 0)) & there:
+            state = part.state + self.cluster.mate() * (self.cluster.count() * STATES)
+            there = (part.begin < part.stop) | (part.number == 0)
+            if cutlass.const_expr(self.portions.taken):
+                state = state + args.first_state
+                there = there & (first - ahead < q_len)  # a unit's second half may have no rows
+            if there:
                 rows = (sequence, q_start + first, tokens << bits, head, position, k_len, first_key, low, high)
                 blocks = (part.stop - part.begin, *(number - part.begin for number in (end, edges, inner)))
                 self.fill(smem, turn, (Int32(1), *rows, *blocks, part.number, part.of, state, Int32(0), turn))
@@ -158,8 +161,8 @@ class Lister:
         tokens = (Int32(self.rows) >> bits) * self.cluster.blocks
         heads = args.heads >> bits  # those that have tiles of their own
         tile, number = tile_of(cut, rank)
-        unit, half = unit_of(args, tile)
-        unit_tokens = tokens << args.halves
+        unit, half = self.portions.unit_of(args, tile)
+        unit_tokens = self.portions.tokens_of_unit(args, tokens)
         place = divided(unit, heads)
         sequence, block = find_tile(args, unit_tokens, place)
         first_token, head = Int32(0), unit - place * heads
@@ -168,10 +171,12 @@ class Lister:
             _, k_len = self.keys_of(args, sequence, q_len)
             near = cutlass.max(divided(self.near_keys, cutlass.max(k_len, 1)), 1)
             units = tiles_of(q_len, unit_tokens)
-            order = sections_of(units, heads, args.group >> bits, near, args.at_once, self.causal)
+            order = sections_of(units, heads, args.group >> bits, near, self.portions.at_once(args), self.causal)
             row_block, head = place_of(block * heads + head, order)
             first_token = row_block * unit_tokens + half * tokens
-        elif (tile - tiles_among(args, unit - (block * heads + head))) * cut.parts + number == self.cluster.count() - 1:
+        elif (
+            self.portions.past(args, tile, unit, block * heads + head) * cut.parts + number == self.cluster.count() - 1
+        ):
             # Clusters stop at the first rank beyond the last tile, each at one of its own: this is the last one.
             st_global_i32(args.tickets, Int32(0))
         return sequence, first_token, head << bits, number

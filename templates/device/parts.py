@@ -11,7 +11,6 @@ import cutlass
 import cutlass.cute as cute
 from cutlass import Int32
 
-from pa_ops.templates.device.portions import tiles_among
 from pa_ops.templates.device.quotients import divided
 from pa_ops.templates.device.worklist import find_tile
 
@@ -40,14 +39,15 @@ class Part(NamedTuple):
 
 
 @cute.jit
-def cut_of(args, tokens: Int32, heads: Int32, blocks: Int32):
-    """The Cut of this grid's tiles, for its `blocks` blocks, of a batch whose units of so many tokens are there for so
+def cut_of(args, portions: cutlass.Constexpr, tokens: Int32, heads: Int32, blocks: Int32):
+    """The Cut of this grid's tiles, for its `blocks` blocks, of a batch whose tiles of so many tokens are there for so
     many heads each."""
     whole, parts = Int32(0), Int32(1)
-    limit = divided(args.at_once * args.cut_rounds, heads)
+    unit, tiles_among = portions.tokens_of_unit(args, tokens), portions.tiles_among
+    limit = divided(portions.at_once(args) * args.cut_rounds, heads)
     # So many rows of q make too many units if sequences have them all: then lengths are not read, and nothing is cut.
-    if (args.cut_rounds > 0) & (args.tokens - args.sequences * args.skip_up_to <= limit * tokens):
-        sequence, beyond = find_tile(args, tokens, limit)
+    if (args.cut_rounds > 0) & (args.tokens - args.sequences * args.skip_up_to <= limit * unit):
+        sequence, beyond = find_tile(args, unit, limit)
         if sequence < 0:
             tiles = tiles_among(args, (limit - beyond) * heads)
             whole = divided(tiles, blocks) * blocks

@@ -11,16 +11,38 @@ from cutlass import Int32
 from pa_ops.templates.device.quotients import divided
 
 
-def unit_of(args, tile):
-    """(the unit of this grid's tile of that number, which of its halves the tile is): every `every`-th unit is the
-    pairs', which have `halves`; where `every` is 0 there is one grid, whose tiles are the units."""
-    others = cutlass.max(args.every - 1, 1)
-    whole = tile + Int32(cutlass.select_(args.every > 0, divided(tile, others), Int32(0)))
-    halved = (tile >> 1) * args.every + others
-    return Int32(cutlass.select_(args.halves > 0, halved, whole)), tile & args.halves
+class Portions:
+    """Which units are a grid's, and of the pairs' which half: the host says which grid it is. Without `taken` there is
+    one grid, of `cluster`s, and units are its tiles."""
 
+    def __init__(self, cluster, taken):
+        self.cluster, self.taken = cluster, taken
 
-def tiles_among(args, units):
-    """How many tiles this grid has of so many units, of which the others are the other grid's."""
-    pairs = Int32(cutlass.select_(args.every > 0, divided(units, cutlass.max(args.every, 1)), Int32(0)))
-    return Int32(cutlass.select_(args.halves > 0, pairs * 2, units - pairs))
+    def unit_of(self, args, tile):
+        """(the unit of this grid's tile of that number, which of its halves the tile is): every `every`-th unit is the
+        pairs', which have `halves`; where `every` is 0 there is one grid after all."""
+        if not self.taken:
+            return tile, Int32(0)
+        others = cutlass.max(args.every - 1, 1)
+        whole = tile + Int32(cutlass.select_(args.every > 0, divided(tile, others), Int32(0)))
+        halved = (tile >> 1) * args.every + others
+        return Int32(cutlass.select_(args.halves > 0, halved, whole)), tile & args.halves
+
+    def tiles_among(self, args, units):
+        """How many tiles this grid has of so many units, of which the others are the other grid's."""
+        if not self.taken:
+            return units
+        pairs = Int32(cutlass.select_(args.every > 0, divided(units, cutlass.max(args.every, 1)), Int32(0)))
+        return Int32(cutlass.select_(args.halves > 0, pairs * 2, units - pairs))
+
+    def past(self, args, tile, unit, units):
+        """How far past this grid's last tile one is whose unit is `units` past the batch's last."""
+        return tile - self.tiles_among(args, unit - units) if self.taken else units
+
+    def tokens_of_unit(self, args, tokens):
+        """The tokens of a unit, where a tile has so many."""
+        return tokens << args.halves if self.taken else tokens
+
+    def at_once(self, args):
+        """Units that run at a time, in both grids."""
+        return args.at_once if self.taken else self.cluster.count()

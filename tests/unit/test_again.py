@@ -54,12 +54,11 @@ def lister(work: Work) -> Any:
     """A listing warp of that work."""
     ptx = {"ld_shared_32": lambda at: 0, "st_shared_32": lambda at, word: None}
     names = ("cut_of", "part_of", "tile_of", "place_of", "sections_of", "pack_bits", "token_of", "divided", "take")
-    more = ("keys_of", "wait_for_grid", "find_tile", "length_at", "paged_keys", "tiles_of", "tiles_among", "unit_of")
-    others = dict.fromkeys((*names, *more))
+    others = dict.fromkeys((*names, "keys_of", "wait_for_grid", "find_tile", "length_at", "paged_keys", "tiles_of"))
     others |= {"STATES": 4, "Cut": tuple, "GROUP_ROWS": 64, "columns_of": None, "st_global_i32": None}
-    modules = ("mask_tile", "order", "packing", "parts", "portions", "ptx_global", "ptx_grid", "quotients", "warpgroup")
+    modules = ("mask_tile", "order", "packing", "parts", "ptx_global", "ptx_grid", "quotients", "warpgroup", "worklist")
     shared = {"BARRIER": BARRIER, "SLOT": SLOT, "SLOTS": SLOTS, **PLACES, **others}
-    imported = {"tma": NOTHING, "ptx": ptx, "shared_sm90": shared, **dict.fromkeys((*modules, "worklist"), others)}
+    imported = {"tma": NOTHING, "ptx": ptx, "shared_sm90": shared, **dict.fromkeys(modules, others)}
     kind = plain.run("lister", imported)["Lister"]
     made = kind.__new__(kind)
     vars(made).update(again=work, shared=SHARED, copy_queries=lambda *words: None)

@@ -14,7 +14,7 @@ from helpers import plain
 from pa_ops import scratch
 from pa_ops.launch import CUT_ROUNDS
 from pa_ops.plan import ceil_div, work_list
-from pa_ops.portions import shared_out, whole
+from pa_ops.portions import Portion, shared_out
 
 BLOCKS = 132
 NEVER = 1 << 30
@@ -54,13 +54,13 @@ def tiles_of(args: Any, tokens: int) -> int:
 
 
 warp = Warp()
+Portions = plain.run("portions", {"quotients": plain.run("quotients", {})})["Portions"]
 parts = SimpleNamespace(
     **plain.run(
         "parts",
         {
             "quotients": plain.run("quotients", {}),
             "worklist": {"find_tile": find_tile},
-            "portions": plain.run("portions", {"quotients": plain.run("quotients", {})}),
         },
         lane_idx=lambda: warp.lane,
         warp_redux_sync=warp.reduced,
@@ -71,12 +71,14 @@ parts = SimpleNamespace(
 def batch(*lengths: int, **args: int) -> Any:
     """A kernel's arguments."""
     usual = {"tokens": sum(lengths), "sequences": len(lengths), "skip_up_to": 0, "cut_rounds": CUT_ROUNDS}
-    return SimpleNamespace(lengths=lengths, **{**usual, **whole(BLOCKS).fields(), **args})
+    return SimpleNamespace(lengths=lengths, **{**usual, **args})
 
 
-def cut_of(args: Any, tokens: int, heads: int) -> Any:
-    """The cut of a batch."""
-    return warp.run(parts.cut_of, args, tokens, heads, BLOCKS)
+def cut_of(args: Any, tokens: int, heads: int, portion: Portion | None = None) -> Any:
+    """The cut of a batch, for one grid or one of two."""
+    clusters = BLOCKS if portion is None else portion.clusters
+    portions = Portions(SimpleNamespace(count=lambda: clusters), portion is not None)
+    return warp.run(parts.cut_of, args, portions, tokens, heads, clusters)
 
 
 @given(st.integers(0, 20_000), st.integers(1, parts.MOST), st.integers(0, 3), st.integers(0, 20))
@@ -124,8 +126,8 @@ def test_parts_of_some_batches(tiles: int, whole: int, cut: int) -> None:
 def test_two_grids_cut_the_last_rounds_of_their_own_tiles() -> None:
     """As an H200 does 16k rows of eight heads, by tiles of 512: 233 of 256 units are the fours', and of the pairs' 46
     tiles four are left for six."""
-    args = [batch(16384, **portion.fields()) for portion in shared_out(BLOCKS, 30)]
-    cuts = [warp.run(parts.cut_of, each, 512, 8, clusters) for each, clusters in zip(args, (30, 6), strict=True)]
+    portions = shared_out(BLOCKS, 30)
+    cuts = [cut_of(batch(16384, **portion.fields()), 128 * portion.cluster, 8, portion) for portion in portions]
     assert cuts == [(210, 5), (42, 3)]
 
 

@@ -10,18 +10,24 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from helpers import plain
-from pa_ops.portions import FOUR, PAIR, Portion, shared_out, whole
+from pa_ops.portions import Portion, shared_out, whole
 from pa_ops.scratch import PARTS_AN_SM, parts_at, tiles_at
+from pa_ops.spec import FOUR, PAIR
 
-device = SimpleNamespace(**plain.run("portions", {"quotients": plain.run("quotients", {})}))
+Portions = plain.run("portions", {"quotients": plain.run("quotients", {})})["Portions"]
 
 
-def halves_of(portion: Portion, units: int) -> Counter[tuple[int, int]]:
+def halves_of(portion: Portion, units: int, *, taken: bool = True) -> Counter[tuple[int, int]]:
     """The halves of units, of so many, that a grid computes, by the ranks that it counts."""
     args, found = SimpleNamespace(**portion.fields()), Counter[tuple[int, int]]()
+    device = Portions(SimpleNamespace(count=lambda: portion.clusters), taken)
+    assert device.at_once(args) == portion.at_once
+    assert device.tokens_of_unit(args, 128 * portion.cluster) == 128 * max(portion.cluster, taken * portion.second * 4)
     tiles = device.tiles_among(args, units)
     ranks = [device.unit_of(args, tile) for tile in range(tiles + 3)]
     assert all(unit < units for unit, _ in ranks[:tiles]) and all(unit >= units for unit, _ in ranks[tiles:])
+    for past in range(3):
+        assert device.past(args, tiles + past, ranks[tiles + past][0], ranks[tiles + past][0] - units) == past
     for unit, half in ranks[:tiles]:
         found.update([(unit, half)] if portion.second else [(unit, 0), (unit, 1)])
     return found
@@ -59,4 +65,5 @@ def test_a_grid_by_itself_has_every_tile(cluster: int) -> None:
     assert (portion.blocks, portion.at_once) == (132, 132 // cluster)
     assert portion.fields() == {"at_once": 132 // cluster, "every": 0, "halves": 0, "first_state": 0}
     assert portion.tickets_at(132) == tiles_at(132) < parts_at(132)
-    assert len(halves_of(portion, 57)) == 2 * 57
+    for taken in (False, True):  # a kernel that could be one of two grids is as well by itself
+        assert len(halves_of(portion, 57, taken=taken)) == 2 * 57
