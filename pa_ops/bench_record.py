@@ -111,7 +111,9 @@ def record(entries: list[Entry], device: torch.device, clock: Callable[[Call], l
     rounds = [[clock(call_of(entry.spec, shape, device)) for _, shape, entry in asked] for _ in range(ROUNDS)]
     for (shape_class, shape, entry), *times in zip(asked, *rounds, strict=True):
         microseconds = round(1e3 * min(map(median, times)), 2)
-        yield Timing(entry.name, shape_class, microseconds, entry.digest, str(shape), sum(map(len, times)))
+        yield Timing(
+            entry.name, entry.target, shape_class, microseconds, entry.digest, str(shape), sum(map(len, times))
+        )
 
 
 def run(console: Console, output: Path) -> int:
@@ -123,7 +125,7 @@ def run(console: Console, output: Path) -> int:
     found = list(record(list(for_device(0).entries), device, milliseconds))
     if not found:
         raise InvalidArgument("product", "must hold attention kernels; run pa-ops build", "none")
-    cards = {**timings.load(output), card: {(each.instance, each.shape_class): each for each in found}}
+    cards = {**timings.load(output), card: {each.key: each for each in found}}
     output.parent.mkdir(parents=True, exist_ok=True)
     output.write_text(timings.dumps(cards), encoding="utf-8")
     timings.of_card.cache_clear()

@@ -161,9 +161,10 @@ def runs_beside(problem: Problem, prefill: Family) -> bool:
 
 
 def timing(entry: Entry, problem: Problem, capability: Capability) -> Timing | None:
-    """What a call like `problem` took on a card of that name, None where nobody has recorded it."""
+    """What a call like `problem` took on a card of that name, None where nobody has recorded it of that very code: what
+    is translated from another SM's may take ten times as long."""
     shape_class = ShapeClass.FEW if few_rows(problem) else ShapeClass.MANY
-    return of_card(capability.card).get((entry.name, shape_class))
+    return of_card(capability.card).get((entry.name, entry.target, shape_class))
 
 
 def leaders(able: Iterable[Entry], problem: Problem, capability: Capability) -> dict[Family, Entry]:

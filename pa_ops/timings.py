@@ -1,7 +1,8 @@
 """Turns the table of times that `pa-ops bench --record` took on a card into what selection ranks by on that card.
 
-A time is of one instance on one shape of its class, at its own head size: what it costs to serve a smaller one too,
-which it pads. Another card, and a choice with an instance that has no time, go by the model of `pa_ops.heuristics`.
+A time is of one instance's code for one target on one shape of its class, at its own head size: what it costs to serve
+a smaller one too, which it pads. Another card, and a choice with code that has no time, go by the model of
+`pa_ops.heuristics`.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from typing import Any
 from pa_ops.errors import InvalidArgument
 from pa_ops.spec import Word
 
-SCHEMA = 1
+SCHEMA = 2
 FILE = Path(__file__).with_name("timings.json")
 
 
@@ -29,17 +30,24 @@ class ShapeClass(Word):
 
 @dataclass(frozen=True)
 class Timing:
-    """How long one call took: median of `calls`, in microseconds, of the code of `digest`, on `shape`."""
+    """How long one call took: median of `calls`, in microseconds, of the code for `target` of `digest`, on `shape`."""
 
     instance: str
+    target: str
     shape_class: ShapeClass
     microseconds: float
     digest: str
     shape: str
     calls: int
 
+    @property
+    def key(self) -> Key:
+        """What it is looked up by."""
+        return self.instance, self.target, self.shape_class
 
-Table = Mapping[tuple[str, ShapeClass], Timing]
+
+Key = tuple[str, str, ShapeClass]
+Table = Mapping[Key, Timing]
 NONE: Table = {}
 
 
@@ -65,10 +73,10 @@ def load(path: Path) -> dict[str, Table]:
     rows = document.get("rows") if isinstance(document, dict) and document.get("schema") == SCHEMA else None
     if not isinstance(rows, list):
         raise InvalidArgument(str(path), f"must be an object of schema {SCHEMA} with rows", type(document).__name__)
-    cards: dict[str, dict[tuple[str, ShapeClass], Timing]] = {}
+    cards: dict[str, dict[Key, Timing]] = {}
     for number, row in enumerate(rows):
         card, timing = _row(f"{path} rows[{number}]", row)
-        cards.setdefault(card, {})[timing.instance, timing.shape_class] = timing
+        cards.setdefault(card, {})[timing.key] = timing
     return dict(cards)
 
 

@@ -32,12 +32,14 @@ PREFILL = Problem(op="paged_attention", dtype="bf16", head_dim=128, page_size=16
 def table(speeds: dict[Family, float], leave_out: str = "") -> Table:
     """Times of every attention row: its family's, and more with its head size."""
     made = [
-        Timing(row.name, shape_class, speeds.get(row.spec.family, 900.0) + row.spec.head_dim, "", "a shape", 9)
+        Timing(
+            row.name, row.target, shape_class, speeds.get(row.spec.family, 900.0) + row.spec.head_dim, "", "a shape", 9
+        )
         for row in ROWS
         for shape_class in ShapeClass
         if row.spec.op is KernelOp.ATTN and row.name != leave_out
     ]
-    return {(each.instance, each.shape_class): each for each in made}
+    return {each.key: each for each in made}
 
 
 @pytest.fixture
@@ -80,6 +82,18 @@ def test_B7_a_kernel_without_a_time_is_not_passed_over(recorded: dict[str, Table
     assert select_entry(ROWS, PREFILL, KNOWN).entry == usual
 
 
+def test_G8_a_time_of_other_code_decides_nothing(recorded: dict[str, Table]) -> None:
+    """Where only code for an older SM is there, whose prefill kernel alone has a name, and a time, of its own."""
+    code = {"target": "compute_53", "code_targets": ("compute_53",)}
+    older = tuple(replace(row, **code) for row in declared_rows() if row.target == "sm_53")
+    problem = replace(PREFILL, dtype="fp16", kv_dtype="fp16")
+    usual = select_entry(older, problem, Capability.of_sm(90)).entry
+    assert usual.spec.family is Family.MEA and usual.name not in {row.name for row in ROWS}
+    own = Timing(usual.name, usual.target, ShapeClass.MANY, 5000.0, "", "a shape", 9)
+    recorded[CARD] = {**table({Family.MEA_DECODE: 4000.0}), own.key: own}
+    assert select_entry(older, problem, KNOWN).entry == usual
+
+
 def test_C19_times_change_no_verdict(recorded: dict[str, Table]) -> None:
     """Whatever is served is served with them, whatever is not is not."""
     plain = Capability.of_sm(90)
@@ -114,7 +128,7 @@ def test_a_broken_row_is_named(change: dict[str, Any], tmp_path: Path) -> None:
 def test_the_committed_table_is_of_kernels_that_exist() -> None:
     names = {row.name for row in declared_rows()}
     for card, rows in timings.load(timings.FILE).items():
-        assert {name for name, _ in rows} & names, f"no kernel of {card} is declared any more: record again"
+        assert {name for name, _, _ in rows} & names, f"no kernel of {card} is declared any more: record again"
 
 
 def test_every_kernel_is_recorded_with_tensors_that_it_serves(monkeypatch: pytest.MonkeyPatch) -> None:
