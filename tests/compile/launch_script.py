@@ -130,7 +130,14 @@ def play(scene: str, library: str, name: str) -> None:
                 assert programs.run(program.address, *given) == 0
                 print("refused", call(program.address, *given))
         print("empty", call(program.address, *tensors_of(0, 3)))
+    elif scene == "clusters":
+        for device in (0, 1, 0):
+            print("held", module["pa_clusters"](kernel, device))
+        os.environ["FAKE_CUDA_ERROR"] = "cuOccupancyMaxActiveClusters"
+        attempt(module["pa_clusters"], kernel, 0)
     elif scene == "wrong calls":
+        for arguments in ((kernel,), (kernel, "text"), (kernel, 64)):
+            attempt(module["pa_clusters"], *arguments)
         misfit = program_of(kernel, Record(addresses=("q",)), tensors, random_)
         for arguments in (("text", *tensors), (program.address, tensors[0]), (misfit.address, *tensors)):
             attempt(call, *arguments)

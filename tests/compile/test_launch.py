@@ -35,6 +35,7 @@ SCENES = (
     (Family.FLASH_SM80, "devices"),
     (Family.MERGE, "driver errors"),
     (Family.FLASH_SM90, "driver errors"),
+    (Family.FLASH_SM90, "clusters"),
     (Family.MERGE, "wrong calls"),
 )
 Told = dict[tuple[Family, str], list[str]]
@@ -111,9 +112,22 @@ def test_G6_a_driver_error_is_raised_with_its_name(family: Family, first: tuple[
         assert line.startswith(f"RuntimeError {call} of ") and "700, CUDA_ERROR_FAKE" in line
 
 
+def test_a_device_tells_how_many_clusters_it_holds(product: Layout, told: Told) -> None:
+    """The context that was current is again, and an error of the driver's has its name."""
+    lines, spec = told[Family.FLASH_SM90, "clusters"], entry_of(product, Family.FLASH_SM90).spec
+    asked = f"clusters of 2 x {spec.threads}, {spec.smem_bytes} B shared, {CHAINED}, {CLUSTER}"
+    assert [line for line in lines if line.startswith("clusters")] == [asked] * 4
+    assert [line for line in lines if line.startswith("held")] == ["held 30"] * 3
+    assert lines[-1].startswith("RuntimeError cuOccupancyMaxActiveClusters of ")
+    contexts = [line for line in lines if line.startswith("context")]
+    assert contexts == ["context 1", "context 2", "context 1"], "of the first, of the other, of the first again"
+
+
 def test_wrong_calls_say_what_is_wrong(told: Told) -> None:
     errors = [line for line in told[Family.MERGE, "wrong calls"] if "Error" in line.split()[0]]
     words = (
+        *["TypeError pa_clusters: takes a kernel's address and a device"] * 2,
+        "the device must be in [0, 64)",
         "TypeError pa_call: takes a program's address",
         "TypeError pa_call: the program is for another number of tensors",
         "the program's record is not the kernel's",

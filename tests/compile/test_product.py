@@ -24,7 +24,7 @@ from pa_ops.generator.link import EXPORTS, SYMBOL_PREFIX
 from pa_ops.generator.plan import Planner
 from pa_ops.generator.toolchain import Toolchain
 from pa_ops.manifest import Entry, Manifest
-from pa_ops.registry import CALLER
+from pa_ops.registry import CALLER, COUNTER
 from pa_ops.sources import template_folder
 from pa_ops.spec import Family, InstanceSpec, KernelOp
 
@@ -49,7 +49,7 @@ def test_G2_manifest_rows_template_parameters_and_symbols_are_one_set(product: L
     assert names == [spec.name for spec in declared]
     assert [InstanceSpec.parse(name) for name in names] == list(declared)
     exported = [line.split()[-1] for line in output("nm", "-D", "--defined-only", product.library).splitlines()]
-    assert sorted(exported) == sorted([*EXPORTS, *(SYMBOL_PREFIX + name for name in (*names, CALLER))])
+    assert sorted(exported) == sorted([*EXPORTS, *(SYMBOL_PREFIX + name for name in (*names, CALLER, COUNTER))])
     module = tvm_ffi.load_module(str(product.library))
     for entry in rows(product):
         assert callable(module[entry.symbol])

@@ -62,6 +62,18 @@ struct config {
     const uint64_t *attributes;
     unsigned count;
 };
+static void print_attributes(const struct config *config)
+{
+    for (const uint64_t *each = config->attributes; each < config->attributes + 9 * config->count; each += 9)
+        printf(", attribute %d = %d %d %d", (int)each[0], (int)each[1], (int)(each[1] >> 32), (int)each[2]);
+    printf("\n");
+}
+int cuOccupancyMaxActiveClusters(int *clusters, void *kernel, const struct config *config)
+{
+    printf("clusters of %u x %u, %u B shared", config->grid[0], config->block[0], config->shared);
+    print_attributes(config);
+    return *clusters = 30, code("cuOccupancyMaxActiveClusters");
+}
 int cuLaunchKernelEx(const struct config *config, void *kernel, void **parameters, void **extra)
 {
     size_t size = *(size_t *)extra[3];
@@ -69,8 +81,6 @@ int cuLaunchKernelEx(const struct config *config, void *kernel, void **parameter
            config->block[0], config->shared, (int)(intptr_t)config->stream, size);
     for (size_t i = 0; i < size; i += 8)
         printf(" %d", *(const int *)((const char *)extra[1] + i));
-    for (const uint64_t *each = config->attributes; each < config->attributes + 9 * config->count; each += 9)
-        printf(", attribute %d = %d %d %d", (int)each[0], (int)each[1], (int)(each[1] >> 32), (int)each[2]);
-    printf("\n");
+    print_attributes(config);
     return code("cuLaunchKernelEx");
 }
