@@ -63,7 +63,8 @@ def test_presets_nest() -> None:
         fours = (0, 2 * len(Layout) * len(FLASH_SM90_FOUR_TILES)) if hopper else (0, 0)  # where all rows see the same
         # And the mask tensor, where dense.
         usual = (12, len(tiles) * 2 * (plain + 1))
-        assert [count[family] for count in counts] == [sum(each) for each in zip(usual, more, pairs, fours, strict=True)]
+        wanted = [sum(each) for each in zip(usual, more, pairs, fours, strict=True)]
+        assert [count[family] for count in counts] == wanted
     assert [count[Family.DECODE] for count in counts] == [6, len(DECODE_TILES) * 2 * len(DECODE_MASKS)]
     assert {spec.op for spec in smoke} == set(KernelOp)
 
