@@ -13,9 +13,12 @@ from pa_ops.spec import FOUR, PAIR
 
 
 class Portion(NamedTuple):
-    """One grid's part of a batch: so many clusters of so many blocks; tiles of the first grid that run `at_once` in
-    all; the first grid leaves every `every`-th of its tiles to the second, which takes it by halves (0: there is one
-    grid), and whose states of parts of tiles come after the first's."""
+    """One grid's part of a batch's tiles: `clusters` clusters of `cluster` blocks.
+
+    Where two grids share them out, `at_once` of the first one's tiles run at a time in both together, and every
+    `every`-th of those is the second's, which takes it by halves; 0: there is one grid. The second's states of parts of
+    tiles begin at `first_state`, after the first's.
+    """
 
     cluster: int
     clusters: int
