@@ -168,11 +168,16 @@ static struct config configured(const struct pa_kernel *kernel, void *stream, un
     return (struct config){{x, y, 1}, {kernel->threads, 1, 1}, kernel->smem, stream, attributes, count};
 }
 
-/* Have the kernel ready, and its device's context current; `before` is what leave() makes current again, or null. */
-static int enter(struct pa_kernel *kernel, int device, handle *before)
+static int check_device(const struct pa_kernel *kernel, int device)
 {
     if (device < 0 || device >= DEVICES)
         return pa_fail("ValueError", kernel->entry, "the device must be in [0, 64)");
+    return 0;
+}
+
+/* Have the kernel ready, and its device's context current; `before` is what leave() makes current again, or null. */
+static int enter(struct pa_kernel *kernel, int device, handle *before)
+{
     if (!(atomic_load(&kernel->prepared) >> device & 1) || contexts[device] == NULL) {
         pthread_mutex_lock(&lock);
         int status = prepare(kernel, device);
@@ -209,6 +214,8 @@ static int launch(struct pa_kernel *kernel, void *stream, const void *record, un
 
 int pa_launch(struct pa_kernel *kernel, int device, void *stream, const void *record, unsigned x, unsigned y)
 {
+    if (check_device(kernel, device))
+        return -1;
     if (x == 0 || y == 0)
         return 0;
     handle before;
@@ -235,7 +242,8 @@ PA_EXPORT int __tvm_ffi_pa_clusters(void *self, const TVMFFIAny *args, int32_t c
     struct pa_kernel *kernel = (struct pa_kernel *)(intptr_t)args[0].v_int64;
     handle before;
     int clusters = 0;
-    if (enter(kernel, (int)args[1].v_int64, &before))
+    int device = (int)args[1].v_int64;
+    if (check_device(kernel, device) || enter(kernel, device, &before))
         return -1;
     int status = most_clusters(kernel, &clusters), left = leave(kernel, before);
     result->type_index = kTVMFFIInt;

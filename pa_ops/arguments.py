@@ -155,7 +155,7 @@ FLASH_SM90 = Record(
         "box_rows",  # keys that one copy brings: they divide the page and the tile
         "boxes",  # of a tile
         "page_factor",  # (2^32 - 1) // page_size, by which kernels divide
-        "beside",  # 1 where the launch before this one runs at the same time, and leaves it SMs
+        "beside",  # 1 where the launch before this one runs at the same time, on other SMs
         "pack_bits",  # a tile has the rows of 2^pack_bits heads of a group, token by token
         "cut_rounds",  # of tiles, one a block: where there are no more, the keys of the last round's are shared out
         "at_once",  # tiles that run at a time; where the batch is shared out to two grids, of the first one's, by both

@@ -15,7 +15,6 @@ from pa_ops.portions import whole
 from pa_ops.problem import Problem
 from pa_ops.program import Address, Grid, GridRule, Launch, Size, Source, Stride, TensorMap
 from pa_ops.registry import Registry
-from pa_ops.scratch import tiles_at
 from pa_ops.spec import InstanceSpec, TensorMask
 from pa_ops.steps import Step, attention_of, facts_of, rows_aligned, selected
 
@@ -71,16 +70,17 @@ def _launch(kernel: int, spec: InstanceSpec, call: Attention, arguments: Argumen
     }
     grid = Grid(GridRule.TILES, spec.tile.m, -1, call.heads)
     if record.maps:
+        portion = whole(num_sms)
         sources |= {
             **_maps(spec, call),
-            "tickets": Address("workspace", tiles_at(num_sms)),
+            "tickets": Address("workspace", portion.tickets_at(num_sms)),
             "box_rows": spec.tile.n,
             "boxes": 1,
             "page_factor": 0,
             "beside": 0,
-            **whole(num_sms).fields(),
+            **portion.fields(),
         }
-        grid = Grid(GridRule.FIXED, num_sms, 1)
+        grid = Grid(GridRule.FIXED, portion.blocks, 1)
     return Launch(kernel, record, fields_of(record, sources), grid)
 
 

@@ -1,6 +1,6 @@
 """Turns a checked call on CUDA tensors into its launches: which kernels, in which order, and why these.
 
-Paged attention is one launch, or two that share a batch's sequences out; the serving operator stores first.
+Attention is one launch, or two that share a batch's sequences or tiles out; the serving operator stores first.
 """
 
 from __future__ import annotations
@@ -99,8 +99,8 @@ def _attend(
     *,
     stored: bool,
 ) -> Iterator[Step]:
-    """One launch, or two that share the sequences of a paged batch out: those of few query rows, and the others. These
-    may be two again, that share their tiles out.
+    """One launch, or two that share the sequences of a paged batch out: those of few query rows, and the others. The
+    others' may be two again, that share their tiles out.
 
     stored: the launch before them stores this call's keys, and nothing else that they read.
     """

@@ -101,7 +101,7 @@ def test_the_others_hear_every_word_of_the_first_block_and_say_so(blocks: int) -
     assert [device.told.count(each) for each in told] == [3 * others] * 2
 
 
-@pytest.mark.parametrize("blocks", [1, 2])
+@pytest.mark.parametrize("blocks", [1, 2, 4])
 def test_what_a_warp_tells_is_a_word_of_every_block(blocks: int) -> None:
     device = Blocks(blocks)
     device.run().Cluster(blocks).tell(40, 1 << 18)

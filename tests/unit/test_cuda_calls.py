@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import pa_ops
-from helpers.launches import FOURS, SM90, Launches, write_product
+from helpers.cuda_calls import batch, call, int32
+from helpers.launches import SM90, Launches, write_product
 from pa_ops import Capability, InvalidArgument, NoInstance, cuda, heuristics, registry, trace
 from pa_ops.arguments import CHUNK_KEYS, CONSTANT_BASE, MAP_ALIGNMENT, MAP_BYTES, RECORDS, STATES_A_BLOCK, UNCUT
 from pa_ops.checks import INT32_MAX
@@ -21,29 +22,13 @@ from pa_ops.generator import tiles
 from pa_ops.launch import CUT_BESIDE, CUT_ROUNDS, factor_of
 from pa_ops.launch_rows import FILLING_BLOCKS
 from pa_ops.portions import whole
-from pa_ops.scratch import MAX_POST_WORDS, MAX_STATE_WORDS, PARTS_AN_SM, blocks_of, tickets_at
+from pa_ops.scratch import MAX_POST_WORDS, MAX_STATE_WORDS, blocks_of, tickets_at
 from pa_ops.spec import Family, InstanceSpec
-
-
-def int32(*values: int) -> Tensor:
-    return torch.tensor(values, dtype=torch.int32)
-
-
-def batch(*news: int, dim: int = 64, dtype: torch.dtype = torch.float16, heads: int = 8) -> tuple[Tensor, ...]:
-    """Sequences of `news` new tokens, 20 keys each, 2 KV heads."""
-    q = torch.zeros(sum(news), heads, dim, dtype=dtype)
-    k_cache, v_cache = torch.zeros(2, 4, 16, 2, dim, dtype=dtype)
-    cu_seqlens = int32(0, *torch.tensor(news, dtype=torch.int64).cumsum(0).tolist())
-    return q, k_cache, v_cache, cu_seqlens, int32(*[20] * len(news)), int32(1, 3).repeat(len(news), 1)
 
 
 def paged(new: int = 3, dim: int = 64, dtype: torch.dtype = torch.float16) -> tuple[Tensor, ...]:
     """One sequence: with up to 4 new tokens its 4 query heads a KV head fill no tile of 16 rows, which is decode's."""
     return batch(new, dim=dim, dtype=dtype)
-
-
-def call(op: str, *tensors: Tensor, **options: Any) -> Any:
-    return cuda.IMPLEMENTATIONS[op](*tensors, **options)
 
 
 @pytest.mark.parametrize(
@@ -309,46 +294,6 @@ def test_X12_the_last_tiles_are_cut_but_under_batch_invariance(
         call("paged_attention", *batch(1, 1, 40, 1))
     found = [made.fields["cut_rounds"] for made in launches if made.maps]
     assert found == [CUT_ROUNDS, CUT_BESIDE, 0, 0] and CUT_ROUNDS > CUT_BESIDE > 0
-
-
-FOUR_BLOCKS = "pa_attn_flash_sm90_fp16_kvfp16_d256v256_gather_full_m128n80s2w12c4"
-
-
-def test_X12_clusters_of_four_leave_every_eleventh_tile_to_pairs_on_the_other_sms(launches: Launches) -> None:
-    """All else of the two launches is one call's, and their rooms in the workspace are two."""
-    arguments = {"causal": False, "backend": FOUR_BLOCKS}
-    with trace.recording() as decisions:
-        call("paged_attention", *batch(40, dim=256), **arguments)
-    fours, pairs = launches
-    assert [made.symbol for made in launches] == [made.instance for made in decisions]
-    assert [made.symbol for made in launches] == [FOUR_BLOCKS, FOUR_BLOCKS.replace("c4", "c2")]
-    assert [(made.x, made.y) for made in launches] == [(4 * FOURS, 1), (SM90.num_sms - 4 * FOURS, 1)]
-    differ = {name: (fours.fields[name], pairs.fields[name]) for name in fours.fields}
-    differ = {name: values for name, values in differ.items() if values[0] != values[1]}
-    tickets = differ.pop("tickets")
-    assert differ == {"beside": (0, 1), "halves": (0, 1), "first_state": (0, 4 * FOURS * PARTS_AN_SM)}
-    assert tickets[1] == tickets[0] + 4 and fours.maps == pairs.maps
-    assert (fours.fields["every"], fours.fields["at_once"]) == (11, 33)
-
-
-@pytest.mark.parametrize("held", [0, SM90.num_sms // 4])
-def test_where_all_sms_are_of_one_kind_there_is_one_launch(
-    launches: Launches, held: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("helpers.launches.FOURS", held)
-    call("paged_attention", *batch(40, dim=256), causal=False, backend=FOUR_BLOCKS)
-    [made] = launches
-    assert made.symbol.endswith("c4" if held else "c2") and made.x == SM90.num_sms
-    assert [made.fields[name] for name in ("every", "halves", "beside", "first_state")] == [0] * 4
-
-
-def test_clusters_of_four_have_all_tiles_where_pairs_are_not_built(
-    launches: Launches, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(registry.Registry, "sibling", lambda *_: None)
-    call("paged_attention", *batch(40, dim=256), causal=False, backend=FOUR_BLOCKS)
-    [made] = launches
-    assert (made.symbol, made.x, made.fields["every"]) == (FOUR_BLOCKS, SM90.num_sms, 0)
 
 
 @pytest.mark.parametrize("news", [(1, 1, 1, 1), (1, 1, 40, 1), (40,), (3,)])

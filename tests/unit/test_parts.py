@@ -58,10 +58,7 @@ Portions = plain.run("portions", {"quotients": plain.run("quotients", {})})["Por
 parts = SimpleNamespace(
     **plain.run(
         "parts",
-        {
-            "quotients": plain.run("quotients", {}),
-            "worklist": {"find_tile": find_tile},
-        },
+        {"quotients": plain.run("quotients", {}), "worklist": {"find_tile": find_tile}},
         lane_idx=lambda: warp.lane,
         warp_redux_sync=warp.reduced,
     )

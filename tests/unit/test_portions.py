@@ -1,4 +1,5 @@
-"""How two grids share a batch's tiles out: pa_ops/portions.py, and templates/device/portions.py with plain numbers."""
+"""How two grids share a batch's tiles out: pa_ops/portions.py, templates/device/portions.py with plain numbers, and the
+launches of a call."""
 
 from __future__ import annotations
 
@@ -10,10 +11,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from helpers import plain
+from helpers.cuda_calls import batch, call
+from helpers.launches import FOURS, SM90, Launches
+from pa_ops import registry, trace
 from pa_ops.portions import Portion, shared_out, whole
 from pa_ops.scratch import PARTS_AN_SM, parts_at, tiles_at
 from pa_ops.spec import FOUR, PAIR
 
+FOUR_BLOCKS = "pa_attn_flash_sm90_fp16_kvfp16_d256v256_gather_full_m128n80s2w12c4"
 Portions = plain.run("portions", {"quotients": plain.run("quotients", {})})["Portions"]
 
 
@@ -67,3 +72,40 @@ def test_a_grid_by_itself_has_every_tile(cluster: int) -> None:
     assert portion.tickets_at(132) == tiles_at(132) < parts_at(132)
     for taken in (False, True):  # a kernel that could be one of two grids is as well by itself
         assert len(halves_of(portion, 57, taken=taken)) == 2 * 57
+
+
+def test_X12_clusters_of_four_leave_every_eleventh_tile_to_pairs_on_the_other_sms(launches: Launches) -> None:
+    """All else of the two launches is one call's, and their rooms in the workspace are two."""
+    arguments = {"causal": False, "backend": FOUR_BLOCKS}
+    with trace.recording() as decisions:
+        call("paged_attention", *batch(40, dim=256), **arguments)
+    fours, pairs = launches
+    assert [made.symbol for made in launches] == [made.instance for made in decisions]
+    assert [made.symbol for made in launches] == [FOUR_BLOCKS, FOUR_BLOCKS.replace("c4", "c2")]
+    assert [(made.x, made.y) for made in launches] == [(4 * FOURS, 1), (SM90.num_sms - 4 * FOURS, 1)]
+    differ = {name: (fours.fields[name], pairs.fields[name]) for name in fours.fields}
+    differ = {name: values for name, values in differ.items() if values[0] != values[1]}
+    tickets = differ.pop("tickets")
+    assert differ == {"beside": (0, 1), "halves": (0, 1), "first_state": (0, 4 * FOURS * PARTS_AN_SM)}
+    assert tickets[1] == tickets[0] + 4 and fours.maps == pairs.maps
+    assert (fours.fields["every"], fours.fields["at_once"]) == (11, 33)
+
+
+@pytest.mark.parametrize("held", [0, SM90.num_sms // 4])
+def test_where_all_sms_are_of_one_kind_there_is_one_launch(
+    launches: Launches, held: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("helpers.launches.FOURS", held)
+    call("paged_attention", *batch(40, dim=256), causal=False, backend=FOUR_BLOCKS)
+    [made] = launches
+    assert made.symbol.endswith("c4" if held else "c2") and made.x == SM90.num_sms
+    assert [made.fields[name] for name in ("every", "halves", "beside", "first_state")] == [0] * 4
+
+
+def test_clusters_of_four_have_all_tiles_where_pairs_are_not_built(
+    launches: Launches, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(registry.Registry, "sibling", lambda *_: None)
+    call("paged_attention", *batch(40, dim=256), causal=False, backend=FOUR_BLOCKS)
+    [made] = launches
+    assert (made.symbol, made.x, made.fields["every"]) == (FOUR_BLOCKS, SM90.num_sms, 0)
