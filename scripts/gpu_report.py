@@ -69,6 +69,14 @@ def table(head: tuple[str, ...], rows: list[tuple[object, ...]]) -> list[str]:
     return [*lines, *(f"| {' | '.join(map(str, row))} |" for row in rows), ""]
 
 
+def compilers(evidence: Mapping[Key, Evidence]) -> list[tuple[str, str]]:
+    """What made the code that ran, a row for the targets of the same compilers."""
+    targets: dict[str, set[str]] = defaultdict(set)
+    for (_, target), row in evidence.items():
+        targets[", ".join(" ".join(tool) for tool in sorted(row.tools.items()))].add(target)
+    return [(f"compilers of {', '.join(sorted(of))}", tools) for tools, of in targets.items() if tools]
+
+
 def markdown(tests: Tests, evidence: Mapping[Key, Evidence], machine: Machine, commit: str) -> str:
     """The report as a page."""
     by_file = [
@@ -95,6 +103,7 @@ def markdown(tests: Tests, evidence: Mapping[Key, Evidence], machine: Machine, c
                 ("tests", f"{tests.total('passed')} passed, {tests.total('failed')} failed, "
                           f"{tests.total('skipped')} skipped in {sum(tests.seconds.values()):.0f} s of all workers"),
                 ("kernels that ran", len(evidence)),
+                *compilers(evidence),
             ],
         ),
         "## Tests",

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import os
 import sys
 from collections.abc import Sequence
@@ -11,8 +10,8 @@ from types import ModuleType
 
 import pytest
 import torch
-from core_rows import ROOT
 
+from helpers import scripts
 from helpers.machine import this_machine
 from pa_ops import InvalidArgument, evidence
 from pa_ops.evidence import Evidence, Machine
@@ -22,13 +21,8 @@ BAD = '<failure message="no&#10;more">trace</failure>'
 
 
 @pytest.fixture
-def script(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    spec = importlib.util.spec_from_file_location("gpu_report", ROOT / "scripts" / "gpu_report.py")
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    monkeypatch.setitem(sys.modules, spec.name, module)
-    spec.loader.exec_module(module)
-    return module
+def script() -> ModuleType:
+    return scripts.script("gpu_report")
 
 
 def run(script: ModuleType, tmp_path: Path, *cases: str, drivers: Sequence[str] = ("580.1", "580.1")) -> int:
@@ -64,6 +58,15 @@ def test_G4_no_test_is_no_report(script: ModuleType, tmp_path: Path, monkeypatch
     with pytest.raises(SystemExit, match="no test ran"):
         run(script, tmp_path)
     assert not (tmp_path / "docs").exists()
+
+
+def test_G4_the_page_tells_which_compilers_made_what_ran(script: ModuleType) -> None:
+    older, newer = {"cuda": "cu12", "nvrtc": "12.9"}, {"cuda": "cu13", "nvrtc": "13.0"}
+    targets = (("sm_80", older), ("sm_90a", newer), ("sm_75", older))
+    rows = {("pa_x", target): Evidence("a" * 64, 1, 0.5, tools=tools) for target, tools in targets}
+    page = script.markdown(script.Tests(), rows, Machine("H200", "580.1", "2.11", "3.12"), "abc")
+    assert "| compilers of sm_75, sm_80 | cuda cu12, nvrtc 12.9 |" in page
+    assert "| compilers of sm_90a | cuda cu13, nvrtc 13.0 |" in page
 
 
 def test_G4_runs_of_two_machines_are_no_report(
