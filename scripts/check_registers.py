@@ -66,12 +66,17 @@ def images() -> Iterator[tuple[str, Path]]:
 
 
 def main() -> int:
-    """0 where at least one kernel is built and none reads what nothing writes; else 1, with each that does."""
+    """0 where at least one kernel is built and none reads what nothing writes; else 1, with each that does.
+
+    Needs the objects that a build leaves beside its library; raises naming one that is not there.
+    """
     command = [disassembler(), "-c"]
 
     def lost_by(image: Path) -> dict[int, str]:
-        listing = subprocess.run([*command, image], capture_output=True, text=True, check=True).stdout
-        return unwritten(listing)
+        ran = subprocess.run([*command, image], capture_output=True, text=True)
+        if ran.returncode:
+            raise SystemExit(f"check_registers: {image}: {ran.stderr.strip() or 'nothing listed'}")
+        return unwritten(ran.stdout)
 
     files = dict(images())
     with ThreadPoolExecutor(os.cpu_count()) as pool:
