@@ -49,14 +49,14 @@ NO_STRIP = Missing("strip", "install binutils")
 NO_NINJA = Missing("ninja", "pip install ninja")
 
 
-def _package_folders(name: str) -> list[Path]:
+def package_folders(name: str) -> list[Path]:
     """The folders of a package: several where it is a namespace that several distributions share."""
     spec = importlib.util.find_spec(name)
     return [Path(place) for place in spec.submodule_search_locations or ()] if spec is not None else []
 
 
 def _package_folder(name: str) -> Path | None:
-    return next(iter(_package_folders(name)), None)
+    return next(iter(package_folders(name)), None)
 
 
 def _first(paths: Iterable[Path]) -> Path | None:
@@ -109,7 +109,7 @@ class Toolchain:
     def _nvrtcs(self) -> Iterator[Path]:
         wheels = {12: "cuda_nvrtc", 13: "cu13"}
         for major in CUDA_MAJORS:
-            for nvidia in _package_folders("nvidia"):
+            for nvidia in package_folders("nvidia"):
                 yield nvidia / wheels[major] / "lib" / f"libnvrtc.so.{major}"
         for home in (os.environ.get("CUDA_HOME"), "/usr/local/cuda"):
             for lib, major in product(("lib64", "targets/x86_64-linux/lib", "lib"), CUDA_MAJORS):

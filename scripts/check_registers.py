@@ -19,6 +19,7 @@ from pathlib import Path
 from pa_ops.capability import parse_target
 from pa_ops.generator import ptx
 from pa_ops.generator.layout import Layout
+from pa_ops.generator.toolchain import package_folders
 from pa_ops.homes import home
 from pa_ops.manifest import FILE_NAME, Manifest
 
@@ -49,7 +50,7 @@ def unwritten(listing: str) -> dict[int, str]:
 
 def disassembler() -> str:
     """nvdisasm, of its package from PyPI or of PATH; raises where there is none."""
-    packaged = [Path(folder) / "nvidia" / "cu13" / "bin" / "nvdisasm" for folder in sys.path]
+    packaged = [folder / "cu13" / "bin" / "nvdisasm" for folder in package_folders("nvidia")]
     found = next((str(path) for path in packaged if path.is_file()), None) or shutil.which("nvdisasm")
     if found is None:
         raise SystemExit("check_registers: no nvdisasm: pip install nvidia-cuda-nvdisasm")
