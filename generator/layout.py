@@ -87,6 +87,11 @@ class Layout:
         return self.objects / f"{name}.error"
 
 
+def built(home: Path) -> tuple[Layout, ...]:
+    """Those targets of a product home whose build has ended, by name."""
+    return tuple(Layout(manifest.parent) for manifest in sorted(home.glob(f"*/{FILE_NAME}")))
+
+
 def write_atomically(path: Path, text: str) -> None:
     """Replace `path` by `text` in one step, so that a reader or a crash sees the old file or the new one."""
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f"{path.name}.", suffix=TEMPORARY)

@@ -18,10 +18,10 @@ from pathlib import Path
 
 from pa_ops.capability import parse_target
 from pa_ops.generator import ptx
-from pa_ops.generator.layout import Layout
+from pa_ops.generator.layout import built
 from pa_ops.generator.toolchain import package_folders
 from pa_ops.homes import home
-from pa_ops.manifest import FILE_NAME, Manifest
+from pa_ops.manifest import Manifest
 
 FIRST_SM = 75
 _INSTRUCTION = re.compile(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?(?P<opcode>[A-Z][\w.]*)\s*(?P<operands>[^;]*);")
@@ -59,11 +59,11 @@ def disassembler() -> str:
 
 def images() -> Iterator[tuple[str, Path]]:
     """Name and machine code of every kernel here that has uniform registers."""
-    for path in sorted(home().glob(f"*/{FILE_NAME}")):
-        manifest = Manifest.load(path)
+    for layout in built(home()):
+        manifest = Manifest.load(layout.manifest)
         if parse_target(manifest.target) >= FIRST_SM and not ptx.is_target(manifest.target):
             for entry in manifest.entries:
-                yield f"{entry.name} for {manifest.target}", Layout(path.parent).object(entry.name)
+                yield f"{entry.name} for {manifest.target}", layout.object(entry.name)
 
 
 def main() -> int:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import sys
 
+from pa_ops.generator.layout import built
 from pa_ops.homes import home
-from pa_ops.manifest import FILE_NAME, Manifest
+from pa_ops.manifest import Manifest
 
 
 def main() -> int:
     """0 where at least one kernel is built and none spills; else 1, with each that does."""
-    manifests = [Manifest.load(path) for path in sorted(home().glob(f"*/{FILE_NAME}"))]
+    manifests = [Manifest.load(layout.manifest) for layout in built(home())]
     kernels = [entry for manifest in manifests for entry in manifest.entries]
     spills = [entry for entry in kernels if entry.spill_bytes or entry.stack_bytes]
     for entry in spills:

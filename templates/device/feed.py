@@ -11,6 +11,7 @@ from cutlass import Int32, Int64, Uint32
 from pa_ops.templates.device.ptx import st_shared_32
 from pa_ops.templates.device.ptx_global import cp_async_twice, ld_global_i32_where
 from pa_ops.templates.device.quotients import by_factor, divided
+from pa_ops.templates.device.tiles import PERIOD
 
 # Words of the stream's state: where it stands, then what has been looked up and not yet copied.
 UNITS = 0  # tiles of the share that are still to be looked up
@@ -27,7 +28,6 @@ PENDING = 8  # page, offset and head of each tile between look-up and copy
 # V, which nobody reads again: 67 MB take 10% less by it, 268 MB 2% less, 540 MB and more 3 to 4% more.
 SMALL = 5 << 18
 MOST_TOLD = 192  # columns up to which there are registers for that
-SWIZZLED = 8  # rows after which chunks lie as before
 
 
 class Feed:
@@ -133,13 +133,13 @@ class Feed:
         """Start copying rows of K and V, each lane those pieces that are its own; it has the addresses of one row."""
         shape = self.shape
         row, chunk = lane // shape.lanes_a_row, lane % shape.lanes_a_row
-        firsts = [shape.address(keys_at, row + step, chunk) for step in range(0, SWIZZLED, shape.rows_a_pass)]
+        firsts = [shape.address(keys_at, row + step, chunk) for step in range(0, PERIOD, shape.rows_a_pass)]
         if read_once:  # ptxas 12.9 forgets an address's uniform register beside a policy; a maximum is the lane's own
             firsts = [cutlass.max(first, 0) for first in firsts]
         mine = missing >> row  # bit `step`: the row that this lane copies in that pass
         for step in range(0, self.warp_keys, shape.rows_a_pass):
             sources = [self.handed(value, row + step) + Int64(chunk * 16) for value in (k_row, v_row)]
-            target = firsts[step % SWIZZLED // shape.rows_a_pass] + step // SWIZZLED * SWIZZLED * shape.pitch
+            target = firsts[step % PERIOD // shape.rows_a_pass] + step // PERIOD * PERIOD * shape.pitch
             for j in range(shape.chunks_a_lane):
                 column = chunk + j * shape.lanes_a_row
                 at_chunk = j * shape.lanes_a_row * 16

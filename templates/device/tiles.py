@@ -10,6 +10,7 @@ from copy import copy
 from pa_ops.templates.device.ptx import ldmatrix_x4
 
 CHUNK = 16  # bytes of one cp.async, and of one row of an 8x8 matrix
+PERIOD = 8  # rows after which chunks lie as before
 
 
 class TileShape:
@@ -25,7 +26,7 @@ class TileShape:
         self.chunks_a_lane = self.chunks // self.lanes_a_row
 
     def swizzle(self, row):
-        """The xor term of a row; constant over steps of eight rows."""
+        """The xor term of a row; the same after PERIOD rows."""
         return (row & 7) if self.wide else ((row >> 1) & 3)
 
     def address(self, base, row, chunk):
