@@ -77,8 +77,16 @@ def attention_tiles(tokens: int, sequences: int, rows: int, max_seqlen_q: int | 
     return max(bound, 1)
 
 
-def work_list(lengths: Sequence[int], rows: int) -> Iterator[Work]:
-    """Each tile of `rows` query rows once, in rank order; sequences of length 0 have none."""
+def work_list(lengths: Sequence[int], rows: int, step: int | None = None) -> Iterator[Work]:
+    """Each tile of `rows` query rows once, in rank order; sequences of length 0 have none.
+
+    The last tile of a sequence ends at the multiple of `step`, a divisor of `rows`, that follows: what has room left is
+    the first tile, or the last one where no step is given.
+    """
+    step = step or rows
     for sequence, length in enumerate(lengths):
-        for block in range(ceil_div(max(length, 0), rows)):
-            yield Work(sequence, block, block * rows, min(rows, length - block * rows))
+        tiles, end = ceil_div(max(length, 0), rows), ceil_div(max(length, 0), step) * step
+        for block in range(tiles):
+            stop = end - (tiles - 1 - block) * rows
+            first = max(stop - rows, 0)
+            yield Work(sequence, block, first, min(stop, length) - first)

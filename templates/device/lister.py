@@ -19,7 +19,7 @@ from pa_ops.templates.device.ptx_grid import wait_for_grid
 from pa_ops.templates.device.quotients import divided
 from pa_ops.templates.device.shared_sm90 import BARRIER, HEAD, SLOT, SLOTS, TOKEN, columns_of
 from pa_ops.templates.device.warpgroup import GROUP_ROWS
-from pa_ops.templates.device.worklist import find_tile, length_at, paged_keys, tiles_of
+from pa_ops.templates.device.worklist import end_of, find_tile, length_at, paged_keys, step_of, tiles_of
 
 # Of keys and values that a section of heads may have: blocks of two sections run at a time, and each half of an H200's
 # L2 cache of 50 MB holds what its own SMs read. 24 MB are 1% slower without a mask, and equal with one.
@@ -52,25 +52,26 @@ class Lister:
         if cutlass.const_expr(not self.masked):
             cluster = self.cluster
             cut = cut_of(args, self.portions, tokens_here * cluster.blocks, args.heads >> bits, cluster.count())
-        sequence, first, head, number = self.tile_at(args, cut, rank)
+        sequence, stop, head, number = self.tile_at(args, cut, rank)
         while sequence >= 0:
             q_start, q_len = length_at(args.cu_seqlens_q, sequence, args.tokens)
             first_key, k_len = self.keys_of(args, sequence, q_len)
-            tokens = cutlass.min(q_len - first, tokens_here * self.cluster.blocks)
-            position = first + (args.position if self.masked else k_len - q_len)
-            low, high, steps, end, edges, inner = self.sight.blocks(args, position, tokens, k_len)
+            shift = args.position if self.masked else k_len - q_len
+            first = cutlass.max(stop - tokens_here * self.cluster.blocks, 0)
+            live = cutlass.min(stop, q_len) - first
+            low, high, steps, end, edges, inner = self.sight.blocks(args, first + shift, live, k_len)
             part = part_of(cut, rank, number, steps)
-            ahead = self.cluster.mate() * tokens_here
-            first, position, tokens = first + ahead, position + ahead, cutlass.min(tokens - ahead, tokens_here)
+            there = (stop > 0) & ((part.begin < part.stop) | (part.number == 0))  # half of a unit may have no rows
+            stop = stop - (self.cluster.blocks - 1 - self.cluster.mate()) * tokens_here
+            first = cutlass.max(stop - tokens_here, 0)
+            position, tokens = first + shift, cutlass.min(stop, q_len) - first
             if cutlass.const_expr(self.again.trusts and self.cluster.blocks > 1):
                 # Edges are those that the rows would have by themselves: see `FlashSm90.walk`.
                 _, _, _, own_end, own_edges, _ = self.sight.blocks(args, position, tokens, k_len)
                 edges = end - own_end + own_edges
             state = part.state + self.cluster.mate() * (self.cluster.count() * STATES)
-            there = (part.begin < part.stop) | (part.number == 0)
             if cutlass.const_expr(self.portions.taken):
                 state = state + args.first_state
-                there = there & (first - ahead < q_len)  # a unit's second half may have no rows
             if there:
                 rows = (sequence, q_start + first, tokens << bits, head, position, k_len, first_key, low, high)
                 blocks = (part.stop - part.begin, *(number - part.begin for number in (end, edges, inner)))
@@ -83,7 +84,7 @@ class Lister:
                 turn = self.list_lost(args, smem, q_map, turn + 1)
             rank = self.take_ticket(args, smem, taken)
             taken = taken + 1
-            sequence, first, head, number = self.tile_at(args, cut, rank)
+            sequence, stop, head, number = self.tile_at(args, cut, rank)
         turn = self.list_lost(args, smem, q_map, turn, last=True)
         self.fill(smem, turn, (Int32(0),))
         if args.beside != 0:  # who waits for this grid waits for that one too
@@ -155,8 +156,8 @@ class Lister:
 
     @cute.jit
     def tile_at(self, args, cut: Cut, rank: Int32):
-        """(sequence, first token in it, first head) of this grid's tile of that rank, number of its part; sequence -1
-        beyond the last."""
+        """(sequence, the token in it that would follow were the tile full, first head) of this grid's tile of that
+        rank, number of its part; sequence -1 beyond the last."""
         bits = pack_bits(args, self.masked)
         tokens = (Int32(self.rows) >> bits) * self.cluster.blocks
         heads = args.heads >> bits  # those that have tiles of their own
@@ -165,7 +166,7 @@ class Lister:
         unit_tokens = self.portions.tokens_of_unit(args, tokens)
         place = divided(unit, heads)
         sequence, block = find_tile(args, unit_tokens, place)
-        first_token, head = Int32(0), unit - place * heads
+        stop, head = Int32(0), unit - place * heads
         if sequence >= 0:
             _, q_len = length_at(args.cu_seqlens_q, sequence, args.tokens)
             _, k_len = self.keys_of(args, sequence, q_len)
@@ -173,13 +174,14 @@ class Lister:
             units = tiles_of(q_len, unit_tokens)
             order = sections_of(units, heads, args.group >> bits, near, self.portions.at_once(args), self.causal)
             row_block, head = place_of(block * heads + head, order)
-            first_token = row_block * unit_tokens + half * tokens
+            end = end_of(q_len, step_of(self.rows, bits, self.sight.keys))
+            stop = end - (units - row_block) * unit_tokens + (half + 1) * tokens
         elif (
             self.portions.past(args, tile, unit, block * heads + head) * cut.parts + number == self.cluster.count() - 1
         ):
             # Clusters stop at the first rank beyond the last tile, each at one of its own: this is the last one.
             st_global_i32(args.tickets, Int32(0))
-        return sequence, first_token, head << bits, number
+        return sequence, stop, head << bits, number
 
     @cute.jit
     def keys_of(self, args, sequence: Int32, queries: Int32):

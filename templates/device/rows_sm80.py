@@ -1,5 +1,6 @@
 """Query rows of one thread block: turns a place in the work list into rows, where they stand, and the keys they see."""
 
+import math
 from typing import NamedTuple
 
 import cutlass
@@ -8,7 +9,7 @@ from cutlass import Float32, Int32, Int64
 
 from pa_ops.templates.device import mask_tile, pages
 from pa_ops.templates.device.ptx import opaque
-from pa_ops.templates.device.worklist import length_at, paged_keys
+from pa_ops.templates.device.worklist import end_of, length_at, paged_keys
 
 
 class Tile(NamedTuple):
@@ -54,8 +55,8 @@ class Rows:
             k_len = paged_keys(args, sequence, q_len)
         else:
             k_start, k_len = length_at(args.kv_lengths, sequence, args.keys)
-        first = ((q_len + (self.rows - 1)) // self.rows - 1 - block) * self.rows
-        end_row = cutlass.min(first + self.rows, q_len)
+        stop = end_of(q_len, math.gcd(self.rows, self.keys)) - block * self.rows
+        first, end_row = cutlass.max(stop - self.rows, 0), cutlass.min(stop, q_len)
         shift = args.position if self.masked else k_len - q_len
         position, last = shift + first, shift + end_row - 1
         low, safe_low, high, safe_high = self.seen(args, position, last, k_len)
