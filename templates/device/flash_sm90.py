@@ -23,7 +23,7 @@ from pa_ops.templates.device.lister import Lister
 from pa_ops.templates.device.mask_words import MaskWords
 from pa_ops.templates.device.part_states import PartStates
 from pa_ops.templates.device.portions import Portions
-from pa_ops.templates.device.ptx import ld_shared_32, opaque, st_shared_32, st_shared_128
+from pa_ops.templates.device.ptx import ld_shared_32, ld_shared_32_where, opaque, st_shared_32, st_shared_128
 from pa_ops.templates.device.ptx_grid import start_next_grid, wait_for_grid
 from pa_ops.templates.device.shared_sm90 import (
     AGAIN,
@@ -289,13 +289,13 @@ class FlashSm90:
 
     @cute.jit
     def take_holes(self, smem: Int32, stage: Int32):
-        """A bit for each box of the stage's keys that has no page: read by the lane that will give the stage back, so
-        that who writes the next word can be seen to come after (racecheck asks for that)."""
+        """A bit for each box of the stage's keys that has no page: read by the lane that will give the stage back to
+        this block, so that who writes the next word can be seen to come after (racecheck asks for that)."""
         hole = Int32(0)
         if cutlass.const_expr(self.paged):
-            if cute.arch.lane_idx() == 0:
-                hole = ld_shared_32(smem + self.shared.holes + stage * 4)
-            hole = cute.arch.shuffle_sync(hole, 0)
+            reader = cute.arch.lane_idx() == self.cluster.mate()
+            hole = ld_shared_32_where(smem + self.shared.holes + stage * 4, reader)
+            hole = cute.arch.warp_redux_sync(hole, "or")
         return hole
 
     @cute.jit

@@ -141,6 +141,14 @@ def ld_shared_32(address, *, loc=None, ip=None):
 
 
 @dsl_user_op
+def ld_shared_32_where(address, where, *, loc=None, ip=None):
+    """Load one register from shared memory where `where` holds, else give 0; no branch."""
+    operands = [Int32(x).ir_value(loc=loc, ip=ip) for x in (address, where)]
+    text = "{ .reg .pred p; setp.ne.b32 p, $2, 0; mov.b32 $0, 0; @p ld.shared.b32 $0, [$1]; }"
+    return Int32(_asm(T.i32(), operands, text, "=&r,r,r", True, loc, ip))
+
+
+@dsl_user_op
 def st_shared_f32x2(address, low, high, *, loc=None, ip=None):
     """Store two neighbouring fp32 to shared memory."""
     operands = [Int32(address).ir_value(loc=loc, ip=ip), *(Float32(x).ir_value(loc=loc, ip=ip) for x in (low, high))]
