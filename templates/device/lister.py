@@ -19,15 +19,7 @@ from pa_ops.templates.device.ptx_grid import wait_for_grid
 from pa_ops.templates.device.quotients import divided
 from pa_ops.templates.device.shared_sm90 import BARRIER, HEAD, SLOT, SLOTS, TOKEN, columns_of
 from pa_ops.templates.device.warpgroup import GROUP_ROWS
-from pa_ops.templates.device.worklist import (
-    end_of,
-    find_tile,
-    length_at,
-    paged_keys,
-    rows_before,
-    step_of,
-    tiles_of,
-)
+from pa_ops.templates.device.worklist import end_of, find_tile, length_at, paged_keys, step_of, tiles_of
 
 # Of keys and values that a section of heads may have: blocks of two sections run at a time, and each half of an H200's
 # L2 cache of 50 MB holds what its own SMs read. 24 MB are 1% slower without a mask, and equal with one.
@@ -65,13 +57,14 @@ class Lister:
             q_start, q_len = length_at(args.cu_seqlens_q, sequence, args.tokens)
             first_key, k_len = self.keys_of(args, sequence, q_len)
             shift = args.position if self.masked else k_len - q_len
-            first, behind = rows_before(stop, tokens_here * self.cluster.blocks, q_len)
-            low, high, steps, end, edges, inner = self.sight.blocks(args, first + shift, behind - first, k_len)
+            first = cutlass.max(stop - tokens_here * self.cluster.blocks, 0)
+            live = cutlass.min(stop, q_len) - first
+            low, high, steps, end, edges, inner = self.sight.blocks(args, first + shift, live, k_len)
             part = part_of(cut, rank, number, steps)
             there = (stop > 0) & ((part.begin < part.stop) | (part.number == 0))  # half of a unit may have no rows
             stop = stop - (self.cluster.blocks - 1 - self.cluster.mate()) * tokens_here
-            first, behind = rows_before(stop, tokens_here, q_len)
-            position, tokens = first + shift, behind - first
+            first = cutlass.max(stop - tokens_here, 0)
+            position, tokens = first + shift, cutlass.min(stop, q_len) - first
             if cutlass.const_expr(self.again.trusts and self.cluster.blocks > 1):
                 # Edges are those that the rows would have by themselves: see `FlashSm90.walk`.
                 _, _, _, own_end, own_edges, _ = self.sight.blocks(args, position, tokens, k_len)

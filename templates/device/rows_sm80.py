@@ -9,7 +9,7 @@ from cutlass import Float32, Int32, Int64
 
 from pa_ops.templates.device import mask_tile, pages
 from pa_ops.templates.device.ptx import opaque
-from pa_ops.templates.device.worklist import end_of, length_at, paged_keys, rows_before
+from pa_ops.templates.device.worklist import end_of, length_at, paged_keys
 
 
 class Tile(NamedTuple):
@@ -56,7 +56,7 @@ class Rows:
         else:
             k_start, k_len = length_at(args.kv_lengths, sequence, args.keys)
         stop = end_of(q_len, math.gcd(self.rows, self.keys)) - block * self.rows
-        first, end_row = rows_before(stop, self.rows, q_len)
+        first, end_row = cutlass.max(stop - self.rows, 0), cutlass.min(stop, q_len)
         shift = args.position if self.masked else k_len - q_len
         position, last = shift + first, shift + end_row - 1
         low, safe_low, high, safe_high = self.seen(args, position, last, k_len)

@@ -12,8 +12,7 @@ from helpers import plain
 
 SLOTS, SLOT, BARRIER = 2, 76, 8
 PLACES = {"AGAIN": 68, "TURN": 72, "HEAD": 16, "TOKEN": 8}
-LENGTHS = ("keys_of", "wait_for_grid", "find_tile", "length_at", "paged_keys", "tiles_of")
-ENDS = ("end_of", "rows_before", "step_of")
+LENGTHS = ("keys_of", "wait_for_grid", "find_tile", "length_at", "paged_keys", "tiles_of", "end_of", "step_of")
 NOTHING = {"wait_for": lambda barrier, parity: None, "arrive_at": lambda barrier: None}
 SHARED = SimpleNamespace(slots=1000, lost=2000, asked=3000, slot_full=4000, slot_empty=5000)
 
@@ -56,7 +55,7 @@ def lister(work: Work) -> Any:
     """A listing warp of that work."""
     ptx = {"ld_shared_32": lambda at: 0, "st_shared_32": lambda at, word: None}
     names = ("cut_of", "part_of", "tile_of", "place_of", "sections_of", "pack_bits", "token_of", "divided", "take")
-    others = dict.fromkeys((*names, *LENGTHS, *ENDS))
+    others = dict.fromkeys((*names, *LENGTHS))
     others |= {"STATES": 4, "Cut": tuple, "GROUP_ROWS": 64, "columns_of": None, "st_global_i32": None}
     modules = ("mask_tile", "order", "packing", "parts", "ptx_global", "ptx_grid", "quotients", "warpgroup", "worklist")
     shared = {"BARRIER": BARRIER, "SLOT": SLOT, "SLOTS": SLOTS, **PLACES, **others}
