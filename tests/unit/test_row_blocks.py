@@ -42,8 +42,6 @@ def test_the_first_tile_is_the_one_with_room_and_none_sees_more_keys_than_in_ord
     assert 0 < found[0] <= tokens, "the first begins before it, and has rows"
     assert all(end % step == 0 for end in found), "they begin where blocks of keys may"
     rows = [(max(end - tokens, 0), min(end, length)) for end in found]
-    assert rows == [(tile.first, tile.first + tile.rows) for tile in work_list([length], tokens, step)], (
-        "as the host has"
-    )
+    assert rows == [(tile.first, tile.first + tile.rows) for tile in work_list([length], tokens, step)]
     for block, end in enumerate(found):
         assert ceil_div(min(end, length), keys) <= ceil_div(min((block + 1) * tokens, length), keys)
