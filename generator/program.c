@@ -3,7 +3,7 @@
  * A program is an array of 64-bit words that pa_ops/program.py writes:
  *   tensors, steps, device
  *   a tensor:  present, dtype, dimensions, flags; a dimension: rule, name, value
- *   a step:    kernel, record bytes, patches, grid rule and its three numbers; the record; its patches
+ *   a step:    kernel, record bytes, patches, grid rule and its four numbers; the record; its patches
  *   a patch:   offset, bytes, a value; of a tensor map: offset, bytes, three extents of a box, element type,
  *   eight values
  *   a value:   source, tensor and axis, times, plus
@@ -153,12 +153,12 @@ static int patch(struct pa_call *call, char *record)
 /* x and y from sizes 0 (tokens) and 1 (sequences): an extent may exceed the work, never fall short of it. */
 static void grid(struct pa_call *call, unsigned extent[2])
 {
-    word rule = next(call), a = next(call), b = next(call), c = next(call);
+    word rule = next(call), a = next(call), b = next(call), c = next(call), d = next(call);
     word tokens = call->sizes[0], sequences = call->sizes[1], x, y;
-    if (rule == GRID_TILES) { /* a: rows of a tile, b: bound of a length or -1, c: heads */
+    if (rule == GRID_TILES) { /* a: rows of a tile, b: bound of a length or -1, c: heads, d at a time */
         x = (tokens + min(sequences, tokens) * (a - 1)) / a;
-        x = max(b < 0 ? x : min(x, sequences * ceil_div(b, a)), 1);
-        y = c;
+        x = max(b < 0 ? x : min(x, sequences * ceil_div(b, a)), 1) * d;
+        y = c / d;
     } else if (rule == GRID_TOKENS) { /* a: slices of a token at most, b: blocks that fill the device */
         x = min(tokens, MAX_BLOCKS);
         y = max(min(a, b / max(x, 1)), 1);

@@ -135,6 +135,16 @@ ATTENTION = Record(
     ),
 )
 
+FLASH_SM80 = Record(
+    addresses=ATTENTION.addresses,
+    strides=ATTENTION.strides,
+    counts=(
+        *ATTENTION.counts,
+        "section_bits",  # 2^section_bits heads take turns as blocks start; 0 unless the mask is causal
+    ),
+    factors=ATTENTION.factors,
+)
+
 # Queries and keys are found by their maps, which tell their head size.
 _COUNTS_BY_MAPS = tuple("head_dim_v" if name == "head_dim" else name for name in ATTENTION.counts)
 FLASH_SM90 = Record(
@@ -325,10 +335,10 @@ def _masked(record: Record) -> Record:
     )
 
 
-MASKED_ATTENTION = _masked(ATTENTION)
+MASKED_SM80 = _masked(FLASH_SM80)
 MASKED_SM90 = _masked(FLASH_SM90)
 MASKED: dict[Family, Record] = {
-    Family.FLASH_SM80: MASKED_ATTENTION,
+    Family.FLASH_SM80: MASKED_SM80,
     Family.FLASH_SM90: MASKED_SM90,
     Family.MEA: _masked(MEA),
 }
@@ -336,7 +346,7 @@ HIDING = -1e30
 """An addend of a mask at or below this hides the key, as -inf does: scaled and times log2(e), lower ones overflow."""
 
 RECORDS: dict[Family, Record] = {
-    Family.FLASH_SM80: ATTENTION,
+    Family.FLASH_SM80: FLASH_SM80,
     Family.FLASH_SM90: FLASH_SM90,
     Family.DECODE: DECODE,
     Family.MEA: MEA,

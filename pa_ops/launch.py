@@ -18,7 +18,7 @@ from torch import Tensor
 from pa_ops.arguments import CHUNK_KEYS, FLASH_SM90, UNCUT, Record, record_of
 from pa_ops.capability import Capability
 from pa_ops.errors import InvalidArgument
-from pa_ops.plan import QUERY_ROWS, box_keys, columns_of, packed_heads, resident_blocks
+from pa_ops.plan import QUERY_ROWS, box_keys, columns_of, packed_heads, resident_blocks, section_bits
 from pa_ops.portions import Portion
 from pa_ops.program import Address, Grid, GridRule, Launch, Size, Source, Stride, TensorMap, Value
 from pa_ops.scratch import blocks_of, counters_at, parts_at, posts_at, tickets_at
@@ -148,9 +148,10 @@ class Setting(NamedTuple):
 def attention_launch(kernel: int, spec: InstanceSpec, call: Attention, setting: Setting) -> Launch:
     """Attend by tiles of query rows. The bound of lengths holds for every call to come."""
     bound = -1 if call.scores.max_seqlen_q is None else call.scores.max_seqlen_q
-    grid = Grid(GridRule.TILES, spec.tile.m, bound, call.heads)
+    bits = section_bits(spec, call.heads, call.heads // call.keys.kv_heads)
+    grid = Grid(GridRule.TILES, spec.tile.m, bound, call.heads, 1 << bits)
     record = record_of(spec)
-    sources = {**call.sources(), "skip_up_to": setting.skip_up_to}
+    sources = {**call.sources(), "skip_up_to": setting.skip_up_to, "section_bits": bits}
     return Launch(kernel, record, fields_of(record, sources), grid)
 
 

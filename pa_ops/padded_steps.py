@@ -64,6 +64,7 @@ def _launch(kernel: int, spec: InstanceSpec, call: Attention, arguments: Argumen
         **_places(arguments["kv_lengths"] is not None),
         **_mask_sources(arguments["mask"]),
         "skip_up_to": 0,
+        "section_bits": 0,
         "causal": int(arguments["causal"] or arguments["sliding_window"] > 0),
         "position": arguments["position"],
         "mask_factor": 1.0 / (call.scores.softcap or call.scores.softmax_scale),

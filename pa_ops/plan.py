@@ -24,6 +24,7 @@ class Work(NamedTuple):
 
 QUERY_ROWS = 64  # of a box of queries: those of one warpgroup
 WIDEST_COLUMNS = 64  # the 128 bytes that a copy swizzles at most
+SECTION_CHANNELS = 512  # of a key and as many of a value: 32 MB for 16k keys, of an H200's L2 cache of 50
 SWIZZLED_KEYS = 8  # that a copy swizzles together
 RESERVED_BYTES = 1024  # of shared memory: the system's in each block, and so much more than a block may have in an SM
 
@@ -50,6 +51,18 @@ def packed_heads(spec: InstanceSpec, group: int) -> int:
     if spec.family is not Family.FLASH_SM90 or spec.mask is Mask.TENSOR:
         return 1
     return math.gcd(group, QUERY_ROWS)
+
+
+def section_bits(spec: InstanceSpec, heads: int, group: int) -> int:
+    """The logarithm of the heads whose tiles take turns as blocks of `flash_sm80` start, for `group` query heads a KV
+    head: a power of two that divides `heads`, of as many KV heads as SECTION_CHANNELS allow.
+
+    Tiles of other masks than the causal one are equally long, and go head by head.
+    """
+    if spec.family is not Family.FLASH_SM80 or spec.mask is not Mask.CAUSAL:
+        return 0
+    near = max(SECTION_CHANNELS * group // spec.head_dim, 1)
+    return min(near.bit_length(), (heads & -heads).bit_length()) - 1
 
 
 def columns_of(head_dim: int) -> int:

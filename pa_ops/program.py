@@ -86,7 +86,7 @@ Source = Value | float | TensorMap
 class GridRule(IntEnum):
     """How the blocks of a launch follow from tokens and sequences."""
 
-    TILES = 0  # tiles of `a` query rows, at most `b` rows a sequence (-1: unknown), for each of `c` heads
+    TILES = 0  # tiles of `a` query rows, at most `b` rows a sequence (-1: unknown), each of `c` heads, `d` at a time
     TOKENS = 1  # a block a token, and up to `a` slices of a token while there are fewer than `b` blocks
     ROWS = 2  # `a` rows a token, `b` a block
     FIXED = 3  # `a` by `b` blocks
@@ -99,6 +99,7 @@ class Grid(NamedTuple):
     a: int = 0
     b: int = 0
     c: int = 0
+    d: int = 1
 
 
 @dataclass(frozen=True)

@@ -101,7 +101,7 @@ class FlashSm80:
         while lost != 0:
             # All of it is found anew in a second turn, so that nothing is kept for that through the first.
             lost = Int32(0)
-            rank, head, _ = cute.arch.block_idx()
+            rank, head = self.tiles.place(args)
             sequence, block = find_tile(args, self.rows, rank)
             if sequence >= 0:
                 lost = self.run_tile(args, sequence, block, head, trusting)

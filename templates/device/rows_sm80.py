@@ -44,6 +44,18 @@ class Rows:
         self.paged, self.causal, self.window, self.masked = paged, causal, window, masked
         self.rows, self.keys = rows, keys
 
+    def place(self, args):
+        """(rank, head) of the block's tile, the rank being that among a head's.
+
+        Blocks start in the order of x. In causal sequences 2^section_bits heads take turns, so that the longest tiles
+        of them all come first; by one head after another the last one's longest would begin when the others end.
+        """
+        x, y, _ = cute.arch.block_idx()
+        if not self.causal:
+            return x, y
+        bits = args.section_bits
+        return x >> bits, (y << bits) | (x & ((1 << bits) - 1))
+
     @cute.jit
     def tile(self, args, sequence: Int32, block: Int32, head: Int32):
         """The tile of that number in its sequence, of which the last come first: in a causal one they see most keys."""

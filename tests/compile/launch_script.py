@@ -41,8 +41,8 @@ from pa_ops.spec import InstanceSpec
 
 HALF = (torch.float16,)
 RULES = (Rule("x", "T Hq D", HALF, written=True), Rule("ends", "B+1", (torch.int32,)), Rule("y", "T.. D", HALF, True))
-GRIDS = (Grid(GridRule.TILES, 64, -1, 8), Grid(GridRule.TILES, 16, 40, 3), Grid(GridRule.TOKENS, 4, 99),
-         Grid(GridRule.ROWS, 8, 3), Grid(GridRule.FIXED, 5, 6))  # fmt: skip
+GRIDS = (Grid(GridRule.TILES, 64, -1, 8), Grid(GridRule.TILES, 16, 40, 3), Grid(GridRule.TILES, 16, 40, 24, 8),
+         Grid(GridRule.TOKENS, 4, 99), Grid(GridRule.ROWS, 8, 3), Grid(GridRule.FIXED, 5, 6))  # fmt: skip
 
 
 def tensors_of(tokens: int, sequences: int, *, heads: int = 8, dim: int = 64) -> list[Tensor | None]:

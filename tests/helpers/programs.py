@@ -139,10 +139,10 @@ def _patch(words: Words, record: bytearray, tensors: tuple[Tensor | None, ...]) 
     struct.pack_into("<i" if width == 4 else "<q", record, offset, min(value, INT32_MAX) if width == 4 else value)
 
 
-def grid_of(rule: int, a: int, b: int, c: int, tokens: int, sequences: int) -> tuple[int, int]:
+def grid_of(rule: int, a: int, b: int, c: int, d: int, tokens: int, sequences: int) -> tuple[int, int]:
     """Blocks of a launch."""
     if rule == GridRule.TILES:
-        return attention_tiles(tokens, sequences, a, None if b < 0 else b), c
+        return attention_tiles(tokens, sequences, a, None if b < 0 else b) * d, c // d
     if rule == GridRule.TOKENS:
         x = min(tokens, MAX_BLOCKS)
         return x, max(min(a, b // max(x, 1)), 1)
@@ -160,7 +160,7 @@ def run(address: int, *tensors: Tensor | None) -> int | list[Launched]:
         return 2
     made = []
     for _ in range(steps):
-        kernel, size, patches, *grid = words.take(7)
+        kernel, size, patches, *grid = words.take(8)
         padded = -(-size // 8)
         record = bytearray(struct.pack(f"<{padded}q", *words.take(padded))[:size])
         for _ in range(patches):

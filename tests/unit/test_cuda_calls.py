@@ -36,7 +36,7 @@ def paged(new: int = 3, dim: int = 64, dtype: torch.dtype = torch.float16) -> tu
     [
         (3, "auto", "decode", (2 * SM90.num_sms, 1)),
         (40, "auto", "flash_sm90", (SM90.num_sms, 1)),
-        (40, "flash_sm80", "flash_sm80", (1, 8)),
+        (40, "flash_sm80", "flash_sm80", (8, 1)),  # of a tile each, all in turn
     ],
 )
 def test_one_call_is_one_launch_and_one_record(
@@ -272,7 +272,7 @@ def test_a_mixed_batch_is_append_and_two_launches_that_share_it(
     differ = {"tickets"} if maps else set()  # they run at the same time
     assert {name for name in shared if many[name] != few[name]} == differ, "all else is one call's"
     own = {"box_rows", "boxes", "beside", "pack_bits", "part_counters", "cut_rounds", "head_dim_v"} if maps else set()
-    own |= whole(1).fields().keys() if maps else set()
+    own |= whole(1).fields().keys() if maps else {"section_bits"}
     assert many.keys() - shared == {"heads", "skip_up_to"} | own
     assert few["most_given"] == (SM90.num_sms // 4 if maps else 0) and many.get("beside", 0) == bool(maps)
     assert few["chunk_bits"] == UNCUT, "decode leaves no state where parts of tiles may"

@@ -59,7 +59,7 @@ def test_a_tensor_map_is_one_patch_of_128_bytes() -> None:
     words = words_of(Program(0, [guard], [Launch(7, record, sources, Grid(GridRule.FIXED, 3, 1))]))
     head = [next(words) for _ in range(3 + 4 + 2 * 3)]
     assert head[:3] == [1, 1, 0], "one tensor, one step, device 0"
-    assert [next(words) for _ in range(7)] == [7, record.size, 2, GridRule.FIXED, 3, 1, 0]
+    assert [next(words) for _ in range(8)] == [7, record.size, 2, GridRule.FIXED, 3, 1, 0, 1]
     assert not any(next(words) for _ in range(record.size // 8)), "the record comes without its maps"
     values = [(0, 0, 1, 32), (3, 0, 0, 64), (2, 0, 1, 0), (3, 0, 0, 2), (3, 0, 0, 1)]
     values += [(1, 0, 2, 0), (3, 0, 0, 256), (3, 0, 0, 0)]
