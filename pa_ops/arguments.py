@@ -170,7 +170,7 @@ FLASH_SM90 = Record(
         "cut_rounds",  # of tiles, one a block: where there are no more, the keys of the last round's are shared out
         "at_once",  # tiles that run at a time; where the batch is shared out to two grids, of the first one's, by both
         "every",  # tile in so many of the first grid's is the second's; 0: there is one grid
-        "halves",  # 1 for the second grid, whose tiles are half as tall
+        "unit_bits",  # 2^unit_bits of the second grid's tiles are one of the first's; 0 for that
         "first_state",  # of the grid's parts of tiles, in the workspace
     ),
     factors=ATTENTION.factors,

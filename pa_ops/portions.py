@@ -1,4 +1,4 @@
-"""Turns the SMs of a device into the grids that share a batch's tiles out: clusters of four, and pairs on what is left.
+"""Turns the SMs of a device into the grids that share a batch's tiles out: clusters of eight, and pairs on the rest.
 
 Which tiles are whose is found on the device, by templates/device/portions.py; here it is how many grids there are, and
 what each is told of the other.
@@ -9,15 +9,17 @@ from __future__ import annotations
 from typing import NamedTuple
 
 from pa_ops.scratch import PARTS_AN_SM, second_tiles_at, tiles_at
-from pa_ops.spec import FOUR, PAIR
+from pa_ops.spec import EIGHT, PAIR
+
+QUARTERS = EIGHT // PAIR
 
 
 class Portion(NamedTuple):
     """One grid's part of a batch's tiles: `clusters` clusters of `cluster` blocks.
 
     Where two grids share them out, `at_once` of the first one's tiles run at a time in both together, and every
-    `every`-th of those is the second's, which takes it by halves; 0: there is one grid. The second's states of parts of
-    tiles begin at `first_state`, after the first's.
+    `every`-th of those is the second's, which takes it by quarters; 0: there is one grid. The second's states of parts
+    of tiles begin at `first_state`, after the first's.
     """
 
     cluster: int
@@ -41,7 +43,7 @@ class Portion(NamedTuple):
         return {
             "at_once": self.at_once,
             "every": self.every,
-            "halves": int(self.second),
+            "unit_bits": QUARTERS.bit_length() - 1 if self.second else 0,
             "first_state": self.first_state,
         }
 
@@ -55,18 +57,18 @@ def whole(num_sms: int, cluster: int = 1) -> Portion:
     return Portion(cluster, num_sms // cluster, num_sms // cluster)
 
 
-def shared_out(num_sms: int, fours: int) -> tuple[Portion, ...]:
-    """The portions where a device holds so many clusters of four at a time, and pairs on its other SMs.
+def shared_out(num_sms: int, eights: int) -> tuple[Portion, ...]:
+    """The portions where a device holds so many clusters of eight at a time, and pairs on its other SMs.
 
-    Four blocks take as long for a tile as two for half of it, so a share of the tiles is one of the SMs.
+    Eight blocks take as long for a tile as two for a quarter of it, so a share of the tiles is one of the SMs.
     """
-    pairs = (num_sms - fours * FOUR) // PAIR
-    if fours == 0:
+    pairs = (num_sms - eights * EIGHT) // PAIR
+    if eights == 0:
         return (whole(num_sms, PAIR),)
-    if pairs < PAIR:  # less than a tile that runs at a time
-        return (whole(fours * FOUR, FOUR),)
-    at_once, every = fours + pairs // PAIR, max(round(fours * PAIR / pairs), 1) + 1
+    if pairs == 0:
+        return (whole(eights * EIGHT, EIGHT),)
+    at_once, every = eights + pairs // QUARTERS, max(round(eights * QUARTERS / pairs), 1) + 1
     return (
-        Portion(FOUR, fours, at_once, every),
-        Portion(PAIR, pairs, at_once, every, fours * FOUR * PARTS_AN_SM),
+        Portion(EIGHT, eights, at_once, every),
+        Portion(PAIR, pairs, at_once, every, eights * EIGHT * PARTS_AN_SM),
     )

@@ -130,7 +130,7 @@ def _natural(argument: str, value: object, *, least: int = 0) -> None:
         raise InvalidArgument(argument, f"must be an integer >= {least}", repr(value))
 
 
-PAIR, FOUR = 2, 4  # blocks that share keys
+PAIR, EIGHT = 2, 8  # blocks that share keys
 
 
 @dataclass(frozen=True, order=True)

@@ -35,7 +35,7 @@ from pa_ops.program import Launch
 from pa_ops.registry import Registry
 from pa_ops.schema import base_of
 from pa_ops.selection import AUTO, Selection
-from pa_ops.spec import FOUR, PAIR, Family
+from pa_ops.spec import EIGHT, PAIR, Family
 from pa_ops.trace import Decision
 
 WORD = {
@@ -129,15 +129,15 @@ def _attend(
 
 
 def _grids(entry: Entry, registry: Registry, device: int) -> Iterator[tuple[Entry, Portion]]:
-    """The kernels that share the tiles out, and the portion of each: one with all of them, or clusters of four and
+    """The kernels that share the tiles out, and the portion of each: one with all of them, or clusters of eight and
     pairs beside them, where those are built."""
     sms, tile = registry.capability.num_sms, entry.spec.tile
-    pairs = registry.sibling(entry, PAIR) if tile.cluster == FOUR else None
+    pairs = registry.sibling(entry, PAIR) if tile.cluster == EIGHT else None
     if pairs is None:
         yield entry, whole(sms, tile.cluster)
         return
     for portion in shared_out(sms, registry.clusters(entry, device)):
-        yield (entry if portion.cluster == FOUR else pairs), portion
+        yield (entry if portion.cluster == EIGHT else pairs), portion
 
 
 def _division(problem: Problem, arguments: Arguments, registry: Registry) -> tuple[Selection | None, Selection | None]:

@@ -1,8 +1,9 @@
 """Tiles that are computed again: turns states that trust has broken (trust.py) into a second listing of their tile.
 
-A warp that finds its state broken gives nothing away, and leaves its bit in a word of the tile's slot, in all blocks
-of the cluster. When the slot is empty, and so all have said what they had to say, the warp that lists tiles lists that
-one once more, for those warps alone and with every block of keys an edge, whose maxima are found.
+A warp that finds its state broken gives nothing away, and leaves its bit in a word of the tile's slot, and in those of
+all blocks of the cluster one that says so. When the slot is empty, and so all have said what they had to say, the warp
+that lists tiles lists that one once more, for those warps alone and with every block of keys an edge, whose maxima are
+found.
 """
 
 import cutlass
@@ -14,7 +15,7 @@ from pa_ops.templates.device.ptx import ld_shared_32, st_shared_32
 from pa_ops.templates.device.shared_sm90 import AGAIN, BARRIER, GROUP_WARPS, SLOT, SLOTS, TURN
 from pa_ops.templates.device.softmax import row_elements
 
-WORD_BITS = 32  # shared out to the blocks of a cluster: a bit a warp
+SOME = 1 << 16  # beyond the bits of a block's warps: some block's have lost the tile
 
 
 class Again:
@@ -22,16 +23,14 @@ class Again:
 
     def __init__(self, shared, cluster, trusts):
         self.shared, self.cluster, self.trusts = shared, cluster, trusts
-        self.block_bits = WORD_BITS // cluster.blocks
 
     @cute.jit
-    def settle(self, smem: Int32, slot: Int32, acc_o, row_max, row_sum, thread: Int32):
+    def settle(self, smem: Int32, slot: Int32, acc_o, row_max, row_sum):
         """Whether the warp's state of the tile in `slot` is its to give away; if it is broken, its bit says so."""
         own = Int32(1)
         if cutlass.const_expr(self.trusts):
             again = ld_shared_32(slot + AGAIN)
-            warp = (thread >> 5) - GROUP_WARPS
-            bit = Int32(1) << (warp + self.cluster.mate() * self.block_bits)
+            bit = Int32(1) << (cute.arch.warp_idx() - GROUP_WARPS)
             own = Int32((again == 0) | ((again & bit) != 0))
             # Rows past the tile's last, of +inf, hold what is another's.
             there = [row_max[r] != Float32.inf for r in range(2)]
@@ -42,7 +41,7 @@ class Again:
                 if cute.arch.vote_any_sync(broken[0] | broken[1]):
                     own = Int32(0)
                     if cute.arch.lane_idx() == 0:
-                        self.cluster.tell(smem + self.shared.lost + ld_shared_32(slot + TURN) % SLOTS * 4, bit)
+                        self.cluster.tell(smem + self.shared.lost + ld_shared_32(slot + TURN) % SLOTS * 4, bit, SOME)
         return own
 
     @cute.jit
@@ -56,7 +55,7 @@ class Again:
 
     @cute.jit
     def lost(self, smem: Int32, turn: Int32):
-        """The warps that lost the tile in the slot of that turn, when all have left it."""
+        """The block's warps that lost the tile in the slot of that turn, when all have left it, and whether any did."""
         tma.wait_for(smem + self.shared.slot_empty + turn % SLOTS * BARRIER, (turn // SLOTS + 1) & 1)
         return ld_shared_32(smem + self.shared.lost + turn % SLOTS * 4)
 

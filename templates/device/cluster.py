@@ -1,6 +1,6 @@
 """Blocks that share keys: turns a block into its place in a cluster, and what it says of itself into what all hear.
 
-Two blocks, or four, compute a part of a tile's rows each. Each copies its part of every block of keys into the shared
+Two blocks, or eight, compute a part of a tile's rows each. Each copies its part of every block of keys into the shared
 memory of all, so that the L2 cache is read so much less often: at the power limit energy is time, and those copies are
 6 to 12% of it (docs/performance.md). A stage is free when no warp of any reads it any more; the first block takes tiles
 for all.
@@ -16,7 +16,7 @@ from pa_ops.templates.device.ptx_cluster import arrive_in, or_in, send
 
 
 class Cluster:
-    """Clusters of `blocks` blocks, one, two or four, in a row of the grid."""
+    """Clusters of `blocks` blocks, one, two or eight, in a row of the grid."""
 
     def __init__(self, blocks):
         self.blocks = blocks
@@ -64,15 +64,18 @@ class Cluster:
         if lane < self.blocks:
             arrive_in(lane, barrier)
 
-    def tell(self, word, bits):
-        """Set bits of a word of all blocks; whoever sees this thread's next arrival sees them."""
+    def tell(self, word, own, bits):
+        """Set bits of a word of all blocks, and the `own` of this one's; whoever sees this thread's next arrival sees
+        them."""
         for block in range(self.blocks):
             or_in(Int32(block), word, bits)
+        or_in(self.mate(), word, own)
 
-    def copies(self, box, column):
-        """Whether this block copies that box of that column of a tile for all: as if they were fields of a chessboard,
-        so that all have as many, whether there is one box or one column."""
-        return (box + column) % self.blocks == self.mate()
+    def copies(self, box, column, columns):
+        """Whether this block copies that box of that one of the `columns` of a tile for all: in turn, so that all have
+        as many, and where each had a column of its own, as if they were fields of a chessboard."""
+        step = columns if columns % self.blocks else columns + 1
+        return (box * (step % self.blocks) + column) % self.blocks == self.mate()
 
     @cute.jit
     def agree(self, smem: Int32, shared: cutlass.Constexpr, turn: Int32, word: Int32):

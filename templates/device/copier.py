@@ -168,7 +168,7 @@ class Copier:
         if lane < boxes:
             if cutlass.const_expr(self.cluster.blocks > 1):
                 for number, place in enumerate(places):
-                    if self.cluster.copies(lane, number):
+                    if self.cluster.copies(lane, number, len(places)):
                         self.load([place], tensor_map, barrier, row, kv_head, page, blocks=self.cluster.blocks)
             elif args.beside != 0:  # decode streams past: other row blocks and heads would read them from memory again
                 self.load(places, tensor_map, barrier, row, kv_head, page, read_again=True)

@@ -168,7 +168,7 @@ class FlashSm90:
             else:
                 tma.release(smem + self.shared.q_empty + group * BARRIER)
             thread, _, _ = cute.arch.thread_idx()  # not `warp` and `lane`, of which 256 columns leave room for one
-            if self.again.settle(smem, slot, acc_o, row_max, row_sum, thread) != 0:
+            if self.again.settle(smem, slot, acc_o, row_max, row_sum) != 0:
                 self.give(args, slot, acc_o, row_max, row_sum, thread)
             if cutlass.const_expr(self.head_dim > 192):  # no register is left to keep it in
                 turn = ld_shared_32(slot + TURN)

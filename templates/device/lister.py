@@ -61,7 +61,7 @@ class Lister:
             live = cutlass.min(stop, q_len) - first
             low, high, steps, end, edges, inner = self.sight.blocks(args, first + shift, live, k_len)
             part = part_of(cut, rank, number, steps)
-            there = (stop > 0) & ((part.begin < part.stop) | (part.number == 0))  # half of a unit may have no rows
+            there = (stop > 0) & ((part.begin < part.stop) | (part.number == 0))  # a quarter of a unit may have no rows
             stop = stop - (self.cluster.blocks - 1 - self.cluster.mate()) * tokens_here
             first = cutlass.max(stop - tokens_here, 0)
             position, tokens = first + shift, cutlass.min(stop, q_len) - first
@@ -162,7 +162,7 @@ class Lister:
         tokens = (Int32(self.rows) >> bits) * self.cluster.blocks
         heads = args.heads >> bits  # those that have tiles of their own
         tile, number = tile_of(cut, rank)
-        unit, half = self.portions.unit_of(args, tile)
+        unit, quarter = self.portions.unit_of(args, tile)
         unit_tokens = self.portions.tokens_of_unit(args, tokens)
         place = divided(unit, heads)
         sequence, block = find_tile(args, unit_tokens, place)
@@ -175,7 +175,7 @@ class Lister:
             order = sections_of(units, heads, args.group >> bits, near, self.portions.at_once(args), self.causal)
             row_block, head = place_of(block * heads + head, order)
             end = end_of(q_len, step_of(self.rows, bits, self.sight.keys))
-            stop = end - (units - row_block) * unit_tokens + (half + 1) * tokens
+            stop = end - (units - row_block) * unit_tokens + (quarter + 1) * tokens
         elif (
             self.portions.past(args, tile, unit, block * heads + head) * cut.parts + number == self.cluster.count() - 1
         ):

@@ -26,7 +26,7 @@ from pa_ops.generator.render import CUDA_TYPES, Renderer
 from pa_ops.generator.tiles import (
     DECODE_TILES,
     FLASH_SM80_TILES,
-    FLASH_SM90_FOUR_TILES,
+    FLASH_SM90_EIGHT_TILES,
     FLASH_SM90_PAIR_TILES,
     FLASH_SM90_SKIPPING_TILES,
     FLASH_SM90_SPLIT_TILES,
@@ -39,7 +39,7 @@ from pa_ops.generator.toolchain import Toolchain
 from pa_ops.problem import Problem
 from pa_ops.selection import select_entry
 from pa_ops.sources import template_folder
-from pa_ops.spec import FOUR, PAIR, PLAIN_MASKS, DType, Family, InstanceSpec, KernelOp, Layout, Mask
+from pa_ops.spec import EIGHT, PAIR, PLAIN_MASKS, DType, Family, InstanceSpec, KernelOp, Layout, Mask
 
 TOY = Path(__file__).parent / "toy"
 
@@ -60,10 +60,10 @@ def test_presets_nest() -> None:
         hopper = family is Family.FLASH_SM90
         more = (4, 2 * plain * len({**FLASH_SM90_TALL_TILES, **FLASH_SM90_SPLIT_TILES})) if hopper else (0, 0)
         pairs = (10, 2 * len(Layout) * 2 * len(FLASH_SM90_PAIR_TILES)) if hopper else (0, 0)  # without a window
-        fours = (0, 2 * len(Layout) * len(FLASH_SM90_FOUR_TILES)) if hopper else (0, 0)  # where all rows see the same
+        eights = (0, 2 * len(Layout) * len(FLASH_SM90_EIGHT_TILES)) if hopper else (0, 0)  # where all rows see the same
         # And the mask tensor, where dense.
         usual = (12, len(tiles) * 2 * (plain + 1))
-        wanted = [sum(each) for each in zip(usual, more, pairs, fours, strict=True)]
+        wanted = [sum(each) for each in zip(usual, more, pairs, eights, strict=True)]
         assert [count[family] for count in counts] == wanted
     assert [count[Family.DECODE] for count in counts] == [6, len(DECODE_TILES) * 2 * len(DECODE_MASKS)]
     assert {spec.op for spec in smoke} == set(KernelOp)
@@ -354,12 +354,12 @@ def test_blocks_that_share_keys_know_whether_one_by_itself_leaves_any_out() -> N
     assert told == {spec for spec in wgmma if replace(spec.tile, cluster=1) in FLASH_SM90_SKIPPING_TILES}
 
 
-def test_two_grids_share_tiles_out_where_four_blocks_share_keys_and_each_has_its_pair() -> None:
+def test_two_grids_share_tiles_out_where_eight_blocks_share_keys_and_each_has_its_pair() -> None:
     wgmma = [spec for spec in declared("full", ("sm_90a",)) if spec.family is Family.FLASH_SM90]
     told = {spec for spec in wgmma if "shared_out=True" in Renderer().render(spec)}
-    fours = {spec for spec in wgmma if spec.tile.cluster == FOUR}
-    pairs = {replace(spec, tile=replace(spec.tile, cluster=PAIR)) for spec in fours}
-    assert told == fours | pairs <= set(wgmma)
+    eights = {spec for spec in wgmma if spec.tile.cluster == EIGHT}
+    pairs = {replace(spec, tile=replace(spec.tile, cluster=PAIR)) for spec in eights}
+    assert told == eights | pairs <= set(wgmma)
     assert {(spec.head_dim, spec.mask) for spec in told} == {(256, Mask.FULL)}
 
 

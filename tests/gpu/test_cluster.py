@@ -1,4 +1,4 @@
-"""Blocks of flash_sm90 that share keys, by twos and by fours: what each computes by itself, to the bit, whatever they
+"""Blocks of flash_sm90 that share keys, by twos and by eights: what each computes by itself, to the bit, whatever they
 leave out and whichever of two grids has a tile."""
 
 from __future__ import annotations
@@ -17,10 +17,10 @@ from helpers.problems import Call, Shape, paged, sinks, varlen
 pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("hopper")]
 
 MASKS = {name: options for name, options in hopper.MASKS.items() if "sliding_window" not in options}
-# With eleven tiles of 512 rows and more, of which pairs have some: first halves of them and second, with rows and none.
+# With eleven tiles of 1024 rows and more, of which pairs have some: quarters of them, with rows and without.
 LONG = [*MIXED, (385, 1000), (767, 769), (64, 641), (0, 9), (400, 0), (1300, 700)]
-# Eleven tiles of four blocks, the last of them the pairs', as small as can be: with rows in both halves, and in one.
-ELEVEN = {"two halves": [(1, 20)] * 10 + [(300, 90)], "one half": [(1, 20)] * 10 + [(30, 300)]}
+# Eleven tiles of eight blocks, the last of them the pairs', as small as can be: with rows in two quarters, and in one.
+ELEVEN = {"two quarters": [(1, 20)] * 10 + [(300, 90)], "one quarter": [(1, 20)] * 10 + [(30, 300)]}
 
 
 def shared_and_alone(call: Call) -> Iterator[tuple[str, str]]:
@@ -90,10 +90,10 @@ def test_X6_a_captured_graph_of_blocks_that_share_keys(head_dim: int, dtype: tor
 
 
 def test_C22_two_grids_of_a_call_beside_those_of_others(dtype: torch.dtype, device: torch.device) -> None:
-    """Fours that wait for SMs while another stream's pairs have some, and the other way round."""
+    """Eights that wait for SMs while another stream's pairs have some, and the other way round."""
     shape = Shape(256, kv_heads=4, group=2, dtype=dtype)
     calls = [
-        varlen(pairs, shape, device, causal=False) for pairs in (LONG, [(3000, 3000)], [(1, 1)], ELEVEN["one half"])
+        varlen(pairs, shape, device, causal=False) for pairs in (LONG, [(3000, 3000)], [(1, 1)], ELEVEN["one quarter"])
     ]
     same_on_streams([call.with_options(backend=name) for call in calls for name, _ in shared_and_alone(call)])
 
@@ -104,7 +104,7 @@ def test_long_sequences_are_given_to_blocks_that_share_keys(device: torch.device
         (128, True, [(2048, 2048)] * 2, ["c2"]),
         (128, True, mixed, []),
         (256, True, [(2048, 2048)] * 2, ["c2"]),
-        (256, False, [(2048, 2048)] * 2, ["c4", "c2"]),
+        (256, False, [(4096, 4096)] * 2, ["c8", "c2"]),
     ):
         call = paged(pairs, Shape(head_dim, kv_heads=1, group=4), device, causal=causal)
         with pa_ops.trace.recording() as calls:
@@ -120,8 +120,8 @@ def test_sanitizer_sample_of_blocks_that_share_keys(device: torch.device, eviden
             checked(call, shared, evidence, f"{pairs}", expected(call))
 
 
-@pytest.mark.parametrize("halves", ELEVEN)
-def test_sanitizer_sample_of_four_blocks_beside_pairs(halves: str, device: torch.device, evidence: Evidence) -> None:
-    call = varlen(ELEVEN[halves], Shape(256, kv_heads=1, group=1), device, causal=False)
+@pytest.mark.parametrize("quarters", ELEVEN)
+def test_sanitizer_sample_of_eight_blocks_beside_pairs(quarters: str, device: torch.device, evidence: Evidence) -> None:
+    call = varlen(ELEVEN[quarters], Shape(256, kv_heads=1, group=1), device, causal=False)
     for shared, _ in shared_and_alone(call):
-        checked(call, shared, evidence, halves, expected(call))
+        checked(call, shared, evidence, quarters, expected(call))

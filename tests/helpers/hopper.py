@@ -94,8 +94,8 @@ def on_sm90(call: Call, evidence: Evidence, what: object = "") -> tuple[Tensor, 
 
 
 def launched_by(instance: str) -> list[str]:
-    """The kernels of a call by that one: where four blocks share keys, pairs have the SMs that no four can."""
-    return [instance, f"{instance.removesuffix('c4')}c2"] if instance.endswith("c4") else [instance]
+    """The kernels of a call by that one: where eight blocks share keys, pairs have the SMs that no eight can."""
+    return [instance, f"{instance.removesuffix('c8')}c2"] if instance.endswith("c8") else [instance]
 
 
 def checked(

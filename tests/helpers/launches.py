@@ -22,7 +22,7 @@ from pa_ops.sources import ours
 from pa_ops.spec import Family, InstanceSpec
 
 SM90 = Capability.of_sm(90)
-FOURS = 30  # clusters of four blocks that an H200 holds at a time
+EIGHTS = 15  # clusters of eight blocks that an H200 holds at a time
 LIBRARY = b"a library"
 
 
@@ -89,7 +89,7 @@ class Launches(list[Made]):
         if not isinstance(symbol, str):
             return super().__getitem__(symbol)
         if symbol == registry.COUNTER:
-            return lambda _, device: FOURS
+            return lambda _, device: EIGHTS
         return self.call if symbol == registry.CALLER else lambda: self.handle(symbol)
 
     def handle(self, symbol: str) -> int:

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from generator.tiles import FLASH_SM90_FOUR_TILES, FLASH_SM90_PAIR_TILES
+from generator.tiles import FLASH_SM90_EIGHT_TILES, FLASH_SM90_PAIR_TILES
 from helpers import plain
 from pa_ops.plan import box_keys, ceil_div, columns_of
 
@@ -46,12 +46,12 @@ class Blocks:
         return SimpleNamespace(**plain.run("cluster", modules, **arch))
 
 
-@pytest.mark.parametrize("blocks", [1, 2, 4])
+@pytest.mark.parametrize("blocks", [1, 2, 8])
 def test_the_blocks_of_a_grid_are_shared_out_to_clusters(blocks: int) -> None:
     device = Blocks(blocks)
     cluster = device.run().Cluster(blocks)
-    device.grid, places = 132, []
-    for number in range(132):
+    device.grid, places = 120, []
+    for number in range(120):
         device.number = number
         places.append((cluster.number(), cluster.mate()))
     assert places == list(product(range(cluster.count()), range(blocks)))
@@ -60,7 +60,7 @@ def test_the_blocks_of_a_grid_are_shared_out_to_clusters(blocks: int) -> None:
 
 ROWS = [
     (head_dim, tile)
-    for sizes, tile in (*FLASH_SM90_PAIR_TILES.items(), *FLASH_SM90_FOUR_TILES.items())
+    for sizes, tile in (*FLASH_SM90_PAIR_TILES.items(), *FLASH_SM90_EIGHT_TILES.items())
     for head_dim in (sizes if isinstance(sizes, tuple) else (sizes,))
 ]
 
@@ -76,13 +76,13 @@ def test_each_box_is_copied_by_one_block_and_all_copy_as_many(head_dim: int, til
     for box, column in product(range(tile.n // keys), range(columns)):
         owners = []
         for device.number in range(tile.cluster):
-            owners += [device.number] * cluster.copies(box, column)
+            owners += [device.number] * cluster.copies(box, column, columns)
         assert len(owners) == 1, (box, column)
         copied.update(owners)
     assert max(copied.values()) <= ceil_div(sum(copied.values()), tile.cluster)
 
 
-@pytest.mark.parametrize("blocks", [2, 4])
+@pytest.mark.parametrize("blocks", [2, 8])
 def test_the_others_hear_every_word_of_the_first_block_and_say_so(blocks: int) -> None:
     device = Blocks(blocks)
     cluster = device.run().Cluster(blocks)
@@ -101,8 +101,11 @@ def test_the_others_hear_every_word_of_the_first_block_and_say_so(blocks: int) -
     assert [device.told.count(each) for each in told] == [3 * others] * 2
 
 
-@pytest.mark.parametrize("blocks", [1, 2, 4])
-def test_what_a_warp_tells_is_a_word_of_every_block(blocks: int) -> None:
+@pytest.mark.parametrize("blocks", [1, 2, 8])
+def test_what_a_warp_tells_is_in_a_word_of_every_block_and_its_own_bit_in_that_of_its_own(blocks: int) -> None:
     device = Blocks(blocks)
-    device.run().Cluster(blocks).tell(40, 1 << 18)
-    assert device.told == [("or", block, 40, 1 << 18) for block in range(blocks)]
+    cluster = device.run().Cluster(blocks)
+    device.number = blocks - 1
+    cluster.tell(40, 1 << 5, 1 << 16)
+    everywhere = [("or", block, 40, 1 << 16) for block in range(blocks)]
+    assert sorted(device.told) == sorted([*everywhere, ("or", blocks - 1, 40, 1 << 5)])

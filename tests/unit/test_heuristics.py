@@ -199,16 +199,16 @@ def test_blocks_share_keys_in_long_sequences(op: str, sizes: dict[str, Any], blo
 @pytest.mark.parametrize(
     ("sizes", "blocks"),
     [
-        ({"tokens": 8192, "causal": False}, 4),
-        ({"tokens": 16384, "batch": 2, "causal": False}, 4),
-        ({"tokens": 8191, "causal": False}, 2),
-        ({"tokens": 4096, "causal": False, "num_kv_heads": 2}, 4),
+        ({"tokens": 16384, "causal": False}, 8),
+        ({"tokens": 32768, "batch": 2, "causal": False}, 8),
+        ({"tokens": 16383, "causal": False}, 2),
+        ({"tokens": 4096, "causal": False, "num_kv_heads": 2}, 8),
         ({"tokens": 16384, "causal": True}, 2),
         ({"tokens": 16384, "batch": 16, "causal": False}, 1),
     ],
 )
 @pytest.mark.parametrize("op", ["varlen_attention", "paged_attention"])
-def test_four_blocks_share_keys_at_256_where_all_rows_see_the_same(op: str, sizes: dict[str, Any], blocks: int) -> None:
+def test_eight_blocks_share_keys_at_256_where_all_see_the_same(op: str, sizes: dict[str, Any], blocks: int) -> None:
     problem = Problem(op=op, dtype="bf16", head_dim=256, num_heads=8, **sizes)
     for entries in (declared_rows(), tuple(reversed(declared_rows()))):
         assert select_entry(entries, problem, Capability.of_sm(90)).entry.spec.tile.cluster == blocks

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from generator.tiles import FLASH_SM90_FOUR_TILES, FLASH_SM90_LONE_TILES, FLASH_SM90_PAIR_TILES
+from generator.tiles import FLASH_SM90_EIGHT_TILES, FLASH_SM90_LONE_TILES, FLASH_SM90_PAIR_TILES
 from helpers import plain
 from pa_ops import scratch
 from pa_ops.launch import CUT_ROUNDS
@@ -121,11 +121,11 @@ def test_parts_of_some_batches(tiles: int, whole: int, cut: int) -> None:
 
 
 def test_two_grids_cut_the_last_rounds_of_their_own_tiles() -> None:
-    """As an H200 does 16k rows of eight heads, by tiles of 512: 233 of 256 units are the fours', and of the pairs' 46
-    tiles four are left for six."""
-    portions = shared_out(BLOCKS, 30)
+    """As an H200 does 16k rows of eight heads, by tiles of 1024: 117 of 128 units are the eights', and of the pairs' 44
+    tiles two are left for six."""
+    portions = shared_out(BLOCKS, 15)
     cuts = [cut_of(batch(16384, **portion.fields()), 128 * portion.cluster, 8, portion) for portion in portions]
-    assert cuts == [(210, 5), (42, 3)]
+    assert cuts == [(105, 5), (42, 3)]
 
 
 def test_lengths_are_not_read_where_there_are_many_rows() -> None:
@@ -143,7 +143,7 @@ def test_X12_nothing_is_cut_where_the_host_says_so() -> None:
     assert cut_of(batch(1, cut_rounds=0), 48, 8) == (0, 1) and not asked
 
 
-TABLES = *FLASH_SM90_LONE_TILES, FLASH_SM90_PAIR_TILES, FLASH_SM90_FOUR_TILES
+TABLES = *FLASH_SM90_LONE_TILES, FLASH_SM90_PAIR_TILES, FLASH_SM90_EIGHT_TILES
 TILES = [pair for table in TABLES for pair in table.items()]
 OUTPUTS = [(sizes[1] if isinstance(sizes, tuple) else sizes, tile) for sizes, tile in TILES]
 
