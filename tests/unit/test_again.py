@@ -100,3 +100,48 @@ def test_a_slot_that_is_listed_again_is_the_same_but_for_its_turn_and_its_warps(
     wanted = {4 * i: 100 + i for i in range(SLOT // 4)} | {PLACES["AGAIN"]: 0b11, PLACES["TURN"]: 4}
     assert {at: words[SHARED.slots + at] for at in wanted} == wanted
     assert words[SHARED.lost + 4] == 0 and arrived == [SHARED.slot_full]
+
+
+@pytest.mark.parametrize("blocks", [1, 2, 8])
+def test_what_a_warp_has_lost_is_a_bit_of_its_block_and_all_blocks_list_the_tile_again(blocks: int) -> None:
+    """Warp 1 of the last block loses its rows: it alone gives none away, and it alone does when all list them again."""
+    lost, place = [0] * blocks, SimpleNamespace(block=0, warp=0, again=0)
+    at = SHARED.slots + PLACES["AGAIN"]
+    words = {"ld_shared_32": lambda address: place.again if address == at else 0, "st_shared_32": None}
+    owner = blocks - 1, 1
+
+    def tell(word: int, own: int, bits: int) -> None:
+        assert word == SHARED.lost, "of the slot's turn"
+        for block in range(blocks):
+            lost[block] |= bits
+        lost[place.block] |= own
+
+    class Float(float):
+        """As the DSL's."""
+
+        inf = float("inf")
+
+    trust = {"extraordinary": lambda sums: sums[0] > 1, "broken": lambda sums, outputs: sums[0] > 1}
+    shared = {"BARRIER": BARRIER, "GROUP_WARPS": 4, "SLOT": SLOT, "SLOTS": SLOTS, **PLACES}
+    modules = {"tma": NOTHING, "trust": trust, "ptx": words, "shared_sm90": shared}
+    arch = {"lane_idx": lambda: 0, "warp_idx": lambda: 4 + place.warp, "vote_any_sync": bool}
+    names = plain.run("again", {**modules, "softmax": {"row_elements": lambda r, count: range(2)}}, **arch)
+    settle = names["Again"].settle
+    settle.__globals__.update(Float32=Float, cute=SimpleNamespace(arch=SimpleNamespace(**arch), size=len))
+    again = names["Again"](SHARED, SimpleNamespace(blocks=blocks, tell=tell), trusts=True)
+
+    def giving() -> set[tuple[int, int]]:
+        """The warps that give their rows away, of those that some block lists."""
+        given = set()
+        for place.block, place.warp in product(range(blocks), range(8)):
+            place.again = listed[place.block]
+            total = 2.0 if (place.block, place.warp) == owner and not place.again else 1.0
+            if again.settle(0, SHARED.slots, [0.0] * 8, [0.0, 0.0], [total, 1.0]):
+                given.add((place.block, place.warp))
+        return given
+
+    listed = [0] * blocks
+    assert giving() == set(product(range(blocks), range(8))) - {owner}
+    assert all(lost), "every block lists the tile again"
+    listed = lost.copy()
+    assert giving() == {owner} and listed == lost, "and no more is lost"
