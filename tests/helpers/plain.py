@@ -15,15 +15,23 @@ import pytest
 DEVICE = Path(__file__).parents[2] / "templates" / "device"
 
 
-def float32(value: float) -> float:
+class Float32(float):
     """The nearest fp32."""
-    return ctypes.c_float(value).value
+
+    inf = float("inf")
+
+    def __new__(cls, value: float) -> Float32:
+        return super().__new__(cls, ctypes.c_float(value).value)
 
 
-CUTE = {"arch": SimpleNamespace(clz=lambda x: 32 - x.bit_length(), fmin=min), "jit": lambda function: function}
+CUTE = {
+    "arch": SimpleNamespace(clz=lambda x: 32 - x.bit_length(), fmin=min),
+    "jit": lambda function: function,
+    "size": len,
+}
 CUTLASS: dict[str, Any] = {
     **dict.fromkeys(("Int32", "Int64", "Uint32", "Uint64"), int),
-    "Float32": float32,
+    "Float32": Float32,
     "Constexpr": object,
     "const_expr": bool,
     "range_constexpr": range,

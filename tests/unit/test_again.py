@@ -116,18 +116,11 @@ def test_what_a_warp_has_lost_is_a_bit_of_its_block_and_all_blocks_list_the_tile
             lost[block] |= bits
         lost[place.block] |= own
 
-    class Float(float):
-        """As the DSL's."""
-
-        inf = float("inf")
-
     trust = {"extraordinary": lambda sums: sums[0] > 1, "broken": lambda sums, outputs: sums[0] > 1}
     shared = {"BARRIER": BARRIER, "GROUP_WARPS": 4, "SLOT": SLOT, "SLOTS": SLOTS, **PLACES}
     modules = {"tma": NOTHING, "trust": trust, "ptx": words, "shared_sm90": shared}
     arch = {"lane_idx": lambda: 0, "warp_idx": lambda: 4 + place.warp, "vote_any_sync": bool}
     names = plain.run("again", {**modules, "softmax": {"row_elements": lambda r, count: range(2)}}, **arch)
-    settle = names["Again"].settle
-    settle.__globals__.update(Float32=Float, cute=SimpleNamespace(arch=SimpleNamespace(**arch), size=len))
     again = names["Again"](SHARED, SimpleNamespace(blocks=blocks, tell=tell), trusts=True)
 
     def giving() -> set[tuple[int, int]]:

@@ -4,6 +4,7 @@ launches of a call."""
 from __future__ import annotations
 
 from collections import Counter
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -93,11 +94,16 @@ def test_X12_clusters_of_eight_leave_every_eleventh_tile_to_pairs_on_the_other_s
     assert (eights.fields["every"], eights.fields["at_once"]) == (11, 16)
 
 
-def test_where_no_eight_runs_there_is_one_launch(launches: Launches, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("helpers.launches.EIGHTS", 0)
+@pytest.mark.parametrize("held", [0, 16])
+def test_where_all_sms_are_of_one_kind_there_is_one_launch(
+    launches: Launches, held: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    capability = replace(SM90, num_sms=128)
+    monkeypatch.setattr(registry, "capability_of", lambda index: capability)
+    monkeypatch.setattr("helpers.launches.EIGHTS", held)
     call("paged_attention", *batch(40, dim=256), causal=False, backend=EIGHT_BLOCKS)
     [made] = launches
-    assert made.symbol.endswith("c2") and made.x == SM90.num_sms
+    assert made.symbol.endswith("c8" if held else "c2") and made.x == capability.num_sms
     assert [made.fields[name] for name in ("every", "unit_bits", "beside", "first_state")] == [0] * 4
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import heapq
 from collections import Counter
 from itertools import product
 from types import SimpleNamespace
@@ -11,6 +10,7 @@ import pytest
 
 from generator.matrix import declared
 from helpers import plain
+from helpers.schedule import end_of
 from pa_ops.plan import ceil_div, section_bits
 from pa_ops.spec import Family, InstanceSpec, Mask
 
@@ -46,10 +46,7 @@ def places(tiles: int, heads: int, bits: int, *, causal: bool = True) -> list[tu
 def idle(tiles: int, heads: int, bits: int) -> float:
     """The share of time in which places have nothing to do, where tiles take as long as they have keys to see."""
     lengths = [tiles - rank for rank, _ in places(tiles, heads, bits)]
-    ends = [0] * PLACES
-    for length in lengths:
-        heapq.heapreplace(ends, ends[0] + length)
-    return 1 - sum(lengths) / (PLACES * max(ends))
+    return 1 - sum(lengths) / (PLACES * end_of(lengths, PLACES))
 
 
 @pytest.mark.parametrize(("heads", "bits"), [(1, 0), (6, 1), (8, 3), (12, 2), (32, 4)])
