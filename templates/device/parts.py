@@ -39,10 +39,10 @@ class Part(NamedTuple):
 
 
 @cute.jit
-def cut_of(args, portions: cutlass.Constexpr, tokens: Int32, heads: Int32, blocks: Int32):
-    """The Cut of this grid's tiles, for its `blocks` blocks, of a batch whose tiles of so many tokens are there for so
-    many heads each."""
-    whole, parts = Int32(0), Int32(1)
+def last_round(args, portions: cutlass.Constexpr, tokens: Int32, heads: Int32, blocks: Int32):
+    """(tiles before the last round, parts of each from there on, how many there are) of this grid's tiles, for its
+    `blocks` blocks, of a batch whose tiles of so many tokens are there for so many heads each."""
+    whole, parts, rest = Int32(0), Int32(1), Int32(0)
     unit, tiles_among = portions.tokens_of_unit(args, tokens), portions.tiles_among
     limit = divided(portions.at_once(args) * args.cut_rounds, heads)
     # So many rows of q make too many units if sequences have them all: then lengths are not read, and nothing is cut.
@@ -51,22 +51,39 @@ def cut_of(args, portions: cutlass.Constexpr, tokens: Int32, heads: Int32, block
         if sequence < 0:
             tiles = tiles_among(args, (limit - beyond) * heads)
             whole = divided(tiles, blocks) * blocks
-            parts = best(tiles - whole, blocks)
+            rest = tiles - whole
+            parts = best(rest, blocks)
+    return whole, parts, rest
+
+
+def cut_of(args, portions, *here):
+    """The Cut of a batch, `here` being as in `last_round`."""
+    whole, parts, _ = last_round(args, portions, *here)
     return Cut(whole, parts)
 
 
 def best(tiles, blocks):
     """The parts by which fewer than `blocks` tiles are soonest done: a number a lane."""
     number = cute.arch.lane_idx() + 1
-    rounds = divided(tiles * number + (blocks - 1), blocks)
-    cost = divided(rounds * ONE, number) + number * COST
+    cost = cost_of(tiles, number, blocks)
     there = (number <= MOST) & (tiles * number <= blocks * STATES)
     return cute.arch.warp_redux_sync(Int32(cutlass.select_(there, cost, Int32(ONE * 2))) * 32 + number, "min") % 32
 
 
+def cost_of(tiles, parts, blocks):
+    """When so many tiles, in so many parts each, are done."""
+    rounds = divided(tiles * parts + (blocks - 1), blocks)
+    return divided(rounds * ONE, parts) + parts * COST
+
+
+def uncut():
+    """The Cut of a batch whose tiles are all whole."""
+    return Cut(Int32(0), Int32(1))
+
+
 @cute.jit
-def tile_of(cut: Cut, rank: Int32):
-    """(the tile of that rank, the number of its part)."""
+def tile_of(cut: Cut, rank: Int32, second):
+    """(the tile of that rank, the number of its part): no rank has a `second` one."""
     tile, number = rank, Int32(0)
     if (cut.parts > 1) & (rank >= cut.whole):
         beyond = divided(rank - cut.whole, cut.parts)
@@ -74,8 +91,18 @@ def tile_of(cut: Cut, rank: Int32):
     return tile, number
 
 
+def goes_on(cut, rank, second):
+    """Whether the rank has a part of the tile after, too."""
+    return Int32(0)
+
+
+def ranks_past(cut, tiles, number):
+    """How many ranks after the last one that is, of a part of the tile so many `tiles` after the last."""
+    return tiles * cut.parts + number
+
+
 @cute.jit
-def part_of(cut: Cut, rank: Int32, number: Int32, steps: Int32):
+def part_of(cut: Cut, rank: Int32, second, number: Int32, steps: Int32):
     """The part of that rank and number, where the tile has `steps` blocks of keys: short ones have fewer parts, and
     those beyond begin after the last block."""
     begin, stop, of = Int32(0), steps, Int32(1)

@@ -20,6 +20,7 @@ class Sight:
 
     def __init__(self, causal, window, masked, keys, trusts):
         self.causal, self.window, self.masked, self.keys = causal, window, masked, keys
+        self.full = not (causal or window or masked)  # every row sees all keys
         self.before = 1 if trusts else 0
 
     @cute.jit

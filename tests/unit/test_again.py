@@ -54,10 +54,11 @@ class Work:
 def lister(work: Work) -> Any:
     """A listing warp of that work."""
     ptx = {"ld_shared_32": lambda at: 0, "st_shared_32": lambda at, word: None}
-    names = ("cut_of", "part_of", "tile_of", "place_of", "sections_of", "pack_bits", "token_of", "divided", "take")
+    names = ("place_of", "sections_of", "pack_bits", "token_of", "divided", "take")
     others = dict.fromkeys((*names, *LENGTHS))
-    others |= {"STATES": 4, "Cut": tuple, "GROUP_ROWS": 64, "columns_of": None, "st_global_i32": None}
-    modules = ("mask_tile", "order", "packing", "parts", "ptx_global", "ptx_grid", "quotients", "warpgroup", "worklist")
+    others |= {"STATES": 4, "GROUP_ROWS": 64, "columns_of": None, "st_global_i32": None}
+    modules = ["mask_tile", "order", "packing", "parts", "ptx_global", "ptx_grid", "quotients", "stretches"]
+    modules += ["warpgroup", "worklist"]
     shared = {"BARRIER": BARRIER, "SLOT": SLOT, "SLOTS": SLOTS, **PLACES, **others}
     imported = {"tma": NOTHING, "ptx": ptx, "shared_sm90": shared, **dict.fromkeys(modules, others)}
     kind = plain.run("lister", imported)["Lister"]

@@ -1,7 +1,8 @@
-"""How the last tiles are cut for all SMs: templates/device/parts.py itself, with plain numbers for the DSL's."""
+"""How the last tiles are cut for all SMs, by parts.py and stretches.py of templates/device, with plain numbers."""
 
 from __future__ import annotations
 
+from contextlib import suppress
 from types import SimpleNamespace
 from typing import Any
 
@@ -36,7 +37,8 @@ class Warp:
         """What a function of all lanes gives each of them."""
         self.votes, self.least = [], NEVER
         for self.lane in range(32):
-            function(*args)
+            with suppress(ZeroDivisionError):  # whatever follows a vote that is not yet all lanes'
+                function(*args)
         self.least = min(self.votes, default=NEVER)
         return function(*args)
 
@@ -53,60 +55,99 @@ def tiles_of(args: Any, tokens: int) -> int:
     return sum(1 for _ in work_list([length for length in args.lengths if length > args.skip_up_to], tokens))
 
 
+def length_at(lengths: tuple[int, ...], index: int, total: int) -> tuple[int, int]:
+    """As worklist.py has it, of which only the length is asked for."""
+    return -1, min(lengths[index], total) if lengths else 0
+
+
+WORKLIST = {"find_tile": find_tile, "length_at": length_at, "tiles_of": ceil_div}
+
+
 warp = Warp()
-Portions = plain.run("portions", {"quotients": plain.run("quotients", {})})["Portions"]
-parts = SimpleNamespace(
-    **plain.run(
-        "parts",
-        {"quotients": plain.run("quotients", {}), "worklist": {"find_tile": find_tile}},
-        lane_idx=lambda: warp.lane,
-        warp_redux_sync=warp.reduced,
-    )
+QUOTIENTS = plain.run("quotients", {})
+Portions = plain.run("portions", {"quotients": QUOTIENTS})["Portions"]
+found = plain.run(
+    "parts", {"quotients": QUOTIENTS, "worklist": WORKLIST}, lane_idx=lambda: warp.lane, warp_redux_sync=warp.reduced
 )
+parts = SimpleNamespace(**found)
+NAMES = {name: value for name, value in found.items() if not name.startswith("__")}
+stretches = SimpleNamespace(**plain.run("stretches", {"parts": NAMES, "quotients": QUOTIENTS, "worklist": WORKLIST}))
 
 
 def batch(*lengths: int, **args: int) -> Any:
     """A kernel's arguments."""
     usual = {"tokens": sum(lengths), "sequences": len(lengths), "skip_up_to": 0, "cut_rounds": CUT_ROUNDS}
-    return SimpleNamespace(lengths=lengths, **{**usual, **args})
+    return SimpleNamespace(lengths=lengths, cu_seqlens_q=lengths, **{**usual, **args})
 
 
-def cut_of(args: Any, tokens: int, heads: int, portion: Portion | None = None) -> Any:
-    """The cut of a batch, for one grid or one of two."""
+def cut_of(args: Any, tokens: int, heads: int, portion: Portion | None = None, by: Any = parts) -> Any:
+    """The cut of a batch, for one grid or one of two, by one of the two ways."""
     clusters = BLOCKS if portion is None else portion.clusters
     portions = Portions(SimpleNamespace(count=lambda: clusters), portion is not None)
-    return warp.run(parts.cut_of, args, portions, tokens, heads, clusters)
+    return warp.run(by.cut_of, args, portions, tokens, heads, clusters)
 
 
-@given(st.integers(0, 20_000), st.integers(1, parts.MOST), st.integers(0, 3), st.integers(0, 20))
+def check_parts(by: Any, cut: Any, ranks: int, steps: int) -> list[int]:
+    """The parts of all ranks are all blocks of all tiles, each once, and no two states are one; each rank's blocks."""
+    of_tile: dict[int, list[Any]] = {}
+    done = [0] * ranks
+    for rank in range(ranks):
+        for second in range(1 + by.goes_on(cut, rank, 0)):
+            tile, number = by.tile_of(cut, rank, second)
+            part = by.part_of(cut, rank, second, number, steps)
+            if part.begin < part.stop or part.number == 0:
+                of_tile.setdefault(tile, []).append(part)
+                done[rank] += part.stop - part.begin
+    assert [*of_tile] == [*range(by.tile_of(cut, ranks, 0)[0])] and by.tile_of(cut, ranks, 0)[1] == 0
+    for tile, mine in of_tile.items():
+        assert [block for part in mine for block in range(part.begin, part.stop)] == [*range(steps)]
+        assert [part.number for part in mine] == [*range(len(mine))] and {part.of for part in mine} == {len(mine)}
+        assert len({part.state - part.number for part in mine}) == 1, "they arrive at one counter"
+        assert tile >= cut.whole or len(mine) == 1
+    states = [part.state for mine in of_tile.values() for part in mine if part.of > 1]
+    assert len(states) == len(set(states)) and max(states, default=0) < BLOCKS * parts.STATES
+    for past in range(3):
+        tile, number = by.tile_of(cut, ranks + past, 0)
+        assert by.ranks_past(cut, tile - len(of_tile), number) == past
+    return done
+
+
+@given(st.integers(0, 20_000), st.integers(1, parts.MOST), st.integers(0, 2), st.integers(0, 20))
 def test_parts_of_tiles_are_all_blocks_each_once(steps: int, most: int, rounds: int, later: int) -> None:
-    cut = parts.Cut(rounds * BLOCKS, most)
-    ranks = range(cut.whole + later * most)
-    assert [*dict.fromkeys(parts.tile_of(cut, rank)[0] for rank in ranks)] == [*range(cut.whole + later)]
-    for tile in {0, cut.whole, cut.whole + later} - {cut.whole + later}:
-        mine = [rank for rank in ranks if parts.tile_of(cut, rank)[0] == tile]
-        found = [parts.part_of(cut, rank, parts.tile_of(cut, rank)[1], steps) for rank in mine]
-        there = [part for part in found if part.begin < part.stop or part.number == 0]
-        assert [block for part in there for block in range(part.begin, part.stop)] == [*range(steps)]
-        assert [part.number for part in there] == [*range(len(there))]
-        assert {part.of for part in found} == {len(there)} and (tile >= cut.whole or len(found) == 1)
-        assert len(there) == 1 or min(part.stop - part.begin for part in there) >= parts.LEAST
-        assert all(part.state == rank - cut.whole for part, rank in zip(found, mine, strict=True))
+    whole = rounds * BLOCKS
+    done = check_parts(parts, parts.Cut(whole, most), whole + later * most, steps)
+    assert done == check_parts(stretches, stretches.Row(whole, most, 1), whole + later * most, steps)
+    cut = [count for count in done[whole:] if count]
+    assert len(cut) <= later or min(cut) >= parts.LEAST
 
 
+@given(st.integers(0, 5000), st.integers(1, BLOCKS), st.integers(0, 2), st.data())
+def test_a_round_of_stretches_is_all_blocks_and_every_rank_has_as_many(
+    steps: int, blocks: int, rounds: int, data: st.DataObject
+) -> None:
+    tiles, whole = data.draw(st.integers(1, blocks)), rounds * blocks
+    ranks = min(blocks, tiles * parts.MOST)
+    done = check_parts(stretches, stretches.Row(whole, ranks, tiles), whole + ranks, steps)
+    assert done[:whole] == [steps] * whole
+    if steps >= parts.LEAST * (ranks // tiles + 2):  # else tiles have fewer parts than there are ranks
+        assert all(abs(count - steps * tiles / ranks) <= 3 for count in done[whole:])
+
+
+@pytest.mark.parametrize("by", [parts, stretches], ids=["parts", "stretches"])
 @given(st.lists(st.integers(0, 700), max_size=12), st.integers(0, 4), st.sampled_from((3, 48, 64, 192)))
 def test_only_the_last_round_is_cut_and_there_is_room_for_its_states(
-    lengths: list[int], skip: int, tokens: int
+    by: Any, lengths: list[int], skip: int, tokens: int
 ) -> None:
     for heads in (1, 8, 32, 200):
         args = batch(*lengths, skip_up_to=skip)
-        tiles, cut = tiles_of(args, tokens) * heads, cut_of(args, tokens, heads)
-        assert 1 <= cut.parts <= parts.MOST
-        assert cut.whole in (0, tiles // BLOCKS * BLOCKS)
-        if cut.parts > 1:
-            rest = tiles - cut.whole
-            assert 0 < rest < BLOCKS and rest * cut.parts <= BLOCKS * scratch.PARTS_AN_SM
-            assert ceil_div(rest * cut.parts, BLOCKS) < cut.parts, "the round ends sooner"
+        tiles = tiles_of(args, tokens) * heads
+        whole, cut, *length = cut_of(args, tokens, heads, by=by)
+        assert whole in (0, tiles // BLOCKS * BLOCKS)
+        rest, grains = tiles - whole, (length or [1])[0]
+        assert 1 <= cut <= (parts.MOST if grains == 1 else min(BLOCKS, rest * parts.MOST)) and grains in (1, rest)
+        if cut > 1:
+            assert 0 < rest < BLOCKS and rest * cut // grains <= BLOCKS * scratch.PARTS_AN_SM
+            assert ceil_div(rest * cut // grains, BLOCKS) * grains < cut, "the round ends sooner"
 
 
 @pytest.mark.parametrize(
@@ -118,6 +159,19 @@ def test_only_the_last_round_is_cut_and_there_is_room_for_its_states(
 )
 def test_parts_of_some_batches(tiles: int, whole: int, cut: int) -> None:
     assert cut_of(batch(*[48] * tiles), 48, 1) == (whole, cut)
+    assert cut_of(batch(*[48] * tiles), 48, 1, by=stretches) == (whole, cut, 1), "of many sequences"
+
+
+@pytest.mark.parametrize(
+    ("tiles", "row"),
+    [
+        *((1, (0, 8, 1)), (28, (0, 4, 1)), (66, (0, 2, 1)), (100, (0, 5, 1)), (128, (0, 1, 1)), (132, (132, 1, 1))),
+        *((688, (660, 4, 1)), (1024, (924, 132, 100)), (2816, (0, 1, 1)), (0, (0, 1, 1))),
+    ],
+)
+def test_stretches_are_for_the_last_round_of_one_long_sequence(tiles: int, row: tuple[int, ...]) -> None:
+    assert cut_of(batch(48 * tiles), 48, 1, by=stretches) == row
+    assert cut_of(batch(48 * tiles, 48), 48, 1, by=stretches).length == 1, "tiles may not be alike"
 
 
 def test_two_grids_cut_the_last_rounds_of_their_own_tiles() -> None:
@@ -126,6 +180,8 @@ def test_two_grids_cut_the_last_rounds_of_their_own_tiles() -> None:
     portions = shared_out(BLOCKS, 15)
     cuts = [cut_of(batch(16384, **portion.fields()), 128 * portion.cluster, 8, portion) for portion in portions]
     assert cuts == [(105, 5), (42, 3)]
+    cuts = [cut_of(batch(16384, **one.fields()), 128 * one.cluster, 8, one, by=stretches) for one in portions]
+    assert cuts == [(105, 15, 12), (42, 3, 1)]
 
 
 def test_lengths_are_not_read_where_there_are_many_rows() -> None:
