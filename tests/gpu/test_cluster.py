@@ -98,6 +98,18 @@ def test_C22_two_grids_of_a_call_beside_those_of_others(dtype: torch.dtype, devi
     same_on_streams([call.with_options(backend=name) for call in calls for name, _ in shared_and_alone(call)])
 
 
+@pytest.mark.parametrize("pairs", [[(1000, 2500)], [(700, 300), (1000, 2500)], [(1000, 190)]], ids=str)
+def test_D6_a_last_round_of_one_sequence_in_stretches(
+    pairs: list[tuple[int, int]], dtype: torch.dtype, device: torch.device, evidence: Evidence
+) -> None:
+    """12 and 8 tiles for an H200's 15 clusters of eight, and some too short for their parts."""
+    call = varlen(pairs, Shape(256, kv_heads=29, group=1, dtype=dtype), device, causal=False)
+    want = expected(call)
+    for shared, _ in shared_and_alone(call):
+        checked(call, shared, evidence, f"{pairs}", want)
+        repeats(call.with_options(backend=shared).run, call.rows, shared)
+
+
 def test_long_sequences_are_given_to_blocks_that_share_keys(device: torch.device, evidence: Evidence) -> None:
     mixed = [(2048, 2048), *[(1, 3000)] * 3]
     for head_dim, causal, pairs, clusters in (
